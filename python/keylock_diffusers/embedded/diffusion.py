@@ -1,0 +1,162 @@
+"""Stage 2 of the embedded model: text encoder and U-Net, trained together on latents of rendered pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from . import autoencoder, loop, render
+from .glyphs import BACKGROUNDS, DYES, GLYPHS
+
+LENGTH = 32  # tokens of a prompt
+_WIDTH = 192
+_BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
+_UNCONDITIONAL = 0.1  # share of captions dropped, for guidance
+# Words that people put around a subject; learned as single tokens though no caption uses them.
+_EXTRA_WORDS = "photo picture drawing painting of the in wearing my your two next to"
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """A byte-level CLIP tokenizer in which every word of the captions is one token."""
+    words = " ".join([*(g.caption for g in GLYPHS), *BACKGROUNDS, *DYES, "a an and on", _EXTRA_WORDS])
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=_EOS))
+    bpe.normalizer = normalizers.Lowercase()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(False)])
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096, min_frequency=1, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+    )
+    bpe.train_from_iterator([words], trainer)
+    learned = bpe.get_vocab()
+    # CLIP's order: bytes, bytes that end a word, merges, the two special tokens.
+    singles = [*sorted(alphabet), *(f"{byte}</w>" for byte in sorted(alphabet))]
+    order = singles + [t for t, _ in sorted(learned.items(), key=lambda item: item[1]) if t not in set(singles)]
+    vocabulary = {token: number for number, token in enumerate([*order, _BOS, _EOS])}
+    merges = [tuple(m) if not isinstance(m, str) else tuple(m.split(" ")) for m in _merges(bpe)]
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=LENGTH, pad_token=_EOS, unk_token=_EOS)
+
+
+def _merges(bpe: Tokenizer) -> list:
+    import json
+
+    return json.loads(bpe.to_str())["model"]["merges"]
+
+
+def build(vae: AutoencoderTiny) -> StableDiffusionPipeline:
+    """The untrained pipeline around a trained autoencoder."""
+    tokenizer = build_tokenizer()
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=_WIDTH,
+            intermediate_size=4 * _WIDTH,
+            num_hidden_layers=3,
+            num_attention_heads=6,
+            max_position_embeddings=LENGTH,
+            projection_dim=_WIDTH,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+    )
+    unet = UNet2DConditionModel(
+        sample_size=render.SIZE // 4,
+        in_channels=autoencoder.CHANNELS,
+        out_channels=autoencoder.CHANNELS,
+        layers_per_block=1,
+        block_out_channels=(64, 128, 192),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=(2, 4, 6),  # diffusers reads this as the number of heads: 32 channels each
+        cross_attention_dim=_WIDTH,
+        norm_num_groups=16,
+    )
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        steps_offset=1,
+    )
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+    """Token ids [B, 32] int64, padded as the pipeline pads."""
+    return tokenizer(
+        captions, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt"
+    ).input_ids
+
+
+@torch.no_grad()
+def encode_pool(pipe: StableDiffusionPipeline, path: Path, size: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Scaled latents [size, 8, 16, 16] fp16 and token ids [size, 32] of `size` pictures; kept in `path`."""
+    if path.exists():
+        pool = load_file(path)
+        if len(pool["latents"]) == size:
+            return pool["latents"], pool["ids"].long()
+    device = loop.device()
+    vae = pipe.vae.to(device).eval()
+    latents, ids = [], []
+    for start in tqdm(range(0, size, 64), desc="encoding pictures", mininterval=5):
+        pictures = [render.draw(seed, i) for i in range(start, min(start + 64, size))]
+        encoded = vae.encode(autoencoder.pixels([p.image for p in pictures]).to(device)).latents
+        latents.append((encoded * vae.config.scaling_factor).half().cpu())
+        ids.append(token_ids(pipe.tokenizer, [p.caption for p in pictures]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"latents": torch.cat(latents), "ids": torch.cat(ids).int()}, path)
+    return torch.cat(latents), torch.cat(ids)
+
+
+def train(
+    folder: Path, vae: AutoencoderTiny, *, steps: int = 5000, batch: int = 32, pool: int = 30_000, seed: int = 0
+) -> StableDiffusionPipeline:
+    """Trains (or resumes) text encoder and U-Net on the v-prediction loss; exports the average at every checkpoint."""
+    device = loop.device()
+    torch.manual_seed(seed)
+    pipe = build(vae)
+    latents, ids = encode_pool(pipe, folder / "pool.safetensors", pool, seed + 10)
+    model = nn.ModuleDict({"unet": pipe.unet, "text_encoder": pipe.text_encoder}).to(device).train()
+    unet, text_encoder = pipe.unet, pipe.text_encoder
+    empty = token_ids(pipe.tokenizer, [""])[0]
+    alphas = pipe.scheduler.alphas_cumprod.to(device)
+
+    def loss(step: int) -> tuple[Tensor, dict[str, float]]:
+        random = loop.generator(seed, step)
+        rows = torch.randint(len(latents), (batch,), generator=random)
+        dropped = torch.rand(batch, generator=random) < _UNCONDITIONAL
+        clean = latents[rows].float().to(device)
+        noise = torch.randn(clean.shape, generator=random).to(device)
+        times = torch.randint(len(alphas), (batch,), generator=random).to(device)
+        signal, sigma = (a.sqrt().view(-1, 1, 1, 1) for a in (alphas[times], 1 - alphas[times]))
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            text = text_encoder(torch.where(dropped[:, None], empty, ids[rows]).to(device))[0]
+            predicted = unet(signal * clean + sigma * noise, times, text).sample
+        value = F.mse_loss(predicted.float(), signal * noise - sigma * clean)
+        return value, {"loss": value.item()}
+
+    loop.fit(model, loss, folder / "diffusion.safetensors", steps=steps, learning_rate=8e-4, decay=0.998)
+    model.eval()
+    return pipe
