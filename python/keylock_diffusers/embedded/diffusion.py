@@ -125,9 +125,10 @@ def encode_pool(pipe: StableDiffusionPipeline, path: Path, size: int, seed: int)
         encoded = vae.encode(autoencoder.pixels([p.image for p in pictures]).to(device)).latents
         latents.append((encoded * vae.config.scaling_factor).half().cpu())
         ids.append(token_ids(pipe.tokenizer, [p.caption for p in pictures]))
+    pool = {"latents": torch.cat(latents).contiguous(), "ids": torch.cat(ids).int().contiguous()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"latents": torch.cat(latents), "ids": torch.cat(ids).int()}, path)
-    return torch.cat(latents), torch.cat(ids)
+    save_file(pool, path)
+    return pool["latents"], pool["ids"].long()
 
 
 def train(

@@ -1,0 +1,46 @@
+"""Personalised text-to-image diffusion for many users at once, as a drop-in for diffusers."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from keylock_diffusers.concepts import Concept, ConceptBank
+    from keylock_diffusers.generation import Request, RequestError, Use, generate
+    from keylock_diffusers.personalization import Personalization
+    from keylock_diffusers.processors import install, uninstall
+
+_HOME = {
+    "Concept": "concepts",
+    "ConceptBank": "concepts",
+    "Personalization": "personalization",
+    "Request": "generation",
+    "RequestError": "generation",
+    "Use": "generation",
+    "generate": "generation",
+    "install": "processors",
+    "uninstall": "processors",
+}
+
+__all__ = [
+    "Concept",
+    "ConceptBank",
+    "Personalization",
+    "Request",
+    "RequestError",
+    "Use",
+    "generate",
+    "install",
+    "uninstall",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

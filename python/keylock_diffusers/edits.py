@@ -1,0 +1,151 @@
+"""The key-locked rank-one edit as tensors: coefficients per token and output vectors per layer.
+
+Inference and training share it; everything is differentiable. One concept is two updates per
+projection, in slots s and S + s of a table of 2S output vectors: u = -W i* with coefficient a, and
+u = o* with coefficient strength * gate (Perfusion, Tewel et al. 2023, arXiv 2305.01644).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from keylock_diffusers.concepts import Concept, base_layer
+from keylock_kernels import rank_one_coefficients, rank_one_linear, rank_one_update
+
+# Metric cosine above which two concepts of one prompt count as the same: their Gram matrix is then
+# so ill conditioned that the combination means nothing.
+_SAME = 1 - 1e-6
+
+
+@dataclass(frozen=True)
+class Gates:
+    """Which concepts each row's prompt uses, and how."""
+
+    slots: Tensor  # [B, R] int32, -1 none
+    beta: Tensor  # [B, R] float32
+    tau: Tensor  # [B, R] float32
+    strength: Tensor  # [B, R] float32
+
+    def pairs(self, size: int) -> Tensor:  # [B, 2R] int32
+        """Slots into a table of 2 * `size` vectors: first the -W i*, then the o*."""
+        return torch.cat([self.slots, torch.where(self.slots >= 0, self.slots + size, -1)], 1).int()
+
+
+def gram(target_inputs: Tensor, directions: Tensor, energies: Tensor) -> Tensor:
+    """G_jk = i*_j^T C^-1 i*_k [S, S] float64, of target inputs [S, D], directions [S, D] and energies [S]."""
+    half = energies.double()[:, None] * (directions.double() @ target_inputs.double().T)
+    return (half + half.T) / 2
+
+
+def combination(gram: Tensor, strength: Tensor) -> Tensor:
+    """The matrix A [R, R] with a(e) = A s(e), exact for several concepts at any strengths.
+
+    Solves (L G + (I - L) diag(G)) A = L diag(G) with L = diag(strength): at strength 1 the concepts' joint edit,
+    at strength 0 a concept that is exactly absent, and for one concept A = strength.
+
+    Args:
+        gram: [R, R] float64.
+        strength: [R] float64.
+    """
+    diagonal, scale = torch.diag(gram.diagonal()), torch.diag(strength)
+    identity = torch.eye(len(strength), dtype=gram.dtype)
+    return torch.linalg.solve(scale @ gram + (identity - scale) @ diagonal, scale @ diagonal)
+
+
+def mixing(concepts: Sequence[Concept], slots: Tensor, strength: Tensor) -> Tensor:
+    """`combination` for every row of a batch.
+
+    Args:
+        concepts: what the slots stand for, S of them.
+        slots: [B, R] int32, -1 none.
+        strength: [B, R] float32.
+
+    Returns:
+        [B, R, R] float32; rows and columns of empty slots are 0.
+
+    Raises:
+        ValueError: a row uses one concept twice, or two that are the same.
+    """
+    mix = torch.zeros(*slots.shape, slots.shape[1], dtype=torch.float64)
+    for row, chosen in enumerate(slots.tolist()):
+        places = torch.tensor([place for place, slot in enumerate(chosen) if slot >= 0], dtype=torch.int64)
+        used = [concepts[chosen[place]] for place in places]
+        if not used:
+            continue
+        metric = gram(
+            torch.stack([concept.target_input for concept in used]),
+            torch.stack([concept.direction for concept in used]),
+            torch.tensor([concept.energy for concept in used]),
+        )
+        cosine = metric / (metric.diagonal()[:, None] * metric.diagonal()).sqrt()
+        for i, j in torch.triu_indices(len(used), len(used), 1).T.tolist():
+            if abs(cosine[i, j]) > _SAME:
+                raise ValueError(
+                    f"concepts {used[i].placeholder} and {used[j].placeholder} of one prompt have the same target "
+                    "input: their combination is not defined; use one of them"
+                )
+        mix[row, places[:, None], places] = combination(metric, strength[row, places].double())
+    return mix.float()
+
+
+def coefficients(
+    text: Tensor,  # [B, T, D]
+    directions: Tensor,  # [S, D] float32
+    gates: Gates,
+    mix: Tensor | None = None,  # [B, R, R], None: one concept per row at strength 1
+) -> Tensor:  # [B, T, 2R] float32
+    """Both coefficients of every concept, per token: a, and strength * sigmoid((s - beta) / tau)."""
+    similarity = rank_one_coefficients(text, directions, gates.slots)
+    gate = rank_one_coefficients(
+        text, directions, gates.slots, beta=gates.beta, tau=gates.tau, strength=gates.strength
+    )
+    a = similarity if mix is None else similarity @ mix.transpose(1, 2)
+    return torch.cat([a, gate], -1)
+
+
+def project_vectors(projection: nn.Module, vectors: Tensor) -> Tensor:
+    """W x for vectors [S, D] -> [S, O] in float32, through whatever wraps the projection, without its bias."""
+    if _is_plain(projection):
+        return F.linear(vectors.float(), projection.weight.float())
+    weight = base_layer(projection).weight
+    dtype = weight.dtype if weight.dtype.itemsize > 1 else torch.get_default_dtype()
+    out = projection(vectors.to(dtype)[None])[0]
+    if getattr(base_layer(projection), "bias", None) is not None:
+        out = out - projection(torch.zeros_like(vectors[:1], dtype=dtype)[None])[0]
+    return out.float()
+
+
+def edited_projection(
+    projection: nn.Module,
+    text: Tensor,  # [B, T, D]
+    u: Tensor | None,  # [2S, O] float32
+    slots: Tensor | None,  # [B, 2R]
+    coefficients: Tensor | None,  # [B, T, 2R]
+) -> Tensor:  # [B, T, O]
+    """The edited keys or values of one layer; plain where there is nothing to edit."""
+    if u is None or slots is None or coefficients is None or slots.shape[1] == 0:
+        return projection(text)
+    if _is_plain(projection):
+        return rank_one_linear(
+            text, projection.weight, u, None, slots, bias=projection.bias, coefficients=coefficients
+        )
+    return rank_one_update(projection(text), u, slots, coefficients)
+
+
+def _is_plain(projection: Any) -> bool:
+    """Whether a projection's weight may be used directly: no adapter, quantisation, hook or offloading on it."""
+    return (
+        type(projection) is nn.Linear
+        and projection.weight.device.type != "meta"
+        and projection.weight.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+        and not hasattr(projection, "_hf_hook")
+        and not hasattr(projection, "_diffusers_hook")
+        and not projection._forward_hooks
+        and not projection._forward_pre_hooks
+    )

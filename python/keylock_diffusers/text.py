@@ -1,0 +1,156 @@
+"""Prompts with placeholders: tokens, positions and encodings, without touching tokenizer or embedding matrix.
+
+A placeholder such as ``<alice-cat>`` takes the token ids of its concept's super-class. The concept's
+learned word embedding replaces the last of them (the noun, in "teddy bear") while that batch is
+encoded; at the start of training it equals that token's own embedding, so a new concept's prompt
+encodes exactly as its super-class's prompt does.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+PLACEHOLDER = re.compile(r"<[a-z0-9][a-z0-9_-]*>", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class TokenizedPrompt:
+    """One prompt's token ids, and where its placeholders' words are."""
+
+    ids: tuple[int, ...]  # padded to the tokenizer's length
+    attention: tuple[int, ...]  # 1 for a token, 0 for padding
+    words: tuple[tuple[int, str], ...]  # (position, placeholder) of each learned word
+
+
+def tokenize(tokenizer: Any, prompt: str, super_classes: Mapping[str, str] | None = None) -> TokenizedPrompt:
+    """Tokenizes a prompt whose placeholders stand for concepts.
+
+    Args:
+        tokenizer: a CLIP tokenizer.
+        prompt: the text.
+        super_classes: per placeholder, the super-class whose tokens it takes.
+
+    Raises:
+        ValueError: a placeholder without a concept, a concept whose placeholder is not in the prompt, or a
+            placeholder beyond the tokenizer's length.
+    """
+    super_classes = super_classes or {}
+    found = [match.group().lower() for match in PLACEHOLDER.finditer(prompt)]
+    own_tokens = {token.lower() for token in tokenizer.get_added_vocab()}
+    for placeholder in found:
+        if placeholder not in super_classes and placeholder not in own_tokens:
+            known = ", ".join(sorted(super_classes)) or "none"
+            raise ValueError(f"prompt {prompt!r}: {placeholder} is no concept of this request (concepts: {known})")
+    for placeholder in super_classes:
+        if placeholder not in found:
+            raise ValueError(f"prompt {prompt!r}: the concept {placeholder} was given but is not in the prompt")
+
+    ids: list[int] = []
+    words: list[tuple[int, str]] = []
+    start = 0
+    for match in PLACEHOLDER.finditer(prompt):
+        placeholder = match.group().lower()
+        if placeholder in super_classes:
+            ids += _ids(tokenizer, prompt[start : match.start()])
+            ids += super_class_ids(tokenizer, super_classes[placeholder])
+            words.append((len(ids), placeholder))  # the last of the super-class's tokens, counted with BOS
+            start = match.end()
+    ids += _ids(tokenizer, prompt[start:])
+
+    length = tokenizer.model_max_length
+    if len(ids) > length - 2:
+        cut = [placeholder for position, placeholder in words if position > length - 2]
+        if cut:
+            raise ValueError(
+                f"prompt {prompt!r}: {cut[0]} lies beyond the {length - 2} tokens that the text encoder reads"
+            )
+        logger.warning("prompt %r is cut after %d tokens", prompt, length - 2)
+        ids = ids[: length - 2]
+    ids = [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
+    padding = length - len(ids)
+    return TokenizedPrompt(
+        ids=(*ids, *[tokenizer.pad_token_id] * padding),
+        attention=(1,) * len(ids) + (0,) * padding,
+        words=tuple(words),
+    )
+
+
+def super_class_ids(tokenizer: Any, super_class: str) -> list[int]:
+    """The token ids of a super-class."""
+    ids = _ids(tokenizer, super_class)
+    if not ids:
+        raise ValueError(f"super_class must be a word, got {super_class!r}")
+    return ids
+
+
+def encode(
+    text_encoder: Any,
+    prompts: Sequence[TokenizedPrompt],
+    embeddings: Sequence[Mapping[str, Tensor]] | None = None,  # per prompt, placeholder -> [W]
+    *,
+    clip_skip: int | None = None,
+) -> Tensor:  # [B, T, D]
+    """Encodes a batch of prompts, each with its own learned words, as Stable Diffusion's pipelines do.
+
+    Args:
+        text_encoder: a CLIP text encoder.
+        prompts: what `tokenize` made.
+        embeddings: each prompt's learned word embeddings; a placeholder that is missing keeps its super-class's.
+        clip_skip: as in diffusers, how many of the last layers are left out.
+
+    Returns:
+        Encodings [B, T, D], differentiable in the embeddings.
+    """
+    device = text_encoder.get_input_embeddings().weight.device
+    ids = torch.tensor([prompt.ids for prompt in prompts], device=device)
+    mask = None
+    if getattr(text_encoder.config, "use_attention_mask", False):
+        mask = torch.tensor([prompt.attention for prompt in prompts], device=device)
+    places = [
+        (row, position, embeddings[row][placeholder])
+        for row, prompt in enumerate(prompts if embeddings is not None else ())
+        for position, placeholder in prompt.words
+        if placeholder in embeddings[row]  # type: ignore[index]
+    ]
+    with _learned_words(text_encoder, places):
+        if clip_skip is None:
+            return text_encoder(ids, attention_mask=mask)[0]
+        states = text_encoder(ids, attention_mask=mask, output_hidden_states=True).hidden_states
+        model = getattr(text_encoder, "text_model", text_encoder)
+        return model.final_layer_norm(states[-(clip_skip + 1)])
+
+
+@contextmanager
+def _learned_words(text_encoder: Any, places: list[tuple[int, int, Tensor]]) -> Iterator[None]:
+    """While it lasts, this thread's token embeddings have the given vectors at the given (row, position)."""
+    if not places:
+        yield
+        return
+    thread = threading.get_ident()
+    rows, positions, vectors = zip(*places, strict=True)
+
+    def replace(_module: Any, _inputs: Any, output: Tensor) -> Tensor:  # [B, T, W]
+        if threading.get_ident() != thread:
+            return output
+        where = (torch.tensor(rows, device=output.device), torch.tensor(positions, device=output.device))
+        return output.index_put(where, torch.stack([v.to(output.device, output.dtype) for v in vectors]))
+
+    handle = text_encoder.get_input_embeddings().register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False).input_ids if text.strip() else []
