@@ -7,7 +7,7 @@ u = o* with coefficient strength * gate (Perfusion, Tewel et al. 2023, arXiv 230
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,10 @@ from keylock_kernels import rank_one_coefficients, rank_one_linear, rank_one_upd
 # Metric cosine above which two concepts of one prompt count as the same: their Gram matrix is then
 # so ill conditioned that the combination means nothing.
 _SAME = 1 - 1e-6
+
+
+# Slots [B, 2R] and coefficients [B, T, 2R] of a batch.
+Edit = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -121,16 +125,53 @@ def project_vectors(projection: nn.Module, vectors: Tensor) -> Tensor:
     return out.float()
 
 
-def edited_projection(
+def tables(
+    attn: Any,
+    targets: Tensor,  # [S, D]
+    super_encodings: Tensor,  # [S, D]
+    values: Tensor,  # [S, O]
+) -> tuple[Tensor, Tensor]:  # [2S, O], [2S, O] float32
+    """A layer's output vectors, -W i* then o*, of keys (locked to the super-class) and of values (learned)."""
+    size = len(targets)
+    keys = project_vectors(attn.to_k, torch.cat([targets, super_encodings]))
+    return torch.cat([-keys[:size], keys[size:]]), torch.cat([-project_vectors(attn.to_v, targets), values.float()])
+
+
+def project_layers(
+    layers: Mapping[str, Any],
+    streams: tuple[Tensor, Tensor],  # what keys and what values read, [B, T, D] each
+    tables: Mapping[str, tuple[Tensor, Tensor]],
+    edits: tuple[Edit | None, Edit | None],
+) -> dict[str, tuple[Tensor, Tensor]]:  # [B, T, O] each
+    """Every layer's edited keys and values.
+
+    Raises:
+        ValueError: a layer that is edited normalises its text, for which the edit is not defined.
+    """
+    projected = {}
+    for name, attn in layers.items():
+        texts: Sequence[Tensor] = streams
+        if attn.norm_cross:
+            if any(edit is not None for edit in edits):
+                raise ValueError(f"{name}: concepts are not defined for a layer that normalises its text")
+            texts = [attn.norm_encoder_hidden_states(stream) for stream in streams]
+        key, value = (
+            projection(stream) if edit is None else _edited(projection, stream, tables[name][side], *edit)
+            for side, (projection, stream, edit) in enumerate(
+                zip((attn.to_k, attn.to_v), texts, edits, strict=True)
+            )
+        )
+        projected[name] = (key, value)
+    return projected
+
+
+def _edited(
     projection: nn.Module,
     text: Tensor,  # [B, T, D]
-    u: Tensor | None,  # [2S, O] float32
-    slots: Tensor | None,  # [B, 2R]
-    coefficients: Tensor | None,  # [B, T, 2R]
+    u: Tensor,  # [2S, O] float32
+    slots: Tensor,  # [B, 2R]
+    coefficients: Tensor,  # [B, T, 2R]
 ) -> Tensor:  # [B, T, O]
-    """The edited keys or values of one layer; plain where there is nothing to edit."""
-    if u is None or slots is None or coefficients is None or slots.shape[1] == 0:
-        return projection(text)
     if _is_plain(projection):
         return rank_one_linear(
             text, projection.weight, u, None, slots, bias=projection.bias, coefficients=coefficients

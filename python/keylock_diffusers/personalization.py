@@ -80,24 +80,9 @@ class Personalization:
         layers = cross_attention_layers(unet_of(pipe))
         key_edits = self._edits(key_text, locks=("local",))
         value_edits = self._edits(text, locks=("local", "global"))
-        if key_edits is None and value_edits is None:
-            tables: Mapping[str, tuple[Tensor | None, Tensor | None]] = {name: (None, None) for name in layers}
-        else:
-            tables = self._tables(layers, text.device)
-        kv = {}
-        for name, attn in layers.items():
-            streams = [key_text, text]
-            if attn.norm_cross:
-                if value_edits is not None:
-                    raise ValueError(f"{name}: concepts are not defined for a layer that normalises its text")
-                streams = [attn.norm_encoder_hidden_states(stream) for stream in streams]
-            kv[name] = tuple(
-                edits.edited_projection(projection, stream, table, *(edit or (None, None)))
-                for projection, stream, table, edit in zip(
-                    (attn.to_k, attn.to_v), streams, tables[name], (key_edits, value_edits), strict=True
-                )
-            )
-        self.kv = kv
+        edited = key_edits is not None or value_edits is not None
+        tables = self._tables(layers, text.device) if edited else {}
+        self.kv = edits.project_layers(layers, (key_text, text), tables, (key_edits, value_edits))
         return self
 
     def keys_and_values(self, layer: str, rows: int, text: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -121,7 +106,7 @@ class Personalization:
             )
         return key, value
 
-    def _edits(self, text: Tensor, locks: tuple[str, ...]) -> tuple[Tensor, Tensor] | None:
+    def _edits(self, text: Tensor, locks: tuple[str, ...]) -> edits.Edit | None:
         """Slots [B, 2R] and coefficients [B, T, 2R] of the rows' concepts with one of `locks`; None if there are none."""
         rows = [
             [use for use in self._uses[row] if use.lock in locks] if row >= 0 else [] for row in self.row_index.tolist()
@@ -139,15 +124,10 @@ class Personalization:
         targets = torch.stack([concept.target_input for concept in self._concepts]).to(device)
         supers = torch.stack([concept.super_class_encoding for concept in self._concepts]).to(device).float()
         values = [concept.values_per_layer() for concept in self._concepts]
-        tables = {}
-        for name, attn in layers.items():
-            key = edits.project_vectors(attn.to_k, torch.cat([targets, supers]))
-            learned = torch.stack([value[name] for value in values]).to(device).float()
-            tables[name] = (
-                torch.cat([-key[: len(targets)], key[len(targets) :]]),
-                torch.cat([-edits.project_vectors(attn.to_v, targets), learned]),
-            )
-        return tables
+        return {
+            name: edits.tables(attn, targets, supers, torch.stack([value[name] for value in values]).to(device))
+            for name, attn in layers.items()
+        }
 
 
 def _gates_of(rows: Sequence[Sequence[ConceptUse]], concepts: Sequence[Concept]) -> tuple[edits.Gates, Tensor]:

@@ -6,6 +6,7 @@ import difflib
 import itertools
 import os
 import re
+import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Mapping
@@ -79,7 +80,7 @@ class ConceptBank(Mapping[str, Concept]):
                     return cached[1]
             concept = Concept.from_bytes(self._files.read(path), source=self._files.describe(path))
             unchanged = version is not None and self._files.version(path) == version
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise UnknownConceptError(self._unknown(concept_id)) from None
         if unchanged:
             self._remember(concept_id, version, concept)
@@ -88,7 +89,7 @@ class ConceptBank(Mapping[str, Concept]):
     def __contains__(self, concept_id: object) -> bool:
         try:
             self._files.version(_path_of(concept_id))
-        except (FileNotFoundError, ValueError, TypeError):
+        except (FileNotFoundError, NotADirectoryError, ValueError, TypeError):
             return False
         return True
 
@@ -137,7 +138,7 @@ class ConceptBank(Mapping[str, Concept]):
         """
         try:
             self._files.delete(_path_of(concept_id))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise UnknownConceptError(self._unknown(concept_id)) from None
         finally:
             self._forget(concept_id)
@@ -190,10 +191,9 @@ class _LocalFiles:
             raise ValueError(f"ConceptBank: path_or_url must be a folder, got the file {self.root}")
 
     def version(self, path: str) -> Hashable:
-        resolved = self._inside(path)
-        if not resolved.is_file():
+        status = self._inside(path).stat()
+        if not stat.S_ISREG(status.st_mode):
             raise FileNotFoundError(path)
-        status = resolved.stat()
         return status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_size
 
     def read(self, path: str) -> bytes:
@@ -232,17 +232,20 @@ class _LocalFiles:
 
     def _parent_inside(self, path: str) -> Path:
         """The folder of a path, which must be where it seems to be: a linked folder is refused."""
-        root = os.path.realpath(self.root)
-        parent = os.path.join(root, *path.split("/")[:-1])
+        parent = os.path.join(os.path.realpath(self.root), *path.split("/")[:-1])
         if os.path.realpath(parent) != parent:
             raise ValueError(f"ConceptBank: {path} lies behind a symbolic link, which a bank does not follow")
         return Path(parent)
 
     def _inside(self, path: str) -> Path:
-        resolved = os.path.realpath(self._parent_inside(path) / path.split("/")[-1])
-        if os.path.commonpath([resolved, os.path.realpath(self.root)]) != os.path.realpath(self.root):
-            raise ValueError(f"ConceptBank: {path} is a symbolic link that leads out of the bank")
-        return Path(resolved)
+        """Where a file really is, which must be inside the root."""
+        seeming = self._parent_inside(path) / path.split("/")[-1]
+        if seeming.is_symlink():
+            root, real = os.path.realpath(self.root), os.path.realpath(seeming)
+            if os.path.commonpath([root, real]) != root:
+                raise ValueError(f"ConceptBank: {path} is a symbolic link that leads out of the bank")
+            return Path(real)
+        return seeming
 
 
 class _RemoteFiles:

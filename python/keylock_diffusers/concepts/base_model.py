@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ _SIGNED_FORMATS = (
     torch.float8_e5m2,
 )
 _NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+_LAYER = re.compile(r"([A-Za-z0-9_.]*)=([1-9][0-9]{0,7})")
 _HASH = re.compile(r"[0-9a-f]{0,64}")
 _MAX_NAME = 256
 _MAX_SIZE = 1 << 24
@@ -187,10 +189,15 @@ class BaseModel:
         return bool(self.weights_hash and other.weights_hash) and self.weights_hash != other.weights_hash
 
     def to_json(self) -> dict[str, Any]:
-        """The fingerprint as plain lists and numbers, kept short because it goes into every concept file."""
+        """The fingerprint as JSON, kept short because it goes into every concept file.
+
+        The layers are one string, ``name=width name=width``, without the ending that all names have in common.
+        """
+        suffix = os.path.commonprefix([name[::-1] for name, _ in self.layers])[::-1]
         return {
             "text_encoders": [[e.architecture, e.hidden_size, e.num_layers, e.vocab_size] for e in self.text_encoders],
-            "layers": [list(layer) for layer in self.layers],
+            "layers": " ".join(f"{name.removesuffix(suffix)}={width}" for name, width in self.layers),
+            "layer_suffix": suffix,
             "cross_attention_dim": self.cross_attention_dim,
             "weights_hash": self.weights_hash,
         }
@@ -202,16 +209,20 @@ class BaseModel:
         Raises:
             ValueError: anything is missing, unknown, or of the wrong type.
         """
-        names = {"text_encoders", "layers", "cross_attention_dim", "weights_hash"}
+        names = {"text_encoders", "layers", "layer_suffix", "cross_attention_dim", "weights_hash"}
         if not isinstance(fields, Mapping) or fields.keys() != names:
             raise ValueError(f"base must be an object with the fields {sorted(names)}")
-        for name, length in (("text_encoders", 4), ("layers", 2)):
-            rows = fields[name]
-            if not isinstance(rows, list) or not all(isinstance(row, list) and len(row) == length for row in rows):
-                raise ValueError(f"base: {name} must be a list of lists of {length}")
+        encoders, layers, suffix = fields["text_encoders"], fields["layers"], fields["layer_suffix"]
+        if not isinstance(encoders, list) or not all(isinstance(row, list) and len(row) == 4 for row in encoders):
+            raise ValueError("base: text_encoders must be a list of lists of 4")
+        if not isinstance(suffix, str) or not isinstance(layers, str):
+            raise ValueError("base: layers and layer_suffix must be strings")
+        parsed = [_LAYER.fullmatch(layer) for layer in layers.split(" ", _MAX_LAYERS)]
+        if None in parsed or len(suffix) > _MAX_NAME:
+            raise ValueError(f"base: layers must be name=width, separated by spaces, got {layers!r:.80}")
         return cls(
-            text_encoders=tuple(TextEncoderInfo(*row) for row in fields["text_encoders"]),
-            layers=tuple((name, width) for name, width in fields["layers"]),
+            text_encoders=tuple(TextEncoderInfo(*row) for row in encoders),
+            layers=tuple((match[1] + suffix, int(match[2])) for match in parsed if match),
             cross_attention_dim=fields["cross_attention_dim"],
             weights_hash=fields["weights_hash"],
         )

@@ -82,10 +82,8 @@ class Concept:
     Paper: Perfusion, Tewel et al. 2023, arXiv 2305.01644.
 
     Example:
-        >>> base = BaseModel.from_json({
-        ...     "text_encoders": [["CLIPTextModel", 2, 1, 99]], "layers": [["mid_block.attn2", 3]],
-        ...     "cross_attention_dim": 2, "weights_hash": "",
-        ... })
+        >>> from keylock_diffusers.concepts import TextEncoderInfo
+        >>> base = BaseModel((TextEncoderInfo("CLIPTextModel", 2, 1, 99),), (("mid_block.attn2", 3),), 2)
         >>> concept = Concept(
         ...     "<alice-cat>", "cat", target_input=torch.tensor([2.0, 0.0]), energy=4.0,
         ...     direction=torch.tensor([0.5, 0.0]), super_class_encoding=torch.ones(2),

@@ -1,0 +1,123 @@
+"""Which implementation an op takes on a device, and why not a faster one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+BACKENDS = ("auto", "eager", "sdpa", "native", "triton", "cuda")
+
+# Below this many attention scores (B * H * N * T) one dense softmax beats SDPA's set-up.
+SMALL_SCORES = 1 << 14
+
+
+def _native_missing() -> str | None:
+    try:
+        from . import native
+    except ImportError as error:
+        return f"the compiled module cannot be loaded ({error})"
+    return None if native.available() else native.unavailable_reason() or "the compiled module is not available"
+
+
+def _present() -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute one op."""
+
+    op: str
+    backend: str
+    summary: str
+    devices: tuple[str, ...] = ()  # device types; empty: any
+    chosen_on: tuple[str, ...] = ()  # device types on which "auto" takes it; empty: any
+    chosen_small: bool = True  # whether "auto" takes it for small inputs
+    chosen_float64: bool = True  # whether "auto" takes it for float64
+    missing: Callable[[], str | None] = _present  # why it cannot run in this process
+
+    def refusal(self, device: str) -> str | None:
+        """Why this implementation cannot run on a device type, or None."""
+        if self.devices and device not in self.devices:
+            return f"it runs on {', '.join(self.devices)} tensors only"
+        return self.missing()
+
+
+# Fastest first: "auto" takes the first that is willing and able.
+IMPLEMENTATIONS = (
+    Implementation(
+        "rank_one_linear", "native", "torch GEMM, then the C++ update", devices=("cpu",), missing=_native_missing
+    ),
+    Implementation("rank_one_linear", "eager", "plain torch, one product per row"),
+    Implementation("rank_one_update", "native", "C++", devices=("cpu",), missing=_native_missing),
+    Implementation("rank_one_update", "eager", "plain torch, one product per row"),
+    Implementation(
+        "localized_attention",
+        "sdpa",
+        "torch's scaled_dot_product_attention, one call per stream",
+        chosen_small=False,
+        chosen_float64=False,
+    ),
+    Implementation("localized_attention", "eager", "plain torch, the whole attention map in memory"),
+)
+OPS = tuple(dict.fromkeys(entry.op for entry in IMPLEMENTATIONS))
+
+
+@torch.compiler.assume_constant_result
+def choose(op: str, requested: str, device: torch.device, dtype: torch.dtype, small: bool = False) -> str:
+    """The backend an op takes; raises ValueError where an explicit request cannot run."""
+    if requested not in BACKENDS:
+        raise ValueError(f"{op}: backend must be one of {', '.join(BACKENDS)}, got {requested!r}")
+    candidates = [entry for entry in IMPLEMENTATIONS if entry.op == op]
+    if requested == "auto":
+        for entry in candidates:
+            wanted = (entry.chosen_small or not small) and (entry.chosen_float64 or dtype != torch.float64)
+            if wanted and entry.refusal(device.type) is None:
+                return entry.backend
+        raise ValueError(f"{op}: no implementation runs on {device.type} tensors")
+    for entry in candidates:
+        if entry.backend == requested:
+            reason = entry.refusal(device.type)
+            if reason is not None:
+                raise ValueError(f"{op}: backend {requested!r} cannot run on {device.type} tensors: {reason}")
+            return requested
+    raise ValueError(
+        f"{op}: backend {requested!r} has no implementation of this op; "
+        f"it has {', '.join(entry.backend for entry in candidates)}"
+    )
+
+
+def explain() -> str:
+    """Say which backend each op would take here, and why not a faster one.
+
+    Returns:
+        A text with one block per op and device type.
+
+    Example:
+        >>> from keylock_kernels import explain
+        >>> "rank_one_update on cpu: " in explain()
+        True
+    """
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        devices.append("cuda")
+    return "\n".join(line for op in OPS for device in devices for line in _explain(op, device))
+
+
+def _explain(op: str, device: str) -> list[str]:
+    candidates = [entry for entry in IMPLEMENTATIONS if entry.op == op]
+    taken = choose(op, "auto", torch.device(device), torch.float32)
+    lines = [f"{op} on {device}: {taken}"]
+    for entry in candidates:
+        reason = entry.refusal(device)
+        state = "available" if reason is None else f"not available: {reason}"
+        lines.append(f"  {entry.backend}: {entry.summary}; {state}")
+        if not entry.chosen_small:
+            lines.append(f"    auto leaves it for inputs of at most {SMALL_SCORES} scores")
+        if not entry.chosen_float64:
+            lines.append("    auto leaves it for float64 inputs")
+    absent = [name for name in BACKENDS[1:] if name not in {entry.backend for entry in candidates}]
+    lines.append(f"  no implementation of this op: {', '.join(absent)}")
+    return lines

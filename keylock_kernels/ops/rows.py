@@ -1,0 +1,43 @@
+"""Products in which a batch row is the same to the bit wherever it stands in the batch.
+
+On a CPU, BLAS picks its inner kernel by the address of each operand, and how it splits one tall
+product over threads depends on where a row falls. Two rules make the result a function of the row
+alone: one product per row, and every row's operands start on a cache line. Sizes that break the
+second rule (real models' do not) are padded with zeros, which changes no sum.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CACHE_LINE = 64  # bytes
+LANE = 16  # elements: a cache line of float32, two of float64
+
+
+def round_up(size: int) -> int:
+    return -(-size // LANE) * LANE
+
+
+def starts_on_lines(tensor: Tensor) -> bool:
+    """Whether all batch rows of a CPU tensor start equally aligned."""
+    return tensor.shape[0] <= 1 or tensor.stride(0) * tensor.element_size() % CACHE_LINE == 0
+
+
+def row_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """``a[i] @ b[i]`` for every row i: [B, M, K] times [B, K, N] (or one [K, N] for all rows)."""
+    if a.device.type != "cpu":
+        return a @ b
+    inner, columns = b.shape[-2:]
+    cells = (a.shape[1] * inner, inner * columns, a.shape[1] * columns)
+    if any(cell * a.element_size() % CACHE_LINE for cell in cells):
+        a = F.pad(a, (0, round_up(inner) - inner))
+        b = F.pad(b, (0, round_up(columns) - columns, 0, round_up(inner) - inner))
+    if not starts_on_lines(a):
+        a = a.contiguous()
+    if b.dim() == 2:
+        b = b.expand(a.shape[0], *b.shape)
+    elif not starts_on_lines(b):
+        b = b.contiguous()
+    return torch.bmm(a, b)[..., :columns]

@@ -1,0 +1,81 @@
+"""The trainer's checkpoint: one safetensors file, written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+_FACTS = ("loss", "best", "best_step", "steps", "stopped")
+
+
+def save(path: str | Path, learners: Sequence[Any], config: Any, step: int) -> None:
+    """Writes everything that the next step depends on."""
+    tensors: dict[str, Tensor] = {}
+    facts = []
+    for number, learner in enumerate(learners):
+        tensors |= {f"{number}/{name}": getattr(learner, name).detach() for name in ("embedding", "values", "target")}
+        for place, state in learner.optimizer.state_dict()["state"].items():
+            tensors |= {f"{number}/optimizer/{place}/{name}": tensor for name, tensor in state.items()}
+        facts.append({name: getattr(learner, name) for name in _FACTS} | {"failure": learner.failure and str(learner.failure)})
+    header = {"step": json.dumps(step), "run": _run(learners, config), "facts": json.dumps(facts)}
+    partial = Path(path).with_suffix(f".{os.getpid()}.partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, header)
+    os.replace(partial, path)
+
+
+def restore(path: str | Path, learners: Sequence[Any], config: Any) -> int:
+    """Puts the learners where the checkpoint left them; returns the next step.
+
+    Raises:
+        ValueError: the file is damaged, or of another run (other subjects, pictures, settings or model).
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            header, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"checkpoint {path} cannot be read: {error}") from error
+    if header.get("run") != _run(learners, config):
+        raise ValueError(f"checkpoint {path} is of another run: its subjects, pictures or settings differ from these")
+    from keylock_diffusers.training.trainer import ConceptTrainingError
+
+    for number, (learner, facts) in enumerate(zip(learners, json.loads(header["facts"]), strict=True)):
+        with torch.no_grad():
+            for name in ("embedding", "values", "target"):
+                getattr(learner, name).copy_(tensors[f"{number}/{name}"])
+        for name in _FACTS:
+            setattr(learner, name, facts[name])
+        learner.failure = facts["failure"] and ConceptTrainingError(facts["failure"])
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            parts = key.split("/")
+            if parts[0] == str(number) and parts[1] == "optimizer":
+                state.setdefault(int(parts[2]), {})[parts[3]] = tensor
+        learner.optimizer.load_state_dict(
+            {"state": state, "param_groups": learner.optimizer.state_dict()["param_groups"]}
+        )
+    return int(json.loads(header["step"]))
+
+
+def _run(learners: Sequence[Any], config: Any) -> str:
+    """A digest of what makes a run the same run; more steps continue it."""
+    digest = hashlib.sha256()
+    settings = {key: value for key, value in asdict(config).items() if key != "steps"}
+    for learner in learners:
+        subject = learner.subject
+        settings[subject.placeholder] = [subject.super_class, subject.seed, [p.ids for p in learner.prompts]]
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    for learner in learners:
+        for tensor in (learner.latents, learner.weights):
+            digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,149 @@
+"""The metric of key-locking: the uncentered second moment of text encodings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from keylock_diffusers import text
+from keylock_diffusers.embedded.glyphs import BACKGROUNDS, GLYPHS
+from keylock_diffusers.embedded.render import caption
+
+logger = logging.getLogger(__name__)
+_POSITIONS = ("prompt", "all")
+_WARN_CONDITION = 1e7
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Covariance:
+    """C = E[e e^T] + ridge, and how it was made."""
+
+    matrix: Tensor  # [D, D] float64
+    recipe: Mapping[str, Any]
+
+    def direction(self, target: Tensor) -> tuple[Tensor, Tensor]:
+        """C^-1 i* / energy [..., D] and the energy i*^T C^-1 i* [...], both float32, of target inputs [..., D].
+
+        Differentiable in the target; s(e) = direction . e.
+        """
+        exact = target.double()
+        solved = torch.linalg.solve(self.matrix.to(target.device), exact.unsqueeze(-1)).squeeze(-1)
+        energy = (exact * solved).sum(-1)
+        return (solved / energy.unsqueeze(-1)).float(), energy.float()
+
+
+def default_captions(count: int = 2000, seed: int = 0) -> list[str]:
+    """Captions of everyday subjects, the same for the same seed: a stand-in for a caption data set."""
+    random = np.random.default_rng(seed)
+    names, backgrounds = [glyph.caption for glyph in GLYPHS], list(BACKGROUNDS)
+    captions = []
+    for _ in range(count):
+        chosen = [names[n] for n in random.choice(len(names), 1 + int(random.random() < 0.4), replace=False)]
+        captions.append(caption(chosen, backgrounds[random.integers(len(backgrounds))], int(random.integers(4))))
+    return captions
+
+
+@torch.no_grad()
+def covariance(
+    pipe: Any,
+    captions: Sequence[str] | None = None,
+    *,
+    positions: str = "prompt",
+    ridge: float = 1e-3,
+    cache: str | os.PathLike[str] | None = None,
+) -> Covariance:
+    """Estimates C from captions, or takes it from the cache.
+
+    Args:
+        pipe: a pipeline with one text encoder.
+        captions: what to encode; default `default_captions`. A data set's captions (a few thousand) are better for
+            a large model.
+        positions: "prompt": the encodings from BOS to EOS count; "all": padding too.
+        ridge: eps in C + eps tr(C) / D; keeps C invertible where the captions' vocabulary is small.
+        cache: folder for the result; default ``$KEYLOCK_CACHE`` or ``~/.cache/keylock``.
+
+    Raises:
+        ValueError: an argument is not what this says.
+
+    Paper: Perfusion, Tewel et al. 2023, arXiv 2305.01644; ROME, Meng et al. 2022, arXiv 2202.05262.
+    """
+    captions = default_captions() if captions is None else list(captions)
+    if not captions:
+        raise ValueError("covariance: captions must not be empty")
+    if positions not in _POSITIONS:
+        raise ValueError(f"covariance: positions must be one of {_POSITIONS}, got {positions!r}")
+    if not ridge >= 0:
+        raise ValueError(f"covariance: ridge must be at least 0, got {ridge}")
+    prompts = [text.tokenize(pipe.tokenizer, words) for words in captions]
+    first = text.encode(pipe.text_encoder, prompts[:_BATCH])
+    path = _cache_folder(cache) / f"covariance-{_key(first, captions, positions)}.safetensors"
+    moment = _read(path, first.shape[-1])
+    if moment is None:
+        moment = torch.zeros(first.shape[-1], first.shape[-1], dtype=torch.float64)
+        count = 0
+        for start in range(0, len(prompts), _BATCH):
+            batch = prompts[start : start + _BATCH]
+            encodings = text.encode(pipe.text_encoder, batch)
+            kept = torch.ones(encodings.shape[:2], dtype=torch.bool)
+            if positions == "prompt":
+                kept = torch.tensor([prompt.attention for prompt in batch]).bool()
+            rows = encodings[kept.to(encodings.device)].double().cpu()
+            moment += rows.T @ rows
+            count += len(rows)
+        moment /= count
+        _write(path, moment)
+    ridged = moment + ridge * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
+    condition = float(torch.linalg.cond(ridged))
+    if condition > _WARN_CONDITION:
+        logger.warning("covariance: condition number %.1e; similarities lose precision, use a larger ridge", condition)
+    recipe = {
+        "captions": len(captions),
+        "captions_sha256": hashlib.sha256("\n".join(captions).encode()).hexdigest()[:16],
+        "positions": positions,
+        "ridge": ridge,
+        "condition": float(f"{condition:.3g}"),
+    }
+    return Covariance(ridged, recipe)
+
+
+def _cache_folder(cache: str | os.PathLike[str] | None) -> Path:
+    return Path(cache or os.environ.get("KEYLOCK_CACHE") or Path.home() / ".cache" / "keylock").expanduser()
+
+
+def _key(first: Tensor, captions: Sequence[str], positions: str) -> str:
+    """Names the text encoder by what it says of the first captions, rather than by its weights."""
+    digest = hashlib.sha256(first.float().cpu().contiguous().numpy().tobytes())
+    digest.update(json.dumps([list(captions), positions]).encode())
+    return digest.hexdigest()[:32]
+
+
+def _read(path: Path, size: int) -> Tensor | None:
+    try:
+        with safe_open(path, "pt") as file:
+            moment = file.get_tensor("moment")
+    except Exception:  # absent or damaged: it is made again
+        return None
+    return moment if moment.shape == (size, size) and bool(moment.isfinite().all()) else None
+
+
+def _write(path: Path, moment: Tensor) -> None:
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"moment": moment}, partial)
+        os.replace(partial, path)
+    except OSError as error:
+        logger.warning("covariance: %s cannot be written (%s); it is computed anew next time", path, error)

@@ -1,0 +1,415 @@
+"""Trains many users' concepts in one run, each row of the batch its own concept, each as if alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from keylock_diffusers import edits, text
+from keylock_diffusers.concepts import BaseModel, Concept, cross_attention_layers
+from keylock_diffusers.personalization import Personalization
+from keylock_diffusers.processors import install, uninstall
+from keylock_diffusers.processors.attention import CrossAttnProcessor
+from keylock_diffusers.training import checkpoint
+from keylock_diffusers.training.covariance import Covariance, covariance
+
+_GRADIENTS = ("none", "straight-through", "exact")
+# Perfusion's learning rates, and the root mean squares on Stable Diffusion 1.5 of what they were chosen for: CLIP
+# ViT-L/14's word embeddings have a norm of about 0.39 in 768 dimensions; to_v's outputs are of the order of one.
+_VALUES_RATE, _VALUES_RMS = 0.03, 1.0
+_EMBEDDING_RATE, _EMBEDDING_RMS = 0.006, 0.014
+_DEFAULT_CAPTIONS = ("a photo of a {}", "a picture of the {}", "a {}", "the {}")
+
+
+class ConceptTrainingError(RuntimeError):
+    """One subject's training had to stop; the others' goes on."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One user's subject and the pictures of it.
+
+    Args:
+        placeholder: the word that will stand for it in prompts, such as ``<alice-cat>``.
+        super_class: what it is, such as ``cat``.
+        images: its pictures, PIL images of any size and aspect ratio; the middle square is used.
+        captions: per picture, a prompt with the placeholder; default a few neutral ones.
+        masks: per picture, a PIL image that is white where the subject is; default everywhere.
+        seed: of this subject's draws.
+    """
+
+    placeholder: str
+    super_class: str
+    images: Sequence[Image.Image]
+    captions: Sequence[str] | None = None
+    masks: Sequence[Image.Image] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.images:
+            raise ValueError(f"Subject {self.placeholder}: images must not be empty")
+        for name in ("captions", "masks"):
+            given = getattr(self, name)
+            if given is not None and len(given) != len(self.images):
+                raise ValueError(
+                    f"Subject {self.placeholder}: {name} must hold one per picture, {len(self.images)}, got {len(given)}"
+                )
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How concepts are trained; the defaults are Perfusion's on Stable Diffusion 1.5.
+
+    Args:
+        steps: optimiser steps.
+        batch_size: pictures per concept and step.
+        values_rate: learning rate of the value outputs, in units of their root mean square at the start.
+        embedding_rate: learning rate of the word embedding, in units of its root mean square at the start.
+        beta: training gate's threshold, in units of the similarity.
+        tau: training gate's temperature.
+        target_decay: of the moving average that is the target input i*.
+        target_gradient: what i* passes back: "none", "straight-through" (as if it were this step's encoding), or
+            "exact" (through this step's share of the average).
+        max_grad_norm: each concept's gradients are clipped to this norm; None: not at all.
+        patience: a concept stops when its smoothed loss has not improved for so many steps; None: never.
+        mixed_precision: "no" or "bf16".
+        inference_beta, inference_tau: the gate stored with the concept.
+    """
+
+    steps: int = 400
+    batch_size: int = 16
+    values_rate: float = _VALUES_RATE / _VALUES_RMS
+    embedding_rate: float = _EMBEDDING_RATE / _EMBEDDING_RMS
+    beta: float = 0.75
+    tau: float = 0.1
+    target_decay: float = 0.99
+    target_gradient: str = "none"
+    max_grad_norm: float | None = 1.0
+    patience: int | None = None
+    mixed_precision: str = "no"
+    inference_beta: float = 0.75
+    inference_tau: float = 0.15
+
+    def __post_init__(self) -> None:
+        if self.target_gradient not in _GRADIENTS:
+            raise ValueError(f"TrainingConfig: target_gradient must be one of {_GRADIENTS}, got {self.target_gradient!r}")
+        if self.mixed_precision not in ("no", "bf16"):
+            raise ValueError(f'TrainingConfig: mixed_precision must be "no" or "bf16", got {self.mixed_precision!r}')
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"TrainingConfig: {name} must be at least 1, got {getattr(self, name)}")
+        for name in ("values_rate", "embedding_rate"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"TrainingConfig: {name} must be at least 0, got {getattr(self, name)}")
+        if not 0 <= self.target_decay < 1:
+            raise ValueError(f"TrainingConfig: target_decay must lie in [0, 1), got {self.target_decay}")
+
+
+@dataclass
+class _Learner:
+    """One concept while it is learned."""
+
+    subject: Subject
+    prompts: list[text.TokenizedPrompt]  # per picture
+    latents: Tensor  # [n, c, h, w]
+    weights: Tensor  # [n, 1, h, w], the soft masks over their maximum
+    super_encoding: Tensor  # [D]
+    embedding: nn.Parameter  # [W]
+    values: nn.Parameter  # [sum O]
+    target: Tensor  # [D]
+    optimizer: torch.optim.Optimizer
+    loss: float = float("nan")  # smoothed
+    best: float = float("inf")
+    best_step: int = 0
+    steps: int = 0
+    stopped: str | None = None
+    failure: ConceptTrainingError | None = None
+    parameters: list[nn.Parameter] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parameters = [self.embedding, self.values]
+
+
+def train_concepts(
+    pipe: Any,
+    subjects: Sequence[Subject],
+    config: TrainingConfig = TrainingConfig(),
+    *,
+    metric: Covariance | None = None,
+    checkpoint_path: str | Path | None = None,
+    checkpoint_every: int = 50,
+    progress: bool = True,
+) -> list[Concept | ConceptTrainingError]:
+    """Learns a concept per subject; all of them share the U-Net's calls, and none influences another.
+
+    Every draw is a function of the subject's seed and the step, so a run resumed from its checkpoint ends where an
+    uninterrupted one does, and a subject learns what it would have learned alone.
+
+    Args:
+        pipe: a Stable Diffusion 1.x or 2.x pipeline; its weights, flags and processors are as before afterwards.
+        subjects: what to learn.
+        config: how.
+        metric: C; default `covariance(pipe)`.
+        checkpoint_path: a safetensors file to resume from and to write.
+        checkpoint_every: steps between two writes of it.
+        progress: whether to show a progress bar.
+
+    Returns:
+        Per subject its concept, or the error that stopped it (a loss that was not finite).
+
+    Raises:
+        ValueError: a subject's captions, a placeholder used twice, or a checkpoint of another run.
+
+    Paper: Perfusion, Tewel et al. 2023, arXiv 2305.01644.
+    """
+    if not subjects:
+        raise ValueError("train_concepts: subjects must not be empty")
+    metric = covariance(pipe) if metric is None else metric
+    started = time.monotonic()
+    with _frozen(pipe):
+        learners = [_begin(pipe, subject, config) for subject in subjects]
+        first = 0
+        if checkpoint_path is not None and Path(checkpoint_path).exists():
+            first = checkpoint.restore(checkpoint_path, learners, config)
+        bar = tqdm(range(first, config.steps), initial=first, total=config.steps, desc="training", disable=not progress)
+        for step in bar:
+            active = [learner for learner in learners if learner.stopped is None]
+            if not active:
+                break
+            _step(pipe, active, config, metric, step)
+            shown = [learner.loss for learner in learners if learner.failure is None]
+            bar.set_postfix(loss=f"{sum(shown) / max(len(shown), 1):.4f}", active=len(active), refresh=False)
+            if checkpoint_path is not None and ((step + 1) % checkpoint_every == 0 or step + 1 == config.steps):
+                checkpoint.save(checkpoint_path, learners, config, step + 1)
+        base = BaseModel.of(pipe)
+    return [
+        learner.failure or _finish(learner, base, config, metric, time.monotonic() - started) for learner in learners
+    ]
+
+
+def _step(pipe: Any, learners: list[_Learner], config: TrainingConfig, metric: Covariance, step: int) -> None:
+    device, size = pipe.unet.device, config.batch_size
+    draws = [_draws(learner, config, step, pipe.scheduler) for learner in learners]
+    chosen, times, noise = (torch.cat(parts) for parts in zip(*draws, strict=True))
+    rows = [learner for learner in learners for _ in range(size)]
+    clean = torch.stack([row.latents[n] for row, n in zip(rows, chosen, strict=True)]).to(device)
+    weights = torch.stack([row.weights[n] for row, n in zip(rows, chosen, strict=True)]).to(device)
+    times, noise = times.to(device), noise.to(device)
+
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+        prompts = [row.prompts[n] for row, n in zip(rows, chosen, strict=True)]
+        encodings = text.encode(
+            pipe.text_encoder, prompts, [{row.subject.placeholder: row.embedding} for row in rows]
+        )
+        targets = []
+        for number, learner in enumerate(learners):
+            mine = slice(number * size, (number + 1) * size)
+            now = word_encodings(encodings[mine], prompts[mine]).mean(0).float()
+            target = config.target_decay * learner.target + (1 - config.target_decay) * now
+            learner.target = target.detach()
+            if config.target_gradient == "none":
+                target = target.detach()
+            elif config.target_gradient == "straight-through":
+                target = target.detach() + now - now.detach()
+            targets.append(target)
+        personalization = Personalization([[]] * len(rows), torch.arange(len(rows)))
+        personalization.kv = _project(pipe, learners, torch.stack(targets), encodings, config, metric)
+        noisy = pipe.scheduler.add_noise(clean, noise, times)
+        predicted = pipe.unet(
+            noisy, times, encodings, cross_attention_kwargs={"personalization": personalization}
+        ).sample
+    error = (predicted.float() - _prediction_target(pipe.scheduler, clean, noise, times)) ** 2
+    per_row = (error * weights).sum((1, 2, 3)) / (weights.sum((1, 2, 3)) * error.shape[1])
+    losses = per_row.view(len(learners), size).mean(1)
+    for learner in learners:
+        learner.optimizer.zero_grad(set_to_none=True)
+    losses.sum().backward()
+    for learner, loss in zip(learners, losses.detach().tolist(), strict=True):
+        _update(learner, loss, config, step)
+
+
+def _project(
+    pipe: Any, learners: list[_Learner], targets: Tensor, encodings: Tensor, config: TrainingConfig, metric: Covariance
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Every layer's edited keys and values, differentiable in values, encodings and (if asked) targets [S, D]."""
+    size = config.batch_size
+    slots = torch.arange(len(learners), dtype=torch.int32, device=encodings.device).repeat_interleave(size)[:, None]
+    full = torch.ones(slots.shape, device=encodings.device)
+    gates = edits.Gates(slots, full * config.beta, full * config.tau, full)
+    directions, _ = metric.direction(targets)
+    coefficients = edits.coefficients(encodings, directions, gates)
+    supers = torch.stack([learner.super_encoding for learner in learners])
+    layers = cross_attention_layers(pipe.unet)
+    widths = [attn.to_v.out_features for attn in layers.values()]
+    values = torch.stack([learner.values for learner in learners]).split(widths, dim=1)
+    tables = {
+        name: edits.tables(attn, targets, supers, value) for (name, attn), value in zip(layers.items(), values, strict=True)
+    }
+    edit = (gates.pairs(len(learners)), coefficients)
+    return edits.project_layers(layers, (encodings, encodings), tables, (edit, edit))
+
+
+def _update(learner: _Learner, loss: float, config: TrainingConfig, step: int) -> None:
+    gradients = [parameter.grad for parameter in learner.parameters]
+    if not torch.isfinite(torch.tensor(loss)) or not all(g is not None and g.isfinite().all() for g in gradients):
+        learner.stopped = "failed"
+        learner.failure = ConceptTrainingError(
+            f"{learner.subject.placeholder}: the loss or its gradient was not finite at step {step}; "
+            "check the pictures and masks, or lower the learning rates"
+        )
+        return
+    if config.max_grad_norm is not None:
+        nn.utils.clip_grad_norm_(learner.parameters, config.max_grad_norm)
+    learner.optimizer.step()
+    learner.steps = step + 1
+    learner.loss = loss if learner.loss != learner.loss else 0.95 * learner.loss + 0.05 * loss
+    if learner.loss < learner.best:
+        learner.best, learner.best_step = learner.loss, step
+    elif config.patience is not None and step - learner.best_step >= config.patience:
+        learner.stopped = "converged"
+
+
+def _draws(learner: _Learner, config: TrainingConfig, step: int, scheduler: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Which pictures, times and noise this concept sees in this step."""
+    generator = torch.Generator().manual_seed((learner.subject.seed * 1_000_003 + step) % 2**63)
+    size = config.batch_size
+    pictures = torch.randint(len(learner.latents), (size,), generator=generator)
+    times = torch.randint(scheduler.config.num_train_timesteps, (size,), generator=generator)
+    return pictures, times, torch.randn(size, *learner.latents.shape[1:], generator=generator)
+
+
+def _prediction_target(scheduler: Any, clean: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+    kind = scheduler.config.prediction_type
+    if kind == "epsilon":
+        return noise
+    if kind == "v_prediction":
+        alphas = scheduler.alphas_cumprod.to(clean.device)[times].view(-1, 1, 1, 1)
+        return alphas.sqrt() * noise - (1 - alphas).sqrt() * clean
+    if kind == "sample":
+        return clean
+    raise ValueError(f"train_concepts: the scheduler's prediction_type {kind!r} is not known")
+
+
+def word_encodings(encodings: Tensor, prompts: Sequence[text.TokenizedPrompt]) -> Tensor:
+    """The encodings [n, D] of the prompts' placeholders, among encodings [B, T, D]."""
+    places = [(row, position) for row, prompt in enumerate(prompts) for position, _ in prompt.words]
+    rows, positions = (torch.tensor(side, device=encodings.device) for side in zip(*places, strict=True))
+    return encodings[rows, positions]
+
+
+def _begin(pipe: Any, subject: Subject, config: TrainingConfig) -> _Learner:
+    super_ids = text.super_class_ids(pipe.tokenizer, subject.super_class)
+    captions = subject.captions or [
+        _DEFAULT_CAPTIONS[n % len(_DEFAULT_CAPTIONS)].format(subject.placeholder) for n in range(len(subject.images))
+    ]
+    prompts = [text.tokenize(pipe.tokenizer, c, {subject.placeholder: subject.super_class}) for c in captions]
+    device = pipe.unet.device
+    with torch.no_grad():
+        super_encoding = word_encodings(text.encode(pipe.text_encoder, prompts), prompts).mean(0).float()
+        embedding = pipe.text_encoder.get_input_embeddings().weight[super_ids[-1]].float()
+        values = torch.cat(
+            [
+                edits.project_vectors(attn.to_v, super_encoding[None])[0]
+                for attn in cross_attention_layers(pipe.unet).values()
+            ]
+        )
+        latents = _encode_images(pipe, subject.images)
+    masks = subject.masks or [Image.new("L", (8, 8), 255)] * len(subject.images)
+    learned = nn.Parameter(embedding.clone().to(device)), nn.Parameter(values.clone().to(device))
+    rates = (config.embedding_rate, config.values_rate)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [parameter], "lr": rate * float(parameter.detach().square().mean().sqrt())}
+            for parameter, rate in zip(learned, rates, strict=True)
+        ],
+        weight_decay=0.0,
+    )
+    return _Learner(
+        subject=subject,
+        prompts=prompts,
+        latents=latents.float().cpu(),
+        weights=torch.stack([_soft_mask(mask, subject, latents.shape[-2:]) for mask in masks]),
+        super_encoding=super_encoding.to(device),
+        embedding=learned[0],
+        values=learned[1],
+        target=super_encoding.clone().to(device),
+        optimizer=optimizer,
+    )
+
+
+def _encode_images(pipe: Any, images: Sequence[Image.Image]) -> Tensor:
+    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    squares = [ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.LANCZOS) for image in images]
+    pixels = pipe.image_processor.preprocess(squares).to(pipe.vae.device, pipe.vae.dtype)
+    encoded = pipe.vae.encode(pixels)
+    latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+    return latents * pipe.vae.config.scaling_factor
+
+
+def _soft_mask(mask: Image.Image, subject: Subject, size: Sequence[int]) -> Tensor:
+    """A picture's weights [1, h, w] in latents' resolution, 1 where the subject is surest."""
+    height, width = size
+    square = ImageOps.fit(mask.convert("L"), (8 * width, 8 * height), Image.Resampling.BILINEAR)
+    soft = F.adaptive_avg_pool2d(torch.tensor(list(square.tobytes())).float().view(1, 8 * height, 8 * width), (height, width))
+    if soft.max() <= 0:
+        raise ValueError(f"Subject {subject.placeholder}: a mask is empty")
+    return soft / soft.max()
+
+
+def _finish(learner: _Learner, base: BaseModel, config: TrainingConfig, metric: Covariance, seconds: float) -> Concept:
+    direction, energy = metric.direction(learner.target)
+    recipe = {key: value for key, value in asdict(config).items() if not key.startswith("inference")}
+    return Concept(
+        placeholder=learner.subject.placeholder,
+        super_class=learner.subject.super_class,
+        target_input=learner.target,
+        energy=float(energy),
+        direction=direction,
+        super_class_encoding=learner.super_encoding,
+        word_embeddings=(learner.embedding.detach(),),
+        values=learner.values.detach(),
+        base=base,
+        beta=config.inference_beta,
+        tau=config.inference_tau,
+        covariance=dict(metric.recipe),
+        training={
+            **recipe,
+            "steps": learner.steps,
+            "stopped": learner.stopped or "finished",
+            "pictures": len(learner.subject.images),
+            "seed": learner.subject.seed,
+            "loss": round(learner.loss, 5),
+            "seconds": round(seconds, 1),
+        },
+    )
+
+
+@contextmanager
+def _frozen(pipe: Any) -> Iterator[None]:
+    """Weights without gradients, modules in evaluation mode, our processors installed; all undone afterwards."""
+    modules = [pipe.unet, pipe.text_encoder, pipe.vae]
+    flags = [(p, p.requires_grad) for module in modules for p in module.parameters()]
+    modes = [(m, m.training) for module in modules for m in module.modules()]
+    installed = any(isinstance(p, CrossAttnProcessor) for p in pipe.unet.attn_processors.values())
+    try:
+        for module in modules:
+            module.requires_grad_(False).eval()
+        install(pipe)
+        yield
+    finally:
+        if not installed:
+            uninstall(pipe)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        for module, mode in modes:
+            module.training = mode
