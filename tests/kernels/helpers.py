@@ -62,11 +62,11 @@ def run(
     grads = torch.autograd.grad(
         results,
         list(leaves.values()),
-        [g.to(r.dtype) for g, r in zip(upstream, results)],
+        [g.to(r.dtype) for g, r in zip(upstream, results, strict=True)],
         allow_unused=True,  # with no slots or no keys an input takes no part
         materialize_grads=True,
     )
-    return [r.detach() for r in results], dict(zip(leaves, grads))
+    return [r.detach() for r in results], dict(zip(leaves, grads, strict=True))
 
 
 def gradients_like(results: list[Tensor]) -> list[Tensor]:

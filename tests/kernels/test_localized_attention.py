@@ -63,7 +63,9 @@ def test_the_result_is_the_loop_over_visible_keys(case, backend):
     index = tokens.long()[:, None, None].expand(*maps.shape[:3], -1)
     columns = maps.gather(3, index.clamp(min=0)) * (index >= 0)
     torch.testing.assert_close(result[0], out)
-    torch.testing.assert_close(result[1], columns if weights is None else torch.einsum("bhnm,bnm->bhm", columns, weights))
+    torch.testing.assert_close(
+        result[1], columns if weights is None else torch.einsum("bhnm,bnm->bhm", columns, weights)
+    )
 
 
 @cases
@@ -83,7 +85,7 @@ def test_the_references_gradients_are_its_derivatives(case):
     # A hidden key's bias is -inf, which has no finite difference; biases have a test of their own.
     names = [name for name in floating(inputs) if not name.endswith("bias")]
     leaves = [inputs[name].requires_grad_() for name in names]
-    assert torch.autograd.gradcheck(lambda *a: plain(**{**inputs, **dict(zip(names, a))}), leaves)
+    assert torch.autograd.gradcheck(lambda *a: plain(**{**inputs, **dict(zip(names, a, strict=True))}), leaves)
 
 
 @backends
@@ -139,7 +141,9 @@ def test_a_pixel_that_sees_no_key_gets_zeros_and_gives_none(backend, hide):
     if hide == "bias":
         inputs["key_bias"] = torch.full((3, 7), -torch.inf)
     elif hide == "regions":
-        inputs["query_regions"], inputs["key_regions"] = (torch.full((3, n), b, dtype=torch.int32) for n, b in ((13, 1), (7, 2)))
+        inputs["query_regions"], inputs["key_regions"] = (
+            torch.full((3, n), b, dtype=torch.int32) for n, b in ((13, 1), (7, 2))
+        )
     elif hide == "no key":
         inputs["key"], inputs["value"] = inputs["key"][:, :0], inputs["value"][:, :0]
         inputs["readout_tokens"] = inputs["readout_tokens"].clamp(max=4)
@@ -232,7 +236,11 @@ def test_a_zero_weights_own_gradient_is_the_inner_product(backend, kind):
     upstream = torch.randn(2, 6, 2, 4, dtype=torch.float64)
     _, grads = run(localized_attention, inputs, wanted=["image_weights"], upstream=[upstream], backend=backend)
     for i, part in enumerate((slice(0, 3), slice(3, 5))):
-        stream = {"query": inputs["query"], "key": inputs["image_key"][:, part], "value": inputs["image_value"][:, part]}
+        stream = {
+            "query": inputs["query"],
+            "key": inputs["image_key"][:, part],
+            "value": inputs["image_value"][:, part],
+        }
         inner = (localized_attention(**stream) * upstream).sum((2, 3))
         torch.testing.assert_close(grads["image_weights"][:, i], inner.sum(1) if kind == "row" else inner)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.kernels.helpers import RANK_ONE_BACKENDS, RANK_ONE_CASES, linear_through_coefficients, rank_one_case, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keylock_kernels import rank_one_coefficients, rank_one_linear, rank_one_update
 from keylock_kernels.ops.rank_one import reference
 from keylock_kernels.testing import assert_as_accurate_as_eager, cast, rank_one_by_loops, rank_one_inputs
+from tests.kernels.helpers import RANK_ONE_BACKENDS, RANK_ONE_CASES, linear_through_coefficients, rank_one_case, run
 
 cases = pytest.mark.parametrize("case", RANK_ONE_CASES)
 backends = pytest.mark.parametrize("backend", RANK_ONE_BACKENDS)
@@ -47,8 +47,8 @@ def test_the_references_gradients_are_its_derivatives(case):
     slots = inputs.pop("slots")
     names = list(inputs)
     leaves = [inputs[name].requires_grad_() for name in names]
-    assert torch.autograd.gradcheck(lambda *a: plain(slots=slots, **dict(zip(names, a))), leaves)
-    assert torch.autograd.gradcheck(lambda *a: rank_one_linear(slots=slots, **dict(zip(names, a))), leaves)
+    assert torch.autograd.gradcheck(lambda *a: plain(slots=slots, **dict(zip(names, a, strict=True))), leaves)
+    assert torch.autograd.gradcheck(lambda *a: rank_one_linear(slots=slots, **dict(zip(names, a, strict=True))), leaves)
 
 
 @cases
@@ -79,9 +79,7 @@ def test_everything_but_x_and_weight_may_be_float32_beside_half(backend):
     results, grads = run(rank_one_linear, mixed, backend=backend)
     wide = {**inputs, "x": mixed["x"].float(), "weight": mixed["weight"].float()}
     torch.testing.assert_close(results[0], rank_one_linear(**wide, backend=backend).half(), rtol=0, atol=0)
-    assert {name: grad.dtype for name, grad in grads.items()} == {
-        name: mixed[name].dtype for name in grads
-    }
+    assert {name: grad.dtype for name, grad in grads.items()} == {name: mixed[name].dtype for name in grads}
 
 
 @cases
@@ -197,7 +195,9 @@ def test_a_negative_tau_follows_the_formula():
     torch.testing.assert_close(rank_one_linear(**inputs), rank_one_by_loops(**inputs))
     names = [name for name in inputs if name != "slots"]
     leaves = [inputs[name].requires_grad_() for name in names]
-    assert torch.autograd.gradcheck(lambda *a: rank_one_linear(slots=inputs["slots"], **dict(zip(names, a))), leaves)
+    assert torch.autograd.gradcheck(
+        lambda *a: rank_one_linear(slots=inputs["slots"], **dict(zip(names, a, strict=True))), leaves
+    )
 
 
 def test_the_weights_gradient_is_computed_only_when_asked(monkeypatch):

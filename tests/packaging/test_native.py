@@ -56,27 +56,23 @@ def test_importing_native_does_not_import_torch():
 REPORT = "import json; from keylock_kernels import native; print(json.dumps(native.build_info()))"
 
 
-def test_build_info_without_the_extension():
-    code = f"{REPORT}; print(json.dumps([native.available(), native.unavailable_reason()]))"
-    info, state = map(json.loads, run_blocked("keylock_kernels._native", code=code).splitlines())
-    available, reason = state
+def test_without_the_extension_everything_reports_and_ops_raise():
+    code = f"""
+{REPORT}
+print(json.dumps([native.available(), native.unavailable_reason()]))
+import torch
+try:
+    native.rank_one_update(torch.zeros(1, 1, 1), *[torch.zeros(1, 1)] * 2, torch.zeros(1, 1, 1))
+except RuntimeError as error:
+    print(json.dumps(str(error)))
+"""
+    info, (available, reason), error = map(json.loads, run_blocked("keylock_kernels._native", code=code).splitlines())
     assert not available and reason
     assert info["native"] == {"available": False, "reason": reason, "path": None}
     assert info["skipped"]["native"] == reason
     assert info["instruction_sets"] == {"compiled": [], "usable": [], "used": None}
     assert info["openmp"]["threads"] == 1
-
-
-def test_ops_without_the_extension_say_why():
-    code = """
-import torch
-from keylock_kernels import native
-try:
-    native.rank_one_update(torch.zeros(1, 1, 1), *[torch.zeros(1, 1)] * 2, torch.zeros(1, 1, 1))
-except RuntimeError as error:
-    print(error)
-"""
-    assert "native kernels are not available: " in run_blocked("keylock_kernels._native", code=code)
+    assert error == f"native kernels are not available: {reason}"
 
 
 def test_reason_is_the_one_the_build_recorded(tmp_path, monkeypatch):

@@ -76,7 +76,7 @@ def _set_encoder(model: AutoencoderTiny, images: Tensor) -> None:
 
 
 def train(folder: Path, *, steps: int = 3000, batch: int = 16, seed: int = 0) -> AutoencoderTiny:
-    """Trains (or resumes) the decoder with L1 on pixels and on their differences; writes `folder`/vae."""
+    """Trains (or resumes) the decoder with L1 on pixels and on their differences."""
     device = loop.device()
     model = build(seed).to(device)
 
@@ -90,5 +90,4 @@ def train(folder: Path, *, steps: int = 3000, batch: int = 16, seed: int = 0) ->
         return error + 0.5 * edges, {"l1": error.item(), "edges": edges.item()}
 
     loop.fit(model.decoder, loss, folder / "decoder.safetensors", steps=steps, learning_rate=2e-3, decay=0.99)
-    model.eval().save_pretrained(folder / "vae")
-    return model
+    return model.eval()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -45,9 +47,7 @@ def build_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=LENGTH, pad_token=_EOS, unk_token=_EOS)
 
 
-def _merges(bpe: Tokenizer) -> list:
-    import json
-
+def _merges(bpe: Tokenizer) -> list[list[str] | str]:
     return json.loads(bpe.to_str())["model"]["merges"]
 
 
@@ -134,7 +134,7 @@ def encode_pool(pipe: StableDiffusionPipeline, path: Path, size: int, seed: int)
 def train(
     folder: Path, vae: AutoencoderTiny, *, steps: int = 5000, batch: int = 32, pool: int = 30_000, seed: int = 0
 ) -> StableDiffusionPipeline:
-    """Trains (or resumes) text encoder and U-Net on the v-prediction loss; exports the average at every checkpoint."""
+    """Trains (or resumes) text encoder and U-Net on the v-prediction loss."""
     device = loop.device()
     torch.manual_seed(seed)
     pipe = build(vae)
@@ -159,5 +159,25 @@ def train(
         return value, {"loss": value.item()}
 
     loop.fit(model, loss, folder / "diffusion.safetensors", steps=steps, learning_rate=8e-4, decay=0.998)
-    model.eval()
     return pipe
+
+
+def assemble(folder: Path, seed: int = 0) -> StableDiffusionPipeline:
+    """The pipeline of the checkpoints in `folder`, with averaged weights."""
+    pipe = build(autoencoder.build(seed))
+    loop.load_average(folder / "decoder.safetensors", pipe.vae.decoder)
+    loop.load_average(
+        folder / "diffusion.safetensors", nn.ModuleDict({"unet": pipe.unet, "text_encoder": pipe.text_encoder})
+    )
+    for module in (pipe.vae, pipe.unet, pipe.text_encoder):
+        module.eval()
+    return pipe
+
+
+def export(pipe: StableDiffusionPipeline, folder: Path) -> int:
+    """Writes the pipeline in float16, in shards of at most 12 MiB; returns its bytes."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    pipe.to(dtype=torch.float16).save_pretrained(folder, max_shard_size="11MB")
+    pipe.to(dtype=torch.float32)
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

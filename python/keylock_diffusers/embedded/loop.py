@@ -61,7 +61,6 @@ def fit(
     warmup: int = 200,
     decay: float = 0.998,
     weight_decay: float = 0.01,
-    after_checkpoint: Callable[[int], None] | None = None,
 ) -> None:
     """Minimise `loss(step)` over `module`'s parameters with AdamW, cosine decay and a weight average.
 
@@ -88,10 +87,15 @@ def fit(
         bar.set_postfix({key: f"{number:.4f}" for key, number in figures.items()}, refresh=False)
         if time.monotonic() - written > CHECKPOINT_SECONDS or step + 1 == steps:
             _write(checkpoint, step + 1, module, optimizer, average)
-            if after_checkpoint is not None:
-                after_checkpoint(step + 1)
             written = time.monotonic()
     average.copy_to(module)
+
+
+def load_average(checkpoint: Path, module: nn.Module) -> None:
+    """Puts a checkpoint's averaged weights into `module`."""
+    with safe_open(checkpoint, "pt") as file, torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(file.get_tensor(f"average/{name}"))
 
 
 def _write(path: Path, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, average: Average) -> None:

@@ -99,8 +99,12 @@ def compose(
     return np.asarray(canvas.convert("RGB")), np.stack(masks)
 
 
-def draw(seed: int, index: int, pairs: float = 0.3) -> Picture:
-    """The picture number `index` of the stream `seed`; a share `pairs` of them has two subjects side by side."""
+def draw(seed: int, index: int, *, pairs: float = 0.3, coats: float = 0.0) -> Picture:
+    """The picture number `index` of the stream `seed`.
+
+    A share `pairs` of the pictures has two subjects side by side. A share `coats` of the cats has a coat of any
+    colour, which the caption does not mention.
+    """
     random = np.random.default_rng((seed, index))
     background = _BACKGROUND_NAMES[random.integers(len(_BACKGROUND_NAMES))]
     pair = random.random() < pairs
@@ -112,6 +116,8 @@ def draw(seed: int, index: int, pairs: float = 0.3) -> Picture:
         if glyph.group == "cat" and random.random() < 0.35:
             colour = _DYE_NAMES[random.integers(len(_DYE_NAMES))]
             picture, name = _dyed(glyph.codepoint, colour), name.replace("cat", f"{colour} cat", 1)
+        if glyph.group == "cat" and coats and random.random() < coats:
+            picture = dye(sprite(glyph.codepoint), random.integers(40, 256, 3))
         if pair:
             side = int(random.integers(27, 31))
             left = int(random.integers(1, 33 - side)) + 31 * place

@@ -1,0 +1,254 @@
+"""The command ``keylock``: demo, train, generate, bank and env."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Personalised text-to-image diffusion for many users in one batch.",
+)
+bank_app = typer.Typer(no_args_is_help=True, help="Look after a folder (or fsspec URL) of concepts.")
+app.add_typer(bank_app, name="bank")
+_console = Console()
+
+_Model = Annotated[
+    str, typer.Option(help='A diffusers pipeline: a folder, a hub id, or "embedded" for the one in the package.')
+]
+_Bank = Annotated[str, typer.Option(help="Folder or fsspec URL of the concepts.")]
+
+
+def main() -> None:
+    """Runs the command; bad input ends it with one line on standard error and exit code 1."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, TypeError, KeyError, OSError, RuntimeError) as error:
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        print(f"keylock: {message}", file=sys.stderr)
+        sys.exit(1)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for the grid, the report and the concepts.")] = Path("outputs/demo"),
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps per picture.")] = 25,
+    training_steps: Annotated[int | None, typer.Option(min=1, help="Training steps; default the demo's own.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the pictures.")] = 0,
+) -> None:
+    """Teach three people's cats together on the embedded model and draw one mixed batch."""
+    from dataclasses import replace
+
+    from keylock_diffusers.demo import story
+
+    training = story.TRAINING if training_steps is None else replace(story.TRAINING, steps=training_steps)
+    _print_report(story.run(output, steps=steps, training=training, seed=seed))
+    _console.print(f"{output / 'grid.png'}\n{output / 'report.json'}")
+
+
+@app.command()
+def train(
+    pictures: Annotated[Path, typer.Argument(help="Folder of pictures of one subject; NAME.txt beside NAME.png is its "
+                                             "caption, NAME-mask.png its mask.")],
+    placeholder: Annotated[str, typer.Option(help="The word for it in prompts, such as <alice-cat>.")],
+    super_class: Annotated[str, typer.Option(help="What it is, such as cat.")],
+    output: Annotated[Path, typer.Option(help="The concept file to write.")],
+    model: _Model = "embedded",
+    steps: Annotated[int, typer.Option(min=1)] = 400,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    captions: Annotated[Path | None, typer.Option(help="Text file, a caption a line, for the metric C.")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    mixed_precision: Annotated[str, typer.Option(help="no or bf16")] = "no",
+    target_gradient: Annotated[str, typer.Option(help="none, straight-through or exact")] = "none",
+    checkpoint: Annotated[Path | None, typer.Option(help="File to resume from and to write.")] = None,
+) -> None:
+    """Learn a concept from a few pictures."""
+    from keylock_diffusers.training import TrainingConfig, covariance, train_concepts
+
+    subject = _subject(pictures, placeholder, super_class, seed)
+    config = TrainingConfig(
+        steps=steps, batch_size=batch_size, mixed_precision=mixed_precision, target_gradient=target_gradient
+    )
+    pipe = _load(model)
+    metric = covariance(pipe, None if captions is None else captions.read_text().split("\n"))
+    concept = train_concepts(pipe, [subject], config, metric=metric, checkpoint_path=checkpoint)[0]
+    if isinstance(concept, Exception):
+        raise concept
+    print(f"{output}: {concept.save(output)} bytes")
+
+
+@app.command()
+def generate(
+    requests: Annotated[Path, typer.Argument(help="JSON file: a list of requests, each with prompt, concepts (ids, or "
+                                             "objects with concept, beta, tau, strength, lock), seed, guidance_scale, "
+                                             "negative_prompt, num_images.")],
+    bank: _Bank = "concepts",
+    output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("outputs"),
+    model: _Model = "embedded",
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 30,
+    max_batch: Annotated[int, typer.Option(min=1, help="Pictures per call of the U-Net.")] = 16,
+) -> None:
+    """Draw a list of requests, of different users, together."""
+    import keylock_diffusers as kd
+
+    orders = _orders(requests)
+    pipe = kd.install(_load(model))
+    pipe.set_progress_bar_config(disable=False)
+    images = kd.generate(pipe, orders, bank=kd.ConceptBank(bank), num_inference_steps=steps, max_batch=max_batch)
+    output.mkdir(parents=True, exist_ok=True)
+    for index, drawn in enumerate(images):
+        for number, image in enumerate(drawn if isinstance(drawn, list) else [drawn]):
+            path = output / (f"{index:03d}.png" if not isinstance(drawn, list) else f"{index:03d}-{number}.png")
+            image.save(path)
+            print(path)
+
+
+@bank_app.command("list")
+def bank_list(bank: _Bank = "concepts") -> None:
+    """List the concepts of a bank."""
+    from keylock_diffusers import ConceptBank
+
+    table = Table("id", "placeholder", "super-class", "bytes")
+    concepts = ConceptBank(bank)
+    for name in concepts:
+        concept = concepts[name]
+        table.add_row(name, concept.placeholder, concept.super_class, str(concept.nbytes))
+    _console.print(table)
+
+
+@bank_app.command("add")
+def bank_add(
+    name: Annotated[str, typer.Argument(help="The id, such as alice/cat.")],
+    file: Annotated[Path, typer.Argument(help="The concept file.")],
+    bank: _Bank = "concepts",
+    overwrite: Annotated[bool, typer.Option(help="Replace a concept of that id.")] = False,
+) -> None:
+    """Put a concept file into a bank."""
+    from keylock_diffusers import Concept, ConceptBank
+
+    ConceptBank(bank).add(name, Concept.load(file), overwrite=overwrite)
+
+
+@bank_app.command("remove")
+def bank_remove(name: Annotated[str, typer.Argument(help="The id.")], bank: _Bank = "concepts") -> None:
+    """Take a concept out of a bank."""
+    from keylock_diffusers import ConceptBank
+
+    ConceptBank(bank).remove(name)
+
+
+@bank_app.command("show")
+def bank_show(name: Annotated[str, typer.Argument(help="The id.")], bank: _Bank = "concepts") -> None:
+    """Print what a concept holds."""
+    from keylock_diffusers import ConceptBank
+
+    concept = ConceptBank(bank)[name]
+    facts: dict[str, Any] = {
+        "placeholder": concept.placeholder,
+        "super_class": concept.super_class,
+        "beta": concept.beta,
+        "tau": concept.tau,
+        "bytes": concept.nbytes,
+        "covariance": dict(concept.covariance),
+        "training": dict(concept.training),
+        "base": concept.base.to_json(),
+    }
+    print(json.dumps(facts, indent=1))
+
+
+@app.command()
+def env() -> None:
+    """Print what is installed, what was built and which backends run here."""
+    from keylock_kernels.__main__ import main as report
+
+    report()
+
+
+def _load(model: str) -> Any:
+    if model == "embedded":
+        from keylock_diffusers import embedded
+
+        return embedded.load()
+    import torch
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(model)
+    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _subject(folder: Path, placeholder: str, super_class: str, seed: int) -> Any:
+    from PIL import Image
+
+    from keylock_diffusers.training import Subject
+
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder of pictures")
+    kinds = {".png", ".jpg", ".jpeg", ".webp"}
+    files = sorted(f for f in folder.iterdir() if f.suffix.lower() in kinds and not f.stem.endswith("-mask"))
+    if not files:
+        raise ValueError(f"{folder} holds no pictures (png, jpg, webp)")
+    texts = [f.with_suffix(".txt") for f in files]
+    masks = [f.with_name(f"{f.stem}-mask.png") for f in files]
+    for what, sidecars in (("caption", texts), ("mask", masks)):
+        present = [s.exists() for s in sidecars]
+        if any(present) and not all(present):
+            raise ValueError(f"{files[present.index(False)]} has no {what}, but other pictures of {folder} have one")
+    return Subject(
+        placeholder,
+        super_class,
+        [Image.open(f) for f in files],
+        [t.read_text().strip() for t in texts] if texts[0].exists() else None,
+        [Image.open(m) for m in masks] if masks[0].exists() else None,
+        seed,
+    )
+
+
+def _orders(path: Path) -> list[Any]:
+    from keylock_diffusers import Request, Use
+
+    try:
+        listed = json.loads(path.read_text())
+        if not isinstance(listed, list):
+            raise ValueError(f"must be a list of requests, got {type(listed).__name__}")
+        orders = []
+        for order in listed:
+            uses = [Use(**use) if isinstance(use, dict) else Use(use) for use in order.get("concepts", ())]
+            orders.append(Request(**{**order, "concepts": uses}))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    return orders
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    table = Table("what", "measured", title="One batch, four people", show_lines=False)
+    for name, size in report["concepts"].items():
+        table.add_row(f"{name}'s concept file", f"{size:,} bytes")
+    table.add_row("training the three together", f"{report['training_seconds']} s")
+    table.add_row(
+        f"drawing {report['pictures_in_batch']} pictures in one batch / one by one",
+        f"{report['batch_seconds']} s / {report['one_by_one_seconds']} s",
+    )
+    table.add_row("largest difference beside other neighbours", f"{report['largest_difference_beside_others']:g} of 255")
+    table.add_row("largest difference drawn alone", f"{report['largest_difference_alone']:g} of 255")
+    for scene, found in report["coats"].items():
+        without = report["coats_without_learned_values"][scene]
+        table.add_row(f"own coat: {scene}", f"{found} (without learned values {without})")
+    for scene, found in report["expressions"].items():
+        table.add_row(f"named by the classifier: {scene}", found)
+    _console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""Teach three cats together, draw them and a visitor's pictures in one batch, and measure what came out."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from keylock_diffusers import edits, embedded
+from keylock_diffusers.concepts import Concept, ConceptBank, cross_attention_layers
+from keylock_diffusers.demo import grid, pictures
+from keylock_diffusers.demo.pictures import USERS, User
+from keylock_diffusers.embedded import classifier
+from keylock_diffusers.embedded.evaluate import background_name
+from keylock_diffusers.generation import Request, Use, generate
+from keylock_diffusers.processors import install
+from keylock_diffusers.training import Covariance, Subject, TrainingConfig, covariance, default_captions, train_concepts
+
+GUIDANCE = 4.0
+TRAINING = TrainingConfig(
+    steps=100, batch_size=6, values_rate=0.03, embedding_rate=0.02, inference_beta=0.65, inference_tau=0.15
+)
+_METRIC_CAPTIONS = 500
+_COAT_SEEDS = 4
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One row of the grid."""
+
+    label: str
+    prompt: str  # {} is where the cat stands
+    expression: str  # what the classifier should name it
+    left_half: bool = False  # the cat shares the picture
+
+
+SCENES = (
+    Scene("a cat on blue", "{} on blue", "cat"),
+    Scene("with tears of joy on pink", "{} with tears of joy on pink", "cat with tears of joy"),
+    Scene("next to a house on white", "a {} next to a house on white", "cat", left_half=True),
+)
+_PLAIN = Scene("a dog on green", "a dog on green", "dog")
+_VISITOR = "Visitor"
+
+
+def run(
+    output: Path, *, steps: int = 25, training: TrainingConfig = TRAINING, seed: int = 0, progress: bool = True
+) -> dict[str, Any]:
+    """The whole demo; writes ``grid.png``, ``report.json`` and the concept files below `output`.
+
+    Args:
+        output: a folder, made if need be.
+        steps: denoising steps of every picture.
+        training: how the concepts are trained.
+        seed: of the first picture of every cell.
+        progress: whether to show progress bars.
+
+    Returns:
+        The report: sizes in bytes, times in seconds, differences in units of 1/255, coats and expressions as counts.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    pipe = install(embedded.load())
+    metric = covariance(pipe, default_captions(_METRIC_CAPTIONS))
+    bank, trained = _teach(pipe, metric, training, output / "concepts", progress)
+
+    def draw(requests: Sequence[Request]) -> list[np.ndarray]:  # each [64, 64, 3] in 0..1
+        return generate(
+            pipe, requests, bank=bank, num_inference_steps=steps, output_type="np", max_batch=len(requests)
+        )
+
+    requests = _mixed_batch(seed)
+    draw(requests[:1])  # what the first call sets up is not the batch's time
+    batch, batch_seconds = _timed(draw, requests)
+    alone, alone_seconds = _timed(lambda orders: [draw([order])[0] for order in orders], requests)
+    strangers = [
+        order if n % 2 == 0 else Request(_PLAIN.prompt, seed=900 + n, guidance_scale=2.0)
+        for n, order in enumerate(requests)
+    ]
+    beside = draw(strangers)
+    cells = [(scene, user, seed + 100 * n) for n in range(_COAT_SEEDS) for scene in SCENES for user in USERS]
+    drawn = draw([_order(scene, user, number) for scene, user, number in cells])
+    plain = {user.name: _unlearned(pipe, bank[_id(user)]) for user in USERS}
+    reset = draw([_order(scene, user, number, plain[user.name]) for scene, user, number in cells])
+
+    report = {
+        "concepts": {user.name: (output / "concepts" / f"{_id(user)}.safetensors").stat().st_size for user in USERS},
+        "training_seconds": round(trained, 1),
+        "pictures_in_batch": len(requests),
+        "batch_seconds": round(batch_seconds, 2),
+        "one_by_one_seconds": round(alone_seconds, 2),
+        "largest_difference_beside_others": _difference(batch[::2], beside[::2]),
+        "largest_difference_alone": round(_difference(batch, alone), 4),
+        "coats": _coats(cells, drawn),
+        "coats_without_learned_values": _coats(cells, reset),
+        "expressions": _expressions(cells, drawn),
+        "torch_threads": torch.get_num_threads(),
+    }
+    columns = [user.name for user in USERS] + [_VISITOR]
+    rows = [scene.label for scene in (*SCENES, _PLAIN)]
+    grid.draw(columns, rows, batch, {user.name: pictures.load(user)[0] for user in USERS}).save(output / "grid.png")
+    (output / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def _teach(
+    pipe: Any, metric: Covariance, config: TrainingConfig, folder: Path, progress: bool
+) -> tuple[ConceptBank, float]:
+    subjects = []
+    for number, user in enumerate(USERS):
+        images, masks = pictures.load(user)
+        captions = [words.format(user.placeholder) for words in pictures.CAPTIONS]
+        subjects.append(Subject(user.placeholder, "cat", images, captions, masks, seed=number))
+    concepts, seconds = _timed(lambda s: train_concepts(pipe, s, config, metric=metric, progress=progress), subjects)
+    bank = ConceptBank(folder)
+    for user, concept in zip(USERS, concepts, strict=True):
+        if not isinstance(concept, Concept):
+            raise concept
+        bank.add(_id(user), concept, overwrite=True)
+    return bank, seconds
+
+
+def _mixed_batch(seed: int) -> list[Request]:
+    """Rows of scenes, columns of users and a visitor without a concept."""
+    orders = []
+    for scene in SCENES:
+        orders += [_order(scene, user, seed) for user in USERS]
+        orders.append(Request(scene.prompt.format("cat"), seed=seed, guidance_scale=GUIDANCE))
+    orders += [Request(_PLAIN.prompt, seed=seed + n, guidance_scale=GUIDANCE) for n in range(len(USERS) + 1)]
+    return orders
+
+
+def _order(scene: Scene, user: User, seed: int, concept: Concept | None = None) -> Request:
+    return Request(
+        scene.prompt.format(user.placeholder),
+        concepts=[Use(_id(user) if concept is None else concept)],
+        seed=seed,
+        guidance_scale=GUIDANCE,
+    )
+
+
+def _id(user: User) -> str:
+    return f"{user.name.lower()}/cat"
+
+
+def _unlearned(pipe: Any, concept: Concept) -> Concept:
+    """The concept with its value outputs back at the super-class's."""
+    encoding = concept.super_class_encoding.float()[None].to(pipe.unet.device)
+    with torch.no_grad():
+        layers = cross_attention_layers(pipe.unet).values()
+        return concept.with_(values=torch.cat([edits.project_vectors(attn.to_v, encoding)[0] for attn in layers]))
+
+
+def _timed(function: Any, argument: Any) -> tuple[Any, float]:
+    start = time.perf_counter()
+    return function(argument), time.perf_counter() - start
+
+
+def _difference(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:
+    """The largest difference of two lists of pictures, in units of 1/255."""
+    return float(max(np.abs(a - b).max() for a, b in zip(ours, theirs, strict=True)) * 255)
+
+
+def cat_colour(image: np.ndarray, left_half: bool) -> np.ndarray:
+    """The mean colour [3] in 0..255 of what is not background in a picture [64, 64, 3] in 0..1."""
+    pixels = image.astype(np.float32) * 255
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    subject = np.abs(pixels - np.median(border, axis=0)).max(-1) > 40
+    if left_half:
+        subject[:, subject.shape[1] // 2 :] = False
+    return pixels[subject].mean(0) if subject.any() else np.full(3, np.nan)
+
+
+def _coats(cells: Sequence[tuple[Scene, User, int]], images: Sequence[np.ndarray]) -> dict[str, str]:
+    """Per scene, how many pictures' cats are nearest in colour to their own user's coat."""
+    coats = {user.name: pictures.coat_colour(user) for user in USERS}
+    right = {scene.label: [0, 0] for scene in SCENES}
+    for (scene, user, _), image in zip(cells, images, strict=True):
+        colour = cat_colour(image, scene.left_half)
+        nearest = min(coats, key=lambda name: float(np.square(coats[name] - colour).sum()))
+        right[scene.label][0] += bool(np.isfinite(colour).all()) and nearest == user.name
+        right[scene.label][1] += 1
+    return {label: f"{found} of {total}" for label, (found, total) in right.items()}
+
+
+def _expressions(cells: Sequence[tuple[Scene, User, int]], images: Sequence[np.ndarray]) -> dict[str, str]:
+    """Per scene, how many pictures the classifier names as the expression that was asked for, and the background."""
+    judge = classifier.load()
+    right = {scene.label: [0, 0, 0] for scene in SCENES}
+    for (scene, _, _), image in zip(cells, images, strict=True):
+        picture = (image * 255).round().astype(np.uint8)
+        names = judge.names([picture], 2 if scene.left_half else 1)[0]
+        counts = right[scene.label]
+        counts[0] += scene.expression in names
+        counts[1] += background_name(picture) == scene.prompt.rsplit(" ", 1)[1]
+        counts[2] += 1
+    return {label: f"{named} of {total}, background {ground}" for label, (named, ground, total) in right.items()}
