@@ -152,6 +152,11 @@ def _data_types() -> dict[Any, Any]:
 
 
 @functools.cache
+def _floating_types() -> tuple[Any, ...]:
+    return tuple(dtype for dtype in _data_types() if dtype.is_floating_point)
+
+
+@functools.cache
 def _instruction_set(name: str | None) -> Any:
     sets = {s.name: s for s in _extension().usable_instruction_sets()}
     if name is not None and name not in sets:
@@ -194,7 +199,7 @@ def rank_one_update(
 
     extension = _extension()
     cpu = torch.device("cpu")
-    floating = tuple(dtype for dtype in _data_types() if dtype.is_floating_point)
+    floating = _floating_types()
     check_like("rank_one_update", "base", base, floating, ("B", "T", "O"), cpu)
     check_like("rank_one_update", "u", u, floating, ("S", base.shape[2]), cpu)
     check_like("rank_one_update", "slots", slots, (torch.int32,), (base.shape[0], "R"), cpu)

@@ -43,7 +43,9 @@ def main() -> None:
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder for the grid, the report and the concepts.")] = Path("outputs/demo"),
+    output: Annotated[Path, typer.Option(help="Folder for the grid, the report and the concepts.")] = Path(
+        "outputs/demo"
+    ),
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps per picture.")] = 25,
     training_steps: Annotated[int | None, typer.Option(min=1, help="Training steps; default the demo's own.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the pictures.")] = 0,
@@ -60,8 +62,12 @@ def demo(
 
 @app.command()
 def train(
-    pictures: Annotated[Path, typer.Argument(help="Folder of pictures of one subject; NAME.txt beside NAME.png is its "
-                                             "caption, NAME-mask.png its mask.")],
+    pictures: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of pictures of one subject; NAME.txt beside NAME.png is its caption, NAME-mask.png its mask."
+        ),
+    ],
     placeholder: Annotated[str, typer.Option(help="The word for it in prompts, such as <alice-cat>.")],
     super_class: Annotated[str, typer.Option(help="What it is, such as cat.")],
     output: Annotated[Path, typer.Option(help="The concept file to write.")],
@@ -91,9 +97,14 @@ def train(
 
 @app.command()
 def generate(
-    requests: Annotated[Path, typer.Argument(help="JSON file: a list of requests, each with prompt, concepts (ids, or "
-                                             "objects with concept, beta, tau, strength, lock), seed, guidance_scale, "
-                                             "negative_prompt, num_images.")],
+    requests: Annotated[
+        Path,
+        typer.Argument(
+            help="JSON file: a list of requests, each with prompt, concepts (ids, or "
+            "objects with concept, beta, tau, strength, lock), seed, guidance_scale, "
+            "negative_prompt, num_images."
+        ),
+    ],
     bank: _Bank = "concepts",
     output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("outputs"),
     model: _Model = "embedded",
@@ -171,9 +182,9 @@ def bank_show(name: Annotated[str, typer.Argument(help="The id.")], bank: _Bank 
 @app.command()
 def env() -> None:
     """Print what is installed, what was built and which backends run here."""
-    from keylock_kernels.__main__ import main as report
+    from keylock_kernels.__main__ import report
 
-    report()
+    print(report())
 
 
 def _load(model: str) -> Any:
@@ -240,7 +251,9 @@ def _print_report(report: dict[str, Any]) -> None:
         f"drawing {report['pictures_in_batch']} pictures in one batch / one by one",
         f"{report['batch_seconds']} s / {report['one_by_one_seconds']} s",
     )
-    table.add_row("largest difference beside other neighbours", f"{report['largest_difference_beside_others']:g} of 255")
+    table.add_row(
+        "largest difference beside other neighbours", f"{report['largest_difference_beside_others']:g} of 255"
+    )
     table.add_row("largest difference drawn alone", f"{report['largest_difference_alone']:g} of 255")
     for scene, found in report["coats"].items():
         without = report["coats_without_learned_values"][scene]

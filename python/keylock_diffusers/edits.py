@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -106,9 +106,7 @@ def coefficients(
 ) -> Tensor:  # [B, T, 2R] float32
     """Both coefficients of every concept, per token: a, and strength * sigmoid((s - beta) / tau)."""
     similarity = rank_one_coefficients(text, directions, gates.slots)
-    gate = rank_one_coefficients(
-        text, directions, gates.slots, beta=gates.beta, tau=gates.tau, strength=gates.strength
-    )
+    gate = rank_one_coefficients(text, directions, gates.slots, beta=gates.beta, tau=gates.tau, strength=gates.strength)
     a = similarity if mix is None else similarity @ mix.transpose(1, 2)
     return torch.cat([a, gate], -1)
 
@@ -157,9 +155,7 @@ def project_layers(
             texts = [attn.norm_encoder_hidden_states(stream) for stream in streams]
         key, value = (
             projection(stream) if edit is None else _edited(projection, stream, tables[name][side], *edit)
-            for side, (projection, stream, edit) in enumerate(
-                zip((attn.to_k, attn.to_v), texts, edits, strict=True)
-            )
+            for side, (projection, stream, edit) in enumerate(zip((attn.to_k, attn.to_v), texts, edits, strict=True))
         )
         projected[name] = (key, value)
     return projected
@@ -173,13 +169,11 @@ def _edited(
     coefficients: Tensor,  # [B, T, 2R]
 ) -> Tensor:  # [B, T, O]
     if _is_plain(projection):
-        return rank_one_linear(
-            text, projection.weight, u, None, slots, bias=projection.bias, coefficients=coefficients
-        )
+        return rank_one_linear(text, projection.weight, u, None, slots, bias=projection.bias, coefficients=coefficients)
     return rank_one_update(projection(text), u, slots, coefficients)
 
 
-def _is_plain(projection: Any) -> bool:
+def _is_plain(projection: Any) -> TypeGuard[nn.Linear]:
     """Whether a projection's weight may be used directly: no adapter, quantisation, hook or offloading on it."""
     return (
         type(projection) is nn.Linear

@@ -145,7 +145,8 @@ def generate(
         )
     if getattr(pipe, "text_encoder_2", None) is not None or getattr(pipe, "text_encoder", None) is None:
         raise TypeError(
-            f"generate: pipe must be a pipeline with one text encoder (Stable Diffusion 1.x, 2.x), got {type(pipe).__name__}"
+            "generate: pipe must be a pipeline with one text encoder (Stable Diffusion 1.x, 2.x), "
+            f"got {type(pipe).__name__}"
         )
     clash = sorted(
         {"prompt", "negative_prompt", "generator", "guidance_scale", "num_images_per_prompt", "latents"} & set(kwargs)
@@ -194,9 +195,7 @@ def _plan(
     for name in ("prompt_embeds", "negative_prompt_embeds"):
         embeds = getattr(request, name)
         if embeds is not None and (embeds.ndim != 2 or embeds.shape[1] != pipe.unet.config.cross_attention_dim):
-            raise ValueError(
-                f"{name} must be [T, {pipe.unet.config.cross_attention_dim}], got {list(embeds.shape)}"
-            )
+            raise ValueError(f"{name} must be [T, {pipe.unet.config.cross_attention_dim}], got {list(embeds.shape)}")
     uses = tuple(_resolve(use, bank) for use in request.concepts)
     for use in uses:
         use.concept.check(base, strict=strict)
@@ -281,7 +280,10 @@ def _draw(pipe: Any, rows: list[_Row], steps: int, callback: Any, kwargs: dict[s
         generator=[_generator(row) for row in rows],
         num_inference_steps=steps,
         callback_on_step_end=callback,
-        cross_attention_kwargs={**(kwargs.pop("cross_attention_kwargs", None) or {}), "personalization": personalization},
+        cross_attention_kwargs={
+            **(kwargs.pop("cross_attention_kwargs", None) or {}),
+            "personalization": personalization,
+        },
         return_dict=True,
         **kwargs,
     )
@@ -300,7 +302,9 @@ class _Encoder:
             {use.concept.placeholder: use.concept.word_embeddings[0] for use in row.plan.uses if learned(use)}
             for row in self._rows
         ]
-        return self._encode([row.plan.prompt for row in self._rows], [row.order.prompt_embeds for row in self._rows], words)
+        return self._encode(
+            [row.plan.prompt for row in self._rows], [row.order.prompt_embeds for row in self._rows], words
+        )
 
     def negative(self) -> Tensor:  # [B, T, D]
         """The rows' negative prompts."""
@@ -309,7 +313,10 @@ class _Encoder:
         )
 
     def _encode(
-        self, prompts: list[text.TokenizedPrompt | None], embeds: list[Tensor | None], words: list[dict[str, Tensor]] | None
+        self,
+        prompts: list[text.TokenizedPrompt | None],
+        embeds: list[Tensor | None],
+        words: list[dict[str, Tensor]] | None,
     ) -> Tensor:
         encoder = self._pipe.text_encoder
         places = [row for row, prompt in enumerate(prompts) if prompt is not None]

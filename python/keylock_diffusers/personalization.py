@@ -11,7 +11,7 @@ from torch import Tensor
 
 from keylock_diffusers import edits
 from keylock_diffusers.concepts import Concept, cross_attention_layers
-from keylock_diffusers.processors.install import unet_of
+from keylock_diffusers.processors.swap import unet_of
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,9 @@ class Personalization:
             ValueError: the batch differs from what was prepared, or nothing was.
         """
         if layer not in self.kv:
-            raise ValueError(f"Personalization: nothing was prepared for layer {layer!r}; call prepare(pipe, text) first")
+            raise ValueError(
+                f"Personalization: nothing was prepared for layer {layer!r}; call prepare(pipe, text) first"
+            )
         key, value = self.kv[layer]
         if key.shape[0] != rows or (text is not None and text.shape[:2] != key.shape[:2]):
             raise ValueError(
@@ -107,7 +109,7 @@ class Personalization:
         return key, value
 
     def _edits(self, text: Tensor, locks: tuple[str, ...]) -> edits.Edit | None:
-        """Slots [B, 2R] and coefficients [B, T, 2R] of the rows' concepts with one of `locks`; None if there are none."""
+        """The edit of the rows' concepts with one of `locks`; None if there are none."""
         rows = [
             [use for use in self._uses[row] if use.lock in locks] if row >= 0 else [] for row in self.row_index.tolist()
         ]

@@ -117,10 +117,10 @@ def encode(
     if getattr(text_encoder.config, "use_attention_mask", False):
         mask = torch.tensor([prompt.attention for prompt in prompts], device=device)
     places = [
-        (row, position, embeddings[row][placeholder])
-        for row, prompt in enumerate(prompts if embeddings is not None else ())
+        (row, position, learned[placeholder])
+        for row, (prompt, learned) in enumerate(zip(prompts, embeddings or (), strict=embeddings is not None))
         for position, placeholder in prompt.words
-        if placeholder in embeddings[row]  # type: ignore[index]
+        if placeholder in learned
     ]
     with _learned_words(text_encoder, places):
         if clip_skip is None:

@@ -37,7 +37,9 @@ def draw(
         )
     for number, image in enumerate(images):
         line, place = divmod(number, len(columns))
-        picture = Image.fromarray((image * 255).round().astype(np.uint8)).resize((_CELL, _CELL), Image.Resampling.LANCZOS)
+        picture = Image.fromarray((image * 255).round().astype(np.uint8)).resize(
+            (_CELL, _CELL), Image.Resampling.LANCZOS
+        )
         sheet.paste(picture, (_x(place), _y(line + 1)))
     return sheet
 

@@ -70,9 +70,7 @@ def run(
     bank, trained = _teach(pipe, metric, training, output / "concepts", progress)
 
     def draw(requests: Sequence[Request]) -> list[np.ndarray]:  # each [64, 64, 3] in 0..1
-        return generate(
-            pipe, requests, bank=bank, num_inference_steps=steps, output_type="np", max_batch=len(requests)
-        )
+        return generate(pipe, requests, bank=bank, num_inference_steps=steps, output_type="np", max_batch=len(requests))
 
     requests = _mixed_batch(seed)
     draw(requests[:1])  # what the first call sets up is not the batch's time

@@ -72,7 +72,7 @@ def _set_encoder(model: AutoencoderTiny, images: Tensor) -> None:
     second.weight[:12, :3] = gather_1
     third.weight[:, :12] = gather_2
     last.weight[:, :, 1, 1] = projection.float()
-    last.bias.copy_(-(projection @ rows.mean(0)))
+    last.bias = torch.nn.Parameter(-(projection @ rows.mean(0)).float())
 
 
 def train(folder: Path, *, steps: int = 3000, batch: int = 16, seed: int = 0) -> AutoencoderTiny:

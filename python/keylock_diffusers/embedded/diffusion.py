@@ -105,9 +105,7 @@ def build(vae: AutoencoderTiny) -> StableDiffusionPipeline:
 
 def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
     """Token ids [B, 32] int64, padded as the pipeline pads."""
-    return tokenizer(
-        captions, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt"
-    ).input_ids
+    return tokenizer(captions, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt").input_ids
 
 
 @torch.no_grad()

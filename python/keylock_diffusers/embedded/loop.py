@@ -70,10 +70,15 @@ def fit(
     optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.99))
     average = Average(module, decay)
     start = _restore(checkpoint, module, optimizer, average) if checkpoint.exists() else 0
-    written, figures = time.monotonic(), {}
+    written = time.monotonic()
+    figures: dict[str, float] = {}
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=checkpoint.stem, mininterval=5)
     for step in bar:
-        rate = learning_rate * min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * step / steps)))
+        rate = (
+            learning_rate
+            * min(1.0, (step + 1) / warmup)
+            * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * step / steps)))
+        )
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.zero_grad(set_to_none=True)

@@ -69,7 +69,7 @@ def fur(picture: Image.Image) -> np.ndarray:
 
 
 def dye(picture: Image.Image, colour: tuple[int, int, int] | np.ndarray) -> Image.Image:
-    """The sprite with its coat in another colour, or in a colour per pixel [side, side, 3] in 0..255; shading is kept."""
+    """The sprite with its coat in another colour, or one per pixel [side, side, 3], in 0..255; shading is kept."""
     rgba = np.asarray(picture, np.float32).copy()
     where = fur(picture)[..., None]
     light = rgba[..., :3].max(-1, keepdims=True)
@@ -144,7 +144,9 @@ def _hsv(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     span = np.maximum(high - low, 1e-6)
     red, green, blue = rgb[..., 0], rgb[..., 1], rgb[..., 2]
     sector = np.where(
-        high == red, ((green - blue) / span) % 6, np.where(high == green, (blue - red) / span + 2, (red - green) / span + 4)
+        high == red,
+        ((green - blue) / span) % 6,
+        np.where(high == green, (blue - red) / span + 2, (red - green) / span + 4),
     )
     return sector / 6, (high - low) / np.maximum(high, 1e-6), high
 

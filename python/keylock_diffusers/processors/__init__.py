@@ -1,6 +1,6 @@
 """Drop-in attention processors, and what swaps them in and out."""
 
 from keylock_diffusers.processors.attention import CrossAttnProcessor, SelfAttnProcessor
-from keylock_diffusers.processors.install import install, uninstall, verify
+from keylock_diffusers.processors.swap import install, uninstall, verify
 
 __all__ = ["CrossAttnProcessor", "SelfAttnProcessor", "install", "uninstall", "verify"]

@@ -26,7 +26,9 @@ def save(path: str | Path, learners: Sequence[Any], config: Any, step: int) -> N
         tensors |= {f"{number}/{name}": getattr(learner, name).detach() for name in ("embedding", "values", "target")}
         for place, state in learner.optimizer.state_dict()["state"].items():
             tensors |= {f"{number}/optimizer/{place}/{name}": tensor for name, tensor in state.items()}
-        facts.append({name: getattr(learner, name) for name in _FACTS} | {"failure": learner.failure and str(learner.failure)})
+        facts.append(
+            {name: getattr(learner, name) for name in _FACTS} | {"failure": learner.failure and str(learner.failure)}
+        )
     header = {"step": json.dumps(step), "run": _run(learners, config), "facts": json.dumps(facts)}
     partial = Path(path).with_suffix(f".{os.getpid()}.partial")
     partial.parent.mkdir(parents=True, exist_ok=True)

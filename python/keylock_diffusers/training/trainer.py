@@ -62,7 +62,8 @@ class Subject:
             given = getattr(self, name)
             if given is not None and len(given) != len(self.images):
                 raise ValueError(
-                    f"Subject {self.placeholder}: {name} must hold one per picture, {len(self.images)}, got {len(given)}"
+                    f"Subject {self.placeholder}: {name} must hold one per picture, "
+                    f"{len(self.images)}, got {len(given)}"
                 )
 
 
@@ -102,7 +103,9 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         if self.target_gradient not in _GRADIENTS:
-            raise ValueError(f"TrainingConfig: target_gradient must be one of {_GRADIENTS}, got {self.target_gradient!r}")
+            raise ValueError(
+                f"TrainingConfig: target_gradient must be one of {_GRADIENTS}, got {self.target_gradient!r}"
+            )
         if self.mixed_precision not in ("no", "bf16"):
             raise ValueError(f'TrainingConfig: mixed_precision must be "no" or "bf16", got {self.mixed_precision!r}')
         for name in ("steps", "batch_size"):
@@ -208,9 +211,7 @@ def _step(pipe: Any, learners: list[_Learner], config: TrainingConfig, metric: C
 
     with torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
         prompts = [row.prompts[n] for row, n in zip(rows, chosen, strict=True)]
-        encodings = text.encode(
-            pipe.text_encoder, prompts, [{row.subject.placeholder: row.embedding} for row in rows]
-        )
+        encodings = text.encode(pipe.text_encoder, prompts, [{row.subject.placeholder: row.embedding} for row in rows])
         targets = []
         for number, learner in enumerate(learners):
             mine = slice(number * size, (number + 1) * size)
@@ -253,7 +254,8 @@ def _project(
     widths = [attn.to_v.out_features for attn in layers.values()]
     values = torch.stack([learner.values for learner in learners]).split(widths, dim=1)
     tables = {
-        name: edits.tables(attn, targets, supers, value) for (name, attn), value in zip(layers.items(), values, strict=True)
+        name: edits.tables(attn, targets, supers, value)
+        for (name, attn), value in zip(layers.items(), values, strict=True)
     }
     edit = (gates.pairs(len(learners)), coefficients)
     return edits.project_layers(layers, (encodings, encodings), tables, (edit, edit))
@@ -360,7 +362,9 @@ def _soft_mask(mask: Image.Image, subject: Subject, size: Sequence[int]) -> Tens
     """A picture's weights [1, h, w] in latents' resolution, 1 where the subject is surest."""
     height, width = size
     square = ImageOps.fit(mask.convert("L"), (8 * width, 8 * height), Image.Resampling.BILINEAR)
-    soft = F.adaptive_avg_pool2d(torch.tensor(list(square.tobytes())).float().view(1, 8 * height, 8 * width), (height, width))
+    soft = F.adaptive_avg_pool2d(
+        torch.tensor(list(square.tobytes())).float().view(1, 8 * height, 8 * width), (height, width)
+    )
     if soft.max() <= 0:
         raise ValueError(f"Subject {subject.placeholder}: a mask is empty")
     return soft / soft.max()
