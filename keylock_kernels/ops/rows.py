@@ -41,3 +41,15 @@ def row_matmul(a: Tensor, b: Tensor) -> Tensor:
     elif not starts_on_lines(b):
         b = b.contiguous()
     return torch.bmm(a, b)[..., :columns]
+
+
+def row_sigmoid(z: Tensor) -> Tensor:
+    """The logistic function, the same to the bit wherever an element lies in memory.
+
+    torch's elementwise kernels on a CPU finish each thread's share with scalar code, whose exp
+    differs from the vector one in the last bit. A softmax over (z, 0) goes element by element.
+    """
+    if z.device.type != "cpu":
+        return torch.sigmoid(z)
+    z = z.clamp(-750, 750)  # where exp has long been 0 in float64; infinities would make NaN
+    return torch.stack((z, torch.zeros_like(z)), -1).softmax(-1)[..., 0]

@@ -107,7 +107,7 @@ def coefficients(
     """Both coefficients of every concept, per token: a, and strength * sigmoid((s - beta) / tau)."""
     similarity = rank_one_coefficients(text, directions, gates.slots)
     gate = rank_one_coefficients(text, directions, gates.slots, beta=gates.beta, tau=gates.tau, strength=gates.strength)
-    a = similarity if mix is None else similarity @ mix.transpose(1, 2)
+    a = similarity if mix is None else similarity @ mix.to(similarity).transpose(1, 2)
     return torch.cat([a, gate], -1)
 
 

@@ -155,7 +155,7 @@ def generate(
         raise TypeError(f"generate: {clash[0]} belongs to each Request, not to the call")
     verify(pipe)
 
-    base = BaseModel.of(pipe) if any(request.concepts for request in requests) else None
+    base = BaseModel.of(pipe) if any(isinstance(r, Request) and r.concepts for r in requests) else None
     results: list[Any] = [None] * len(requests)
     rows: list[_Row] = []
     for index, request in enumerate(requests):

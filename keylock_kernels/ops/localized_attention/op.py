@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..once import refuse_double_backward
 from ..precision import accumulate_dtype, exact_products
+from ..recording import recorded, refuse_double_backward
 from . import reference, sdpa
 
 _INPUTS = (
@@ -94,7 +94,7 @@ def _backward(
     readout_tokens, readout_weights, backend = inputs[12:]
     attend, read = _PARTS[backend]
     results, grads = [], []
-    with torch.enable_grad(), exact_products(query.device):
+    with recorded(), exact_products(query.device):
         text = reference.make_stream(key, value, key_bias, query_regions, key_regions)
         images = reference.image_streams(image_key, image_value, image_lengths, image_key_bias, key.shape[1])
         if grad_out is not None:
@@ -103,11 +103,11 @@ def _backward(
         if grad_readout is not None and readout_tokens is not None:
             results.append(reference.read_out(query, [text, *images], readout_tokens, readout_weights, scale, read))
             grads.append(grad_readout.contiguous())
-        recorded = [(r, g) for r, g in zip(results, grads, strict=True) if r.requires_grad]
-        if not recorded:
+        reached = [(r, g) for r, g in zip(results, grads, strict=True) if r.requires_grad]
+        if not reached:
             return [torch.zeros_like(leaf, memory_format=torch.contiguous_format) for leaf in leaves]
         found = torch.autograd.grad(
-            [r for r, _ in recorded], leaves, [g for _, g in recorded], allow_unused=True, materialize_grads=True
+            [r for r, _ in reached], leaves, [g for _, g in reached], allow_unused=True, materialize_grads=True
         )
     return [grad.contiguous() for grad in found]
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..once import refuse_double_backward
 from ..precision import accumulate_dtype, exact_products
+from ..recording import refuse_double_backward
 from . import reference
 
 _LINEAR = (

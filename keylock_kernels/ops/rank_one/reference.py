@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..precision import accumulate_dtype
-from ..rows import row_matmul
+from ..rows import row_matmul, row_sigmoid
 
 
 def taken_slots(slots: Tensor, count: int) -> Tensor:  # [B, R]
@@ -46,7 +46,7 @@ def gates(
     linear = tau == 0
     # Selecting before dividing keeps the branch not taken finite, so its gradient is 0 and not NaN.
     z = torch.where(linear, 0, similarity - beta) / torch.where(linear, 1, tau)
-    return torch.where(linear, similarity, torch.sigmoid(z))
+    return torch.where(linear, similarity, row_sigmoid(z))
 
 
 def per_row(table: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:  # [S] or [B, R] -> [B, R]

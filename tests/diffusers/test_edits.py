@@ -1,0 +1,177 @@
+"""The rank-one edit against its closed forms, in float64."""
+
+import pytest
+import torch
+from torch import nn
+
+from keylock_diffusers import edits
+from keylock_diffusers.personalization import ConceptUse, Personalization
+from keylock_kernels.testing import perfusion_output, rome_weight
+
+
+@pytest.fixture
+def metric():
+    """A covariance C [D, D], target inputs [3, D], their directions and energies, in float64."""
+    random = torch.Generator().manual_seed(0)
+    root = torch.randn(12, 40, generator=random, dtype=torch.float64)
+    covariance = root @ root.T / 40
+    targets = torch.randn(3, 12, generator=random, dtype=torch.float64)
+    targets[1] += 1.5 * targets[0]  # far from orthogonal
+    solved = torch.linalg.solve(covariance, targets.T).T
+    energies = (targets * solved).sum(-1)
+    return covariance, targets, solved / energies[:, None], energies
+
+
+def encodings(seed=1):
+    return torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def similarities(directions, text):
+    return text @ directions.T
+
+
+def test_the_gram_route_is_the_papers_cholesky_and_qr(metric):
+    covariance, targets, directions, energies = metric
+    text = encodings()
+    ours = similarities(directions, text) @ edits.combination(
+        edits.gram(targets, directions, energies), torch.ones(3, dtype=torch.float64)
+    ).T
+    lower = torch.linalg.cholesky(covariance)
+    q, r = torch.linalg.qr(torch.linalg.solve_triangular(lower, targets.T, upper=False))
+    whitened = torch.linalg.solve_triangular(lower, text.reshape(-1, 12).T, upper=False)
+    paper = torch.linalg.solve_triangular(r, q.T @ whitened, upper=True).T.reshape(2, 5, 3)
+    assert (ours - paper).abs().max() < 1e-10
+
+
+def test_rescaling_the_covariance_changes_nothing(metric):
+    covariance, targets, directions, energies = metric
+    solved = torch.linalg.solve(7.5 * covariance, targets.T).T
+    scaled = (targets * solved).sum(-1)
+    assert torch.allclose(solved / scaled[:, None], directions, rtol=1e-12)
+    strength = torch.tensor([1.0, 0.4, 0.7], dtype=torch.float64)
+    one = edits.combination(edits.gram(targets, directions, energies), strength)
+    other = edits.combination(edits.gram(targets, directions, scaled), strength)
+    assert (one - other).abs().max() < 1e-12
+
+
+def test_strength_zero_is_exactly_absent(metric):
+    _, targets, directions, energies = metric
+    gram = edits.gram(targets, directions, energies)
+    all_three = edits.combination(gram, torch.tensor([1.0, 0.0, 0.6], dtype=torch.float64))
+    without = edits.combination(gram[[0, 2]][:, [0, 2]], torch.tensor([1.0, 0.6], dtype=torch.float64))
+    assert torch.equal(all_three[1], torch.zeros(3, dtype=torch.float64))
+    assert (all_three[[0, 2]][:, [0, 2]] - without).abs().max() < 1e-12
+    assert all_three[[0, 2], 1].abs().max() < 1e-12
+
+
+def test_one_concept_is_mixed_by_its_strength(metric):
+    _, targets, directions, energies = metric
+    gram = edits.gram(targets[:1], directions[:1], energies[:1])
+    for strength in (0.0, 0.3, 1.0, -0.5, 2.0):
+        mixed = edits.combination(gram, torch.tensor([strength], dtype=torch.float64))
+        assert mixed.item() == pytest.approx(strength, abs=1e-14)
+
+
+def test_with_the_similarity_as_gate_the_edit_is_rome(metric):
+    covariance, targets, directions, _ = metric
+    random = torch.Generator().manual_seed(2)
+    weight = torch.randn(7, 12, generator=random, dtype=torch.float64)
+    output = torch.randn(7, generator=random, dtype=torch.float64)
+    text = encodings()
+    similarity = similarities(directions[:1], text)
+    edited = text @ weight.T - similarity * (weight @ targets[0]) + similarity * output
+    assert torch.allclose(edited, text @ rome_weight(weight, targets[0], output, covariance).T, rtol=1e-10)
+
+
+def test_a_layers_projection_is_perfusions_formula(pipe, concept_for):
+    """Keys and values of one layer, through prepare, against the formula written out in float64."""
+    concept = concept_for(pipe, beta=0.6, tau=0.2)
+    pipe.unet.double()
+    text = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    use = ConceptUse(concept, beta=0.6, tau=0.2)
+    prepared = Personalization([[use]], torch.tensor([0])).prepare(pipe, text)
+    for name, value in concept.values_per_layer().items():
+        attn = pipe.unet.get_submodule(name)
+        target = concept.target_input.double()
+        outputs = (attn.to_k.weight @ concept.super_class_encoding.double(), value.double())
+        for projection, output, ours in zip((attn.to_k, attn.to_v), outputs, prepared.kv[name], strict=True):
+            similarity = text @ concept.direction.double()
+            gate = torch.sigmoid((similarity - 0.6) / 0.2)
+            expected = text @ projection.weight.T - similarity[..., None] * (projection.weight @ target)
+            expected = expected + gate[..., None] * output
+            assert (ours - expected).abs().max() < 1e-5  # the vectors of a concept are float32
+
+
+def test_the_same_concept_twice_is_an_error_that_names_it(pipe, concept_for):
+    alice = concept_for(pipe)
+    copy = alice.with_(placeholder="<other-cat>")
+    for pair in ((alice, alice), (alice, copy)):
+        uses = [ConceptUse(concept, 0.7, 0.1) for concept in pair]
+        with pytest.raises(ValueError, match=f"{pair[0].placeholder} and {pair[1].placeholder} .* same target input"):
+            Personalization([uses], torch.tensor([0]))
+
+
+@pytest.mark.parametrize(
+    ("row_index", "message"),
+    [
+        (torch.tensor([0, 1]), r"must lie in \[-1, 1\), got 0 to 1"),
+        (torch.tensor([-2]), r"must lie in \[-1, 1\)"),
+        (torch.tensor([0], dtype=torch.int32), r"must be int64 \[B\]"),
+        (torch.tensor([[0]]), r"must be int64 \[B\]"),
+    ],
+)
+def test_a_wrong_row_index_is_refused(row_index, message):
+    with pytest.raises(ValueError, match=message):
+        Personalization([[]], row_index)
+
+
+def test_prepare_refuses_other_row_counts(pipe):
+    personalization = Personalization([[]], torch.tensor([0, -1]))
+    with pytest.raises(ValueError, match=r"text must be \[2, T, D\], got \[3, 4, 32\]"):
+        personalization.prepare(pipe, torch.zeros(3, 4, 32))
+
+
+def test_rows_without_a_concept_are_the_plain_projection_bit_for_bit(pipe, concept_for):
+    text = torch.randn(3, 6, 32, generator=torch.Generator().manual_seed(3))
+    plain = Personalization([[]], torch.tensor([-1, -1, -1])).prepare(pipe, text).kv
+    use = ConceptUse(concept_for(pipe), 0.6, 0.2)
+    mixed = Personalization([[use]], torch.tensor([-1, 0, -1])).prepare(pipe, text).kv
+    for name in plain:
+        for ours, theirs in zip(mixed[name], plain[name], strict=True):
+            assert torch.equal(ours[[0, 2]], theirs[[0, 2]])
+            assert not torch.equal(ours[1], theirs[1])
+
+
+def test_global_lock_reads_keys_from_the_other_stream_unedited(pipe, concept_for):
+    random = torch.Generator().manual_seed(4)
+    text, key_text = (torch.randn(1, 6, 32, generator=random) for _ in range(2))
+    use = ConceptUse(concept_for(pipe), 0.6, 0.2, lock="global")
+    prepared = Personalization([[use]], torch.tensor([0])).prepare(pipe, text, key_text).kv
+    plain = Personalization([[]], torch.tensor([-1])).prepare(pipe, key_text).kv
+    local = Personalization([[ConceptUse(use.concept, 0.6, 0.2)]], torch.tensor([0])).prepare(pipe, text).kv
+    for name, (key, value) in prepared.items():
+        assert torch.equal(key, plain[name][0])
+        assert torch.equal(value, local[name][1])
+
+
+def test_a_wrapped_projection_is_called_rather_than_read(pipe, concept_for):
+    """What PEFT, quantisation and offloading have in common: .weight is not what the module computes."""
+
+    class Doubling(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.base_layer = layer
+
+        def forward(self, x):
+            return 2 * self.base_layer(x)
+
+    text = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(3))
+    use = ConceptUse(concept_for(pipe), 0.6, 0.2)
+    plain = Personalization([[use]], torch.tensor([0])).prepare(pipe, text).kv
+    for name in plain:
+        attn = pipe.unet.get_submodule(name)
+        attn.to_k = Doubling(attn.to_k)
+    wrapped = Personalization([[use]], torch.tensor([0])).prepare(pipe, text).kv
+    for name in plain:
+        torch.testing.assert_close(wrapped[name][0], 2 * plain[name][0], rtol=1e-5, atol=1e-5)
+        assert torch.equal(wrapped[name][1], plain[name][1])

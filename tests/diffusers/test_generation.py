@@ -1,0 +1,268 @@
+"""generate: many users' requests in one batch, each as if alone."""
+
+import threading
+
+import pytest
+import torch
+from diffusers import EulerAncestralDiscreteScheduler
+
+import keylock_diffusers as kd
+from keylock_diffusers import Request, RequestError, Use
+
+STEPS = 3
+
+
+@pytest.fixture
+def ready(pipe):
+    return kd.install(pipe)
+
+
+def draw(pipe, requests, **kwargs):
+    return kd.generate(pipe, requests, **{"num_inference_steps": STEPS, "output_type": "pt", **kwargs})
+
+
+@pytest.fixture
+def mixed(ready, concept_for):
+    """Requests of different users: no concept, one, two combined, other gates, guidance and negative prompts."""
+    alice, bob = concept_for(ready), concept_for(ready, "<bob-dog>", "dog", seed=2)
+    return [
+        Request("<alice-cat> on blue", concepts=[alice], seed=1),
+        Request("a house", seed=2, guidance_scale=3.0),
+        Request("<alice-cat> and <bob-dog>", concepts=[alice, Use(bob, strength=0.5, lock="global")], seed=3),
+        Request("<bob-dog> on pink", concepts=[Use(bob, beta=0.3, tau=0.5)], seed=4, negative_prompt="a car"),
+    ]
+
+
+def test_the_unet_is_called_once_per_step_for_all_users(ready, mixed):
+    calls = []
+    handle = ready.unet.register_forward_hook(lambda *_: calls.append(1))
+    draw(ready, mixed)
+    handle.remove()
+    assert len(calls) == STEPS
+
+
+def test_permuting_requests_permutes_pictures_bit_for_bit(ready, mixed):
+    straight = draw(ready, mixed)
+    order = [2, 0, 3, 1]
+    for place, picture in zip(order, draw(ready, [mixed[n] for n in order]), strict=True):
+        assert torch.equal(picture, straight[place])
+
+
+@pytest.mark.parametrize("poison", [float("nan"), 1e30])
+def test_a_poisoned_neighbour_changes_nothing(ready, mixed, concept_for, poison):
+    clean = draw(ready, mixed)
+    sick = concept_for(ready, "<sick-cat>")
+    for name in ("values", "target_input", "direction", "super_class_encoding"):
+        broken = torch.full_like(getattr(sick, name).float(), poison)
+        object.__setattr__(sick, name, broken)  # past the checks that refuse it
+    object.__setattr__(sick, "word_embeddings", (torch.full((32,), poison),))
+    neighbours = [*mixed]
+    neighbours[2] = Request("<sick-cat>", concepts=[sick], seed=3)
+    beside = draw(ready, neighbours)
+    for place in (0, 1, 3):
+        assert torch.equal(beside[place], clean[place])
+    assert not torch.equal(beside[2].nan_to_num(9), clean[2])
+
+
+def test_two_users_with_the_same_placeholder_get_their_own(ready, concept_for):
+    one, two = concept_for(ready, seed=1), concept_for(ready, seed=2)
+    orders = [Request("<alice-cat>", concepts=[c], seed=5) for c in (one, two)]
+    first, second = draw(ready, orders)
+    assert not torch.equal(first, second)
+    swapped = draw(ready, orders[::-1])
+    assert torch.equal(first, swapped[1]) and torch.equal(second, swapped[0])
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_a_plain_request_is_the_plain_pipelines_picture(pipe, guidance):
+    stock = pipe(
+        "a house on blue",
+        guidance_scale=guidance,
+        negative_prompt="a cat",
+        num_inference_steps=STEPS,
+        generator=torch.Generator().manual_seed(3),
+        output_type="pt",
+    ).images[0]
+    kd.install(pipe)
+    order = Request("a house on blue", guidance_scale=guidance, negative_prompt="a cat", seed=3)
+    torch.testing.assert_close(draw(pipe, [order])[0], stock, rtol=0, atol=1 / 255 / 8)
+
+
+def test_alone_and_in_company_differ_by_rounding_at_most(ready, mixed):
+    for order, picture in zip(mixed, draw(ready, mixed), strict=True):
+        assert (draw(ready, [order])[0] - picture).abs().max() <= 2 / 255
+
+
+def test_each_row_has_its_own_guidance(ready):
+    weak, strong = Request("a cat", seed=1, guidance_scale=2.0), Request("a cat", seed=1, guidance_scale=9.0)
+    first, second = draw(ready, [weak, strong])
+    assert not torch.allclose(first, second, atol=1e-3)
+    assert torch.equal(draw(ready, [weak, weak])[1], first)
+    unguided = Request("a cat", seed=1, guidance_scale=1.0)
+    mixed = draw(ready, [weak, unguided])
+    assert torch.equal(mixed[1], draw(ready, [unguided])[0])
+
+
+def test_images_of_one_request_take_the_following_seeds(ready):
+    three = draw(ready, [Request("a cat", seed=5, num_images=3), Request("a dog", seed=1)])
+    assert len(three[0]) == 3
+    singles = draw(ready, [Request("a cat", seed=5 + n) for n in range(3)] + [Request("a dog", seed=1)])
+    for n in range(3):
+        assert torch.equal(three[0][n], singles[n])
+
+
+def test_no_seed_draws_anew_each_time(ready):
+    assert not torch.equal(draw(ready, [Request("a cat")])[0], draw(ready, [Request("a cat")])[0])
+
+
+def test_max_batch_splits_and_keeps_the_order(ready, mixed):
+    calls = []
+    handle = ready.unet.register_forward_hook(lambda _m, inputs, _o: calls.append(len(inputs[0])))
+    split = draw(ready, mixed, max_batch=3)
+    handle.remove()
+    assert calls == [6] * STEPS + [2] * STEPS
+    for ours, whole in zip(split, draw(ready, mixed), strict=True):
+        assert (ours - whole).abs().max() <= 2 / 255
+
+
+def test_prompt_embeddings_stand_in_for_prompts(ready):
+    positive, negative = ready.encode_prompt("a cat", "cpu", 1, True, "a car")
+    by_text = Request("a cat", negative_prompt="a car", seed=1)
+    by_embeds = Request(prompt_embeds=positive[0], negative_prompt_embeds=negative[0], seed=1)
+    first, second = draw(ready, [by_text, by_embeds])
+    assert torch.equal(first, second)
+
+
+def test_strength_zero_is_the_prompt_with_the_learned_word_alone(ready, concept_for):
+    alice = concept_for(ready)
+    off = Request("<alice-cat> on blue", concepts=[Use(alice, strength=0.0)], seed=1)
+    word_only = alice.with_(values=torch.zeros_like(alice.values))
+    other = Request("<alice-cat> on blue", concepts=[Use(word_only, strength=0.0)], seed=1)
+    on = Request("<alice-cat> on blue", concepts=[alice], seed=1)
+    pictures = draw(ready, [off, other, on])
+    assert torch.equal(pictures[0], pictures[1])
+    assert not torch.equal(pictures[0], pictures[2])
+
+
+def test_global_lock_draws_another_picture_than_local(ready, concept_for):
+    alice = concept_for(ready)
+    local, globally = (Request("<alice-cat>", concepts=[Use(alice, lock=lock)], seed=1) for lock in ("local", "global"))
+    first, second = draw(ready, [local, globally])
+    assert not torch.allclose(first, second, atol=1e-4)
+
+
+def test_the_bank_answers_for_ids(ready, concept_for, tmp_path):
+    bank = kd.ConceptBank(tmp_path)
+    bank.add("alice/cat", concept_for(ready))
+    by_id, by_value = draw(
+        ready,
+        [Request("<alice-cat>", concepts=[c], seed=1) for c in ("alice/cat", bank["alice/cat"])],
+        bank=bank,
+    )
+    assert torch.equal(by_id, by_value)
+
+
+def test_two_calls_may_interleave(ready, mixed):
+    expected = draw(ready, mixed[:2]), draw(ready, mixed[2:])
+    results, barrier = {}, threading.Barrier(2)
+
+    def work(name, orders):
+        barrier.wait()
+        results[name] = draw(ready, orders, callback=lambda *_: barrier.wait() and {} or {})
+
+    threads = [threading.Thread(target=work, args=(n, mixed[2 * n : 2 * n + 2])) for n in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for n in range(2):
+        for ours, theirs in zip(results[n], expected[n], strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_schedulers_are_copied_and_stochastic_ones_keep_rows_apart(ready, mixed):
+    scheduler = EulerAncestralDiscreteScheduler.from_config(ready.scheduler.config)
+    first = draw(ready, mixed, scheduler=scheduler)
+    assert scheduler.num_inference_steps is None and ready.scheduler.num_inference_steps is None
+    again = draw(ready, mixed[::-1], scheduler=scheduler)[::-1]
+    for a, b in zip(first, again, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_bad_request_fails_alone_and_by_name(ready, mixed):
+    bad = Request("<nobody> on blue", seed=1)
+    calls = []
+    handle = ready.unet.register_forward_hook(lambda *_: calls.append(1))
+    with pytest.raises(RequestError, match=r"request 1 \('<nobody> on blue'\): .*<nobody> is no concept") as caught:
+        draw(ready, [mixed[0], bad])
+    assert caught.value.index == 1 and not calls
+    handle.remove()
+    returned = draw(ready, [mixed[0], bad, mixed[1]], on_error="return")
+    assert isinstance(returned[1], RequestError)
+    for ours, alone in zip((returned[0], returned[2]), draw(ready, mixed[:2]), strict=True):
+        assert torch.equal(ours, alone)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request(), "give either prompt or prompt_embeds"),
+        (Request("a cat", prompt_embeds=torch.zeros(32, 32)), "give either prompt or prompt_embeds"),
+        (Request(prompt_embeds=torch.zeros(32, 5)), r"prompt_embeds must be \[T, 32\], got \[32, 5\]"),
+        (Request(prompt_embeds=torch.zeros(32, 32), concepts=["a"]), "concepts need a prompt"),
+        (Request("a cat", num_images=0), "num_images must be at least 1, got 0"),
+        (Request("a <x>", concepts=["alice/cat"]), "'alice/cat' is an id, but generate was given no bank"),
+        (Request("a <x>", concepts=[3]), "a concept must be an id or a Concept, got int"),
+        (Request("a cat", negative_prompt="<alice-cat>"), "<alice-cat> is no concept"),
+        (
+            Request("a cat", negative_prompt="x", negative_prompt_embeds=torch.zeros(32, 32)),
+            "give negative_prompt or negative_prompt_embeds, not both",
+        ),
+        ("a cat", "must be a Request, got str"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_each_mistake_in_a_request_is_named(ready, request_, message):
+    with pytest.raises(RequestError, match=message):
+        draw(ready, [request_])
+
+
+def test_mistakes_in_the_use_of_a_concept_are_named(ready, concept_for, build_tiny, tmp_path):
+    alice = concept_for(ready)
+    for use, message in [
+        (Use(alice, lock="both"), 'lock must be "local" or "global"'),
+        (Use(alice, tau=float("nan")), "tau of <alice-cat> must be a finite number, got nan"),
+        (Use(alice, strength="strong"), "strength of <alice-cat> must be a finite number"),
+    ]:
+        with pytest.raises(RequestError, match=message):
+            draw(ready, [Request("<alice-cat>", concepts=[use])])
+    with pytest.raises(RequestError, match="same placeholder"):
+        draw(ready, [Request("<alice-cat>", concepts=[alice, concept_for(ready, seed=9)])])
+    with pytest.raises(RequestError, match="no concept 'bob/dog' in the bank"):
+        draw(ready, [Request("<bob-dog>", concepts=["bob/dog"])], bank=kd.ConceptBank(tmp_path))
+    stranger = concept_for(build_tiny(seed=5))
+    with pytest.raises(RequestError, match="weights"):
+        draw(ready, [Request("<alice-cat>", concepts=[stranger])], strict=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"max_batch": 0}, ValueError, "max_batch"),
+        ({"num_inference_steps": 0}, ValueError, "num_inference_steps"),
+        ({"on_error": "ignore"}, ValueError, "on_error"),
+        ({"generator": None}, TypeError, "generator belongs to each Request"),
+    ],
+)
+def test_each_mistake_in_the_call_is_named(ready, arguments, error, message):
+    with pytest.raises(error, match=message):
+        draw(ready, [Request("a cat", seed=1)], **arguments)
+
+
+def test_a_replaced_processor_is_found_before_the_first_step(pipe):
+    with pytest.raises(RuntimeError, match="down_blocks.0.attentions.0.transformer_blocks.0.attn2"):
+        draw(pipe, [Request("a cat")])
+
+
+def test_no_requests_no_pictures(ready):
+    assert draw(ready, []) == []

@@ -1,0 +1,344 @@
+"""Training: many concepts together, each as if alone."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import keylock_diffusers as kd
+from keylock_diffusers import edits, text
+from keylock_diffusers.concepts import Concept, cross_attention_layers
+from keylock_diffusers.personalization import ConceptUse, Personalization
+from keylock_diffusers.training import (
+    ConceptTrainingError,
+    Covariance,
+    Subject,
+    TrainingConfig,
+    covariance,
+    default_captions,
+    train_concepts,
+)
+from keylock_diffusers.training.trainer import word_encodings
+
+QUICK = TrainingConfig(steps=4, batch_size=2, values_rate=0.05, embedding_rate=0.05)
+
+
+def pictures(seed, count=2):
+    random = np.random.default_rng(seed)
+    return [Image.fromarray(random.integers(0, 255, (16, 16, 3), dtype=np.uint8)) for _ in range(count)]
+
+
+def subject(name="alice", seed=1, **changes):
+    captions = [f"<{name}-cat> on blue", f"a grinning <{name}-cat> on white"]
+    return Subject(f"<{name}-cat>", "cat", **{"images": pictures(seed), "captions": captions, "seed": seed, **changes})
+
+
+@pytest.fixture
+def metric():
+    root = torch.randn(32, 64, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    return Covariance(root @ root.T / 64, {"captions": 0})
+
+
+def train(pipe, subjects, metric, config=QUICK, **kwargs):
+    return train_concepts(pipe, subjects, config, metric=metric, progress=False, **kwargs)
+
+
+def same(one, other):
+    tensors = ("values", "target_input", "direction", "super_class_encoding")
+    return all(torch.equal(getattr(one, n), getattr(other, n)) for n in tensors) and torch.equal(
+        one.word_embeddings[0], other.word_embeddings[0]
+    )
+
+
+def far(one, other):
+    """The largest difference of what two concepts learned, relative to the values' size."""
+    return max(
+        float((a.float() - b.float()).abs().max() / b.float().abs().max())
+        for a, b in zip(
+            (one.values, one.target_input, *one.word_embeddings),
+            (other.values, other.target_input, *other.word_embeddings),
+            strict=True,
+        )
+    )
+
+
+def test_trained_together_is_trained_alone(pipe, metric):
+    config = TrainingConfig(steps=20, batch_size=2, values_rate=0.02, embedding_rate=0.02)
+    subjects = [subject("alice", 1), subject("bob", 2), subject("carol", 3)]
+    together = train(pipe, subjects, metric, config)
+    for one, concept in zip(subjects, together, strict=True):
+        # 1e-4, and the half unit in the last place of the file's float16
+        assert far(concept, train(pipe, [one], metric, config)[0]) <= 1e-4 + 2**-11
+
+
+def test_a_subject_with_a_nan_picture_stops_alone(pipe, metric, monkeypatch):
+    subjects = [subject("alice", 1), subject("bob", 2)]
+    clean = train(pipe, subjects, metric)
+    from keylock_diffusers.training import trainer
+
+    encode = trainer._encode_images
+    sick = subject("sick", 9)
+
+    def poisoned(pipe, images):
+        latents = encode(pipe, images)
+        return latents * float("nan") if images is sick.images else latents
+
+    monkeypatch.setattr(trainer, "_encode_images", poisoned)
+    alice, failure, bob = train(pipe, [subjects[0], sick, subjects[1]], metric)
+    assert isinstance(failure, ConceptTrainingError)
+    assert "<sick-cat>: the loss or its gradient was not finite at step 0" in str(failure)
+    assert far(alice, clean[0]) <= 1e-4 + 2**-11 and far(bob, clean[1]) <= 1e-4 + 2**-11
+
+
+def loss_of(pipe, subject, concept, *, step=0, size=2, gate=(0.75, 0.1)):
+    """The training loss of one step, written out once more: what the concept draws, weighted by the soft masks."""
+    kd.install(pipe)
+    generator = torch.Generator().manual_seed(subject.seed * 1_000_003 + step)
+    chosen = torch.randint(len(subject.images), (size,), generator=generator)
+    times = torch.randint(1000, (size,), generator=generator)
+    noise = torch.randn(size, 4, 8, 8, generator=generator)
+    with torch.no_grad():
+        pixels = torch.stack([torch.from_numpy(np.asarray(subject.images[n])).permute(2, 0, 1) for n in chosen])
+        clean = pipe.vae.encode(pixels.float() / 127.5 - 1).latents
+        weights = torch.ones(size, 1, 8, 8)
+        if subject.masks is not None:
+            masks = torch.stack([torch.from_numpy(np.asarray(subject.masks[n])).float()[None] for n in chosen])
+            weights = torch.nn.functional.avg_pool2d(masks, 2)
+            weights = weights / weights.amax((1, 2, 3), keepdim=True)
+        words = {subject.placeholder: concept.word_embeddings[0]}
+        prompts = [text.tokenize(pipe.tokenizer, subject.captions[n], {subject.placeholder: "cat"}) for n in chosen]
+        encodings = text.encode(pipe.text_encoder, prompts, [words] * size)
+        uses = [[ConceptUse(concept, *gate)]] * size
+        personalization = Personalization(uses, torch.arange(size)).prepare(pipe, encodings)
+        noisy = pipe.scheduler.add_noise(clean, noise, times)
+        drawn = pipe.unet(noisy, times, encodings, cross_attention_kwargs={"personalization": personalization}).sample
+        error = (drawn - pipe.scheduler.get_velocity(clean, noise, times)) ** 2
+    kd.uninstall(pipe)
+    return float(((error * weights).sum((1, 2, 3)) / weights.sum((1, 2, 3)) / 4).mean())
+
+
+def test_the_loss_is_the_masked_diffusion_loss_of_the_edited_model(pipe, metric):
+    still = TrainingConfig(steps=1, batch_size=2, values_rate=0.0, embedding_rate=0.0)
+    left = Image.fromarray(np.repeat(np.array([[200] * 8 + [0] * 8], np.uint8), 16, 0))
+    losses = []
+    for masks in (None, [left, left]):
+        one = subject(masks=masks)
+        concept = train(pipe, [one], metric, still)[0]
+        losses.append(concept.training["loss"])
+        assert losses[-1] == pytest.approx(loss_of(pipe, one, concept), rel=1e-3)  # the file's float16
+    assert losses[0] != losses[1]
+
+
+def test_training_lowers_the_loss_on_its_own_pictures(pipe, metric):
+    still = TrainingConfig(steps=1, batch_size=4, values_rate=0.0, embedding_rate=0.0)
+    moving = TrainingConfig(steps=40, batch_size=4, values_rate=0.1, embedding_rate=0.02)
+
+    def unseen(concept):
+        return np.mean([loss_of(pipe, subject(), concept, step=1000 + n, size=8) for n in range(4)])
+
+    untrained, trained = (unseen(train(pipe, [subject()], metric, config)[0]) for config in (still, moving))
+    assert trained < 0.97 * untrained
+
+
+@pytest.mark.parametrize("interrupted_at", [2, 5])
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(pipe, metric, tmp_path, interrupted_at):
+    from dataclasses import replace
+
+    subjects, path = [subject("alice", 1), subject("bob", 2)], tmp_path / "run.safetensors"
+    config = replace(QUICK, steps=6)
+    whole = train(pipe, subjects, metric, config)
+    train(pipe, subjects, metric, replace(config, steps=interrupted_at), checkpoint_path=path)
+    resumed = train(pipe, subjects, metric, config, checkpoint_path=path)
+    assert all(same(a, b) for a, b in zip(whole, resumed, strict=True))
+    assert all(a.training["loss"] == b.training["loss"] for a, b in zip(whole, resumed, strict=True))
+
+
+def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(pipe, metric, tmp_path):
+    path = tmp_path / "run.safetensors"
+    train(pipe, [subject()], metric, checkpoint_path=path)
+    with pytest.raises(ValueError, match="is of another run"):
+        train(pipe, [subject(seed=2)], metric, checkpoint_path=path)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="cannot be read"):
+        train(pipe, [subject()], metric, checkpoint_path=path)
+
+
+def test_the_first_step_starts_from_the_super_class(pipe, metric):
+    still = TrainingConfig(steps=1, batch_size=2, values_rate=0.0, embedding_rate=0.0)
+    concept = train(pipe, [subject()], metric, still)[0]
+    encoding = concept.super_class_encoding.float()
+    for name, attn in cross_attention_layers(pipe.unet).items():
+        expected = edits.project_vectors(attn.to_v, encoding[None])[0]
+        torch.testing.assert_close(concept.values_per_layer()[name].float(), expected, rtol=2e-3, atol=2e-3)
+    prompts = [text.tokenize(pipe.tokenizer, words.replace("<alice-cat>", "cat")) for words in subject().captions]
+    places = [text.tokenize(pipe.tokenizer, words, {"<alice-cat>": "cat"}) for words in subject().captions]
+    mean = word_encodings(text.encode(pipe.text_encoder, prompts), places).mean(0)
+    torch.testing.assert_close(encoding, mean, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_the_target_input_is_a_moving_average_of_the_words_encoding(pipe, metric, decay):
+    """With nothing learned the encoding depends on the drawn captions only."""
+    config = TrainingConfig(steps=2, batch_size=2, values_rate=0.0, embedding_rate=0.0, target_decay=decay)
+    concept = train(pipe, [subject()], metric, config)[0]
+    prompts = [text.tokenize(pipe.tokenizer, words, {"<alice-cat>": "cat"}) for words in subject().captions]
+    encodings = word_encodings(text.encode(pipe.text_encoder, prompts), prompts)
+    target = encodings.mean(0)
+    for step in range(2):
+        chosen = torch.randint(2, (2,), generator=torch.Generator().manual_seed(1 * 1_000_003 + step))
+        target = decay * target + (1 - decay) * encodings[chosen].mean(0)
+    torch.testing.assert_close(concept.target_input, target, rtol=1e-5, atol=1e-5)
+
+
+def test_the_three_gradients_of_the_target_differ_and_none_is_none(pipe, metric):
+    from dataclasses import replace
+
+    def learned(mode):
+        # Adam's first step has the size of the rate whatever the gradient; three steps tell gradients apart.
+        config = replace(QUICK, steps=3, target_gradient=mode, max_grad_norm=None, target_decay=0.5)
+        return train(pipe, [subject()], metric, config)[0].word_embeddings[0]
+
+    modes = {mode: learned(mode) for mode in ("none", "straight-through", "exact")}
+    assert not torch.equal(modes["none"], modes["straight-through"])
+    assert not torch.equal(modes["none"], modes["exact"])
+    assert not torch.equal(modes["straight-through"], modes["exact"])
+
+
+def test_learning_rates_are_in_units_of_what_is_learned(pipe, metric):
+    config = TrainingConfig(steps=1, batch_size=2, values_rate=0.01, embedding_rate=0.04, max_grad_norm=None)
+    still = TrainingConfig(steps=1, batch_size=2, values_rate=0.0, embedding_rate=0.0)
+    moved, start = (train(pipe, [subject()], metric, c)[0] for c in (config, still))
+    for learned, initial, rate in (
+        (moved.word_embeddings[0].float(), start.word_embeddings[0].float(), 0.04),
+        (moved.values.float(), start.values.float(), 0.01),
+    ):
+        step = (learned - initial).abs().median() / initial.square().mean().sqrt()
+        assert step == pytest.approx(rate, rel=0.05)  # Adam's first step; float16 rounds
+
+
+def test_a_converged_subject_stops_early(pipe, metric):
+    config = TrainingConfig(steps=12, batch_size=2, values_rate=0.0, embedding_rate=0.0, patience=2)
+    concept = train(pipe, [subject()], metric, config)[0]
+    assert concept.training["stopped"] == "converged" and concept.training["steps"] < 12
+
+
+def test_bf16_learns_nearly_the_same(pipe, metric):
+    from dataclasses import replace
+
+    full, half = (train(pipe, [subject()], metric, replace(QUICK, mixed_precision=m))[0] for m in ("no", "bf16"))
+    assert 0 < far(half, full) < 0.3
+
+
+def test_the_pipeline_is_as_before(pipe, metric):
+    pipe.unet.train()
+    before = dict(pipe.unet.attn_processors)
+    weights = {name: p.clone() for name, p in pipe.unet.named_parameters()}
+    train(pipe, [subject()], metric)
+    assert all(pipe.unet.attn_processors[name] is before[name] for name in before)
+    assert pipe.unet.training and not pipe.vae.training
+    assert all(p.requires_grad and torch.equal(p, weights[name]) for name, p in pipe.unet.named_parameters())
+    kd.install(pipe)
+    ours = dict(pipe.unet.attn_processors)
+    with pytest.raises(ValueError, match="<bob-cat>"):
+        train(pipe, [subject(captions=["<alice-cat>", "<bob-cat>"])], metric)
+    assert all(pipe.unet.attn_processors[name] is ours[name] for name in ours)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+def test_every_prediction_type_trains(build_tiny, metric, prediction):
+    concept = train(build_tiny(prediction_type=prediction), [subject()], metric)[0]
+    assert isinstance(concept, Concept) and np.isfinite(concept.training["loss"])
+
+
+def test_a_trained_concept_draws_and_fits_its_file(pipe, metric, tmp_path):
+    concept = train(pipe, [subject()], metric)[0]
+    loaded = Concept.load(tmp_path / "c.safetensors") if concept.save(tmp_path / "c.safetensors") else None
+    kd.install(pipe)
+    orders = [kd.Request("<alice-cat> on pink", concepts=[c], seed=1) for c in (concept, loaded)]
+    first, second = kd.generate(pipe, orders, num_inference_steps=2, output_type="pt")
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"images": []}, "images must not be empty"),
+        ({"captions": ["one"]}, "captions must hold one per picture, 2, got 1"),
+        ({"masks": pictures(1, 3)}, "masks must hold one per picture, 2, got 3"),
+    ],
+)
+def test_a_wrong_subject_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        subject(**changes)
+
+
+def test_an_empty_mask_is_refused(pipe, metric):
+    with pytest.raises(ValueError, match="a mask is empty"):
+        train(pipe, [subject(masks=[Image.new("L", (16, 16))] * 2)], metric)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"target_gradient": "some"}, "target_gradient must be one of"),
+        ({"mixed_precision": "fp16"}, "mixed_precision must be"),
+        ({"target_decay": 1.0}, r"target_decay must lie in \[0, 1\)"),
+        ({"values_rate": -1.0}, "values_rate must be at least 0"),
+    ],
+)
+def test_a_wrong_setting_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        TrainingConfig(**changes)
+
+
+def test_the_covariance_is_the_second_moment_of_the_counted_positions(pipe, tmp_path):
+    captions = ["a cat on blue", "a dog next to a house on pink"]
+    prompts = [text.tokenize(pipe.tokenizer, words) for words in captions]
+    encodings = text.encode(pipe.text_encoder, prompts).double()
+    kept = torch.tensor([prompt.attention for prompt in prompts]).bool()
+    for positions, rows in (("prompt", encodings[kept]), ("all", encodings.flatten(0, 1))):
+        moment = rows.T @ rows / len(rows)
+        ridge = 0.01 * moment.diagonal().mean() * torch.eye(32, dtype=torch.float64)
+        made = covariance(pipe, captions, positions=positions, ridge=0.01, cache=tmp_path)
+        torch.testing.assert_close(made.matrix, (moment + ridge).detach(), rtol=1e-9, atol=1e-9)
+        assert made.recipe["positions"] == positions and made.recipe["captions"] == 2
+
+
+def test_the_covariance_is_taken_from_the_cache_and_never_from_another_encoder(pipe, build_tiny, tmp_path):
+    captions = default_captions(70)
+    first = covariance(pipe, captions, cache=tmp_path)
+    calls = []
+    handle = pipe.text_encoder.register_forward_hook(lambda *_: calls.append(1))
+    again = covariance(pipe, captions, cache=tmp_path)
+    handle.remove()
+    assert len(calls) == 1  # the probe that names the encoder
+    assert torch.equal(first.matrix, again.matrix)
+    assert not torch.equal(covariance(build_tiny(seed=4), captions, cache=tmp_path).matrix, first.matrix)
+    for file in tmp_path.iterdir():
+        file.write_bytes(b"damaged")
+    assert torch.equal(covariance(pipe, captions, cache=tmp_path).matrix, first.matrix)
+
+
+def test_a_nearly_singular_covariance_warns(pipe, tmp_path, caplog):
+    covariance(pipe, ["a cat"], ridge=1e-12, cache=tmp_path)
+    assert "condition number" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"captions": []}, "captions must not be empty"),
+        ({"positions": "some"}, "positions must be one of"),
+        ({"ridge": -1.0}, "ridge must be at least 0"),
+    ],
+)
+def test_a_wrong_covariance_argument_is_refused(pipe, tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        covariance(pipe, cache=tmp_path, **{"captions": ["a cat"], **arguments})
+
+
+def test_default_captions_are_the_same_every_time():
+    assert default_captions(20, seed=1) == default_captions(20, seed=1)
+    assert default_captions(20, seed=1) != default_captions(20, seed=2)
