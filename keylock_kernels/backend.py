@@ -9,9 +9,6 @@ import torch
 
 BACKENDS = ("auto", "eager", "sdpa", "native", "triton", "cuda")
 
-# Below this many attention scores (B * H * N * T) one dense softmax beats SDPA's set-up.
-SMALL_SCORES = 1 << 14
-
 
 def _native_missing() -> str | None:
     try:
@@ -33,8 +30,6 @@ class Implementation:
     backend: str
     summary: str
     devices: tuple[str, ...] = ()  # device types; empty: any
-    chosen_on: tuple[str, ...] = ()  # device types on which "auto" takes it; empty: any
-    chosen_small: bool = True  # whether "auto" takes it for small inputs
     chosen_float64: bool = True  # whether "auto" takes it for float64
     missing: Callable[[], str | None] = _present  # why it cannot run in this process
 
@@ -57,7 +52,6 @@ IMPLEMENTATIONS = (
         "localized_attention",
         "sdpa",
         "torch's scaled_dot_product_attention, one call per stream",
-        chosen_small=False,
         chosen_float64=False,
     ),
     Implementation("localized_attention", "eager", "plain torch, the whole attention map in memory"),
@@ -66,14 +60,14 @@ OPS = tuple(dict.fromkeys(entry.op for entry in IMPLEMENTATIONS))
 
 
 @torch.compiler.assume_constant_result
-def choose(op: str, requested: str, device: torch.device, dtype: torch.dtype, small: bool = False) -> str:
+def choose(op: str, requested: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend an op takes; raises ValueError where an explicit request cannot run."""
     if requested not in BACKENDS:
         raise ValueError(f"{op}: backend must be one of {', '.join(BACKENDS)}, got {requested!r}")
     candidates = [entry for entry in IMPLEMENTATIONS if entry.op == op]
     if requested == "auto":
         for entry in candidates:
-            wanted = (entry.chosen_small or not small) and (entry.chosen_float64 or dtype != torch.float64)
+            wanted = entry.chosen_float64 or dtype != torch.float64
             if wanted and entry.refusal(device.type) is None:
                 return entry.backend
         raise ValueError(f"{op}: no implementation runs on {device.type} tensors")
@@ -114,10 +108,8 @@ def _explain(op: str, device: str) -> list[str]:
         reason = entry.refusal(device)
         state = "available" if reason is None else f"not available: {reason}"
         lines.append(f"  {entry.backend}: {entry.summary}; {state}")
-        if not entry.chosen_small:
-            lines.append(f"    auto leaves it for inputs of at most {SMALL_SCORES} scores")
         if not entry.chosen_float64:
-            lines.append("    auto leaves it for float64 inputs")
+            lines.append("    auto passes it over for float64 inputs, where exactness is what is wanted")
     absent = [name for name in BACKENDS[1:] if name not in {entry.backend for entry in candidates}]
     lines.append(f"  no implementation of this op: {', '.join(absent)}")
     return lines

@@ -49,12 +49,10 @@ def test_an_explicit_backend_that_cannot_run_raises(without_native):
         backend.choose("rank_one_update", "native", torch.device("cuda"), torch.float32)
 
 
-def test_auto_leaves_small_and_float64_attention_to_eager():
-    assert backend.choose("localized_attention", "auto", CPU, torch.float32, small=False) == "sdpa"
-    assert backend.choose("localized_attention", "auto", CPU, torch.float32, small=True) == "eager"
-    assert backend.choose("localized_attention", "auto", CPU, torch.float64, small=False) == "eager"
-    for pixels, expected in ((8, "eager"), (1024, "sdpa")):
-        inputs = attention_inputs(1, pixels, 77, 2, 16, dtype=torch.float32)
+def test_auto_takes_sdpa_but_for_float64():
+    for dtype, expected in ((torch.float32, "sdpa"), (torch.bfloat16, "sdpa"), (torch.float64, "eager")):
+        assert backend.choose("localized_attention", "auto", CPU, dtype) == expected
+        inputs = attention_inputs(1, 64, 77, 2, 16, dtype=dtype)
         assert torch.equal(localized_attention(**inputs), localized_attention(**inputs, backend=expected))
 
 

@@ -116,9 +116,7 @@ def localized_attention(
     for label, tensor in dense.items():
         if tensor is not None and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             raise ValueError(f"{NAME}: {label}'s last dimension must be contiguous, got stride {tensor.stride(-1)}")
-    # A branch, and not a value, is what torch.compile can guard on under dynamic shapes.
-    small = True if rows * heads * pixels * (keys + sum(lengths)) <= backends.SMALL_SCORES else False
-    chosen = backends.choose(NAME, backend, device, query.dtype, small)
+    chosen = backends.choose(NAME, backend, device, query.dtype)
     out, readout = op.localized_attention(
         query, key, value, width**-0.5 if scale is None else float(scale), key_bias, query_regions, key_regions,
         image_key, image_value, lengths, image_key_bias, image_weights, readout_tokens, readout_weights, chosen,

@@ -1,0 +1,132 @@
+"""The command line: what it does, and one line and a nonzero exit for bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+import keylock_diffusers as kd
+from keylock_diffusers import cli
+from keylock_diffusers.demo import pictures
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def tiny_model(monkeypatch, pipe):
+    monkeypatch.setattr(cli, "_load", lambda model: pipe)
+    return pipe
+
+
+def run(*arguments):
+    result = CliRunner().invoke(cli.app, [str(a) for a in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def fail(capsys, monkeypatch, *arguments):
+    """Runs the command as the console script does; returns what it prints on standard error."""
+    monkeypatch.setattr(sys, "argv", ["keylock", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["generate"], ["bank"], ["bank", "add"], ["env"]])
+def test_every_command_has_help_a_person_can_follow(command):
+    output = run(*command, "--help")
+    assert "Usage" in output and len(output.splitlines()) > 4
+
+
+def test_pictures_become_a_concept_a_bank_and_a_drawing(tiny_model, tmp_path):
+    user = pictures.USERS[0]
+    folder, file, bank, output = (tmp_path / name for name in ("cat", "cat.safetensors", "bank", "drawn"))
+    folder.mkdir()
+    for number, (image, mask) in enumerate(zip(*pictures.load(user), strict=True)):
+        image.save(folder / f"{number}.png")
+        mask.save(folder / f"{number}-mask.png")
+        (folder / f"{number}.txt").write_text(pictures.CAPTIONS[number].format("<alice-cat>"))
+    said = run(
+        *("train", folder, "--placeholder", "<alice-cat>", "--super-class", "cat", "--output", file),
+        *("--steps", 2, "--batch-size", 2),
+    )
+    assert f"{file.stat().st_size} bytes" in said
+    assert kd.Concept.load(file).training["pictures"] == 4
+    run("bank", "add", "alice/cat", file, "--bank", bank)
+    assert "<alice-cat>" in run("bank", "list", "--bank", bank)
+    assert json.loads(run("bank", "show", "alice/cat", "--bank", bank))["super_class"] == "cat"
+    orders = [
+        {"prompt": "<alice-cat> on blue", "concepts": [{"concept": "alice/cat", "beta": 0.6}], "seed": 1},
+        {"prompt": "a house", "seed": 2, "num_images": 2},
+    ]
+    (tmp_path / "orders.json").write_text(json.dumps(orders))
+    run("generate", tmp_path / "orders.json", "--bank", bank, "--output", output, "--steps", 2)
+    assert sorted(p.name for p in output.iterdir()) == ["000.png", "001-0.png", "001-1.png"]
+    assert Image.open(output / "000.png").size == (16, 16)
+    run("bank", "remove", "alice/cat", "--bank", bank)
+    assert "alice" not in run("bank", "list", "--bank", bank)
+
+
+def test_env_reports_the_build(capsys):
+    assert "native" in run("env")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bank", "remove", "bob/dog"], "no concept 'bob/dog' in the bank"),
+        (["bank", "add", "../x", "nothing.safetensors"], "nothing.safetensors"),
+        (["generate", "orders.json"], "orders.json"),
+        (["train", "nowhere", "--placeholder", "<a>", "--super-class", "cat", "--output", "x"], "is not a folder"),
+        (["demo", "--steps", "0"], "steps"),
+        (["paint"], "paint"),
+    ],
+)
+def test_bad_input_ends_with_a_message_and_no_traceback(capsys, monkeypatch, tmp_path, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    error = fail(capsys, monkeypatch, *arguments)
+    assert message in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{}", "must be a list of requests, got dict"),
+        ("[1]", "orders.json"),
+        ('[{"prompt": "a", "colour": 1}]', "colour"),
+        ("[", "orders.json"),
+        ('[{"prompt": "<x> on blue"}]', "request 0 ('<x> on blue'): "),
+    ],
+)
+def test_a_bad_request_file_is_named(capsys, monkeypatch, tmp_path, tiny_model, content, message):
+    monkeypatch.chdir(tmp_path)
+    Path("orders.json").write_text(content)
+    error = fail(capsys, monkeypatch, "generate", "orders.json")
+    assert message in error and len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("missing", ["1.txt", "1-mask.png"])
+def test_captions_and_masks_are_for_all_pictures_or_none(capsys, monkeypatch, tmp_path, tiny_model, missing):
+    for number in range(2):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
+        Image.new("L", (8, 8), 255).save(tmp_path / f"{number}-mask.png")
+        (tmp_path / f"{number}.txt").write_text("<a> on blue")
+    (tmp_path / missing).unlink()
+    error = fail(
+        capsys, monkeypatch, "train", tmp_path, "--placeholder", "<a>", "--super-class", "cat", "--output", "x"
+    )
+    assert "1.png has no" in error
+
+
+def test_the_console_script_is_the_module():
+    environ = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python'}"}
+    done = subprocess.run(
+        [sys.executable, "-m", "keylock_diffusers.cli", "--help"], env=environ, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "generate" in done.stdout
