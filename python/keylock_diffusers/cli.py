@@ -75,6 +75,8 @@ def train(
     steps: Annotated[int, typer.Option(min=1)] = 400,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     captions: Annotated[Path | None, typer.Option(help="Text file, a caption a line, for the metric C.")] = None,
+    values_rate: Annotated[float, typer.Option(help="Learning rate of the values, in units of their size.")] = 0.03,
+    embedding_rate: Annotated[float, typer.Option(help="Learning rate of the word, in units of its size.")] = 0.43,
     seed: Annotated[int, typer.Option()] = 0,
     mixed_precision: Annotated[str, typer.Option(help="no or bf16")] = "no",
     target_gradient: Annotated[str, typer.Option(help="none, straight-through or exact")] = "none",
@@ -85,7 +87,12 @@ def train(
 
     subject = _subject(pictures, placeholder, super_class, seed)
     config = TrainingConfig(
-        steps=steps, batch_size=batch_size, mixed_precision=mixed_precision, target_gradient=target_gradient
+        steps=steps,
+        batch_size=batch_size,
+        values_rate=values_rate,
+        embedding_rate=embedding_rate,
+        mixed_precision=mixed_precision,
+        target_gradient=target_gradient,
     )
     pipe = _load(model)
     metric = covariance(pipe, None if captions is None else captions.read_text().split("\n"))

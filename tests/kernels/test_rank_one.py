@@ -154,6 +154,13 @@ def test_an_update_nobody_takes_may_be_nan(backend):
         assert torch.equal(grad, clean_grads[name]), name
 
 
+def test_where_nothing_raises_a_slot_that_does_not_exist_makes_its_row_nan():
+    inputs = rank_one_case("linear")
+    inputs["slots"] = torch.tensor([[0, 1, 2], [0, 4, -1], [-1, -2, 1]], dtype=torch.int32)
+    y = plain(**inputs)  # what a kernel does that must not wait for the device to look
+    assert y[0].isfinite().all() and y[1].isnan().all() and y[2].isnan().all()
+
+
 @backends
 def test_a_slot_taken_twice_counts_twice(backend):
     inputs = rank_one_case("linear")

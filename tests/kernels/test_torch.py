@@ -154,6 +154,16 @@ def test_autocast_casts_activations_and_leaves_routing_alone(op):
 
 
 @every_op
+def test_meta_tensors_give_the_results_shapes(op):
+    function, inputs, backend = OPS[op]
+    wanted = function(**inputs, backend=backend)
+    result = function(**{k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in inputs.items()})
+    for actual, expected in zip(result, wanted, strict=True) if op[0] == "attention" else [(result, wanted)]:
+        assert actual.device.type == "meta"
+        assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
+
+
+@every_op
 def test_autocast_leaves_float64_alone(op):
     function, inputs, backend = OPS[op]
     with torch.autocast("cpu", torch.bfloat16):
@@ -180,6 +190,21 @@ def test_float32_products_ignore_a_lower_matmul_precision(op):
         torch.set_float32_matmul_precision("highest")
     assert all(torch.equal(a, b) for a, b in zip(results, wanted, strict=True))
     assert all(torch.equal(grads[name], wanted_grads[name]) for name in wanted_grads)
+
+
+def test_precision_set_per_backend_is_ignored_and_put_back():
+    function, inputs, backend = OPS["linear", "eager"]
+    wanted = function(**inputs, backend=backend)
+    holders = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [holder.fp32_precision for holder in holders]
+    try:
+        for holder in holders:
+            holder.fp32_precision = "tf32"
+        assert torch.equal(function(**inputs, backend=backend), wanted)
+        assert [holder.fp32_precision for holder in holders] == ["tf32", "tf32"]
+    finally:
+        for holder, precision in zip(holders, before, strict=True):
+            holder.fp32_precision = precision
 
 
 @every_op

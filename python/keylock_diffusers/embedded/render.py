@@ -123,7 +123,7 @@ def draw(seed: int, index: int, *, pairs: float = 0.3, coats: float = 0.0) -> Pi
             left = int(random.integers(1, 33 - side)) + 31 * place
             top = int(random.integers(10, 55 - side))
         else:
-            side = int(random.integers(40, 57))
+            side = int(random.integers(46, 58))
             left, top = (int(random.integers(2, SIZE - 1 - side)) for _ in range(2))
         subjects.append((picture, left, top, side))
         names.append(name)

@@ -1,0 +1,73 @@
+"""The demo's path on the embedded model, end to end, with few steps."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from keylock_diffusers import Concept
+from keylock_diffusers.demo import pictures, story
+from keylock_diffusers.embedded import render
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    output = tmp_path_factory.mktemp("demo")
+    training = replace(story.TRAINING, steps=2, batch_size=2)
+    return output, story.run(output, steps=2, training=training, progress=False)
+
+
+def test_it_leaves_a_grid_a_report_and_three_concepts(report):
+    output, measured = report
+    assert Image.open(output / "grid.png").size == (822, 870)
+    assert json.loads((output / "report.json").read_text()) == measured
+    files = sorted(p.relative_to(output).as_posix() for p in output.rglob("*.safetensors"))
+    assert files == [f"concepts/{name}/cat.safetensors" for name in ("alice", "bob", "carol")]
+    for user in pictures.USERS:
+        assert Concept.load(output / f"concepts/{user.name.lower()}/cat.safetensors").placeholder == user.placeholder
+        assert measured["concepts"][user.name] <= 36 * 1024
+
+
+def test_neighbours_change_nothing_and_company_only_rounding(report):
+    _, measured = report
+    assert measured["pictures_in_batch"] == 16
+    assert measured["largest_difference_beside_others"] == 0
+    assert measured["largest_difference_alone"] <= 2
+
+
+def test_coats_and_expressions_are_counted_for_every_scene(report):
+    _, measured = report
+    for key in ("coats", "coats_without_learned_values", "expressions"):
+        assert list(measured[key]) == [scene.label for scene in story.SCENES]
+        assert all("of 12" in found for found in measured[key].values())
+
+
+def test_the_users_own_pictures_have_their_own_coats():
+    """The judge of coats, on pictures whose coat is known."""
+    cells, images = [], []
+    for user in pictures.USERS:
+        for image in pictures.load(user)[0]:
+            cells.append((story.SCENES[0], user, 0))
+            images.append(np.asarray(image, np.float32) / 255)
+    assert story._coats(cells, images)[story.SCENES[0].label] == "12 of 12"
+    mixed = [(scene, pictures.USERS[(n + 1) % 3], 0) for n, (scene, _, _) in enumerate(cells)]
+    assert story._coats(mixed, images)[story.SCENES[0].label] != "12 of 12"
+
+
+def test_a_cat_beside_something_else_is_judged_by_its_half():
+    image = np.full((64, 64, 3), 1.0)
+    image[20:40, 5:25] = (0.2, 0.2, 0.2)
+    image[20:40, 40:60] = (1.0, 0.0, 0.0)
+    assert np.allclose(story.cat_colour(image, left_half=True), 51)
+    assert story.cat_colour(image, left_half=False)[0] > 100
+
+
+@pytest.mark.skipif(not render.FONT.exists(), reason="drawing the users' pictures needs fonts-noto-color-emoji")
+def test_the_shipped_pictures_are_what_the_script_draws():
+    for user in pictures.USERS:
+        for (image, mask), shipped, cut in zip(pictures.draw(user), *pictures.load(user), strict=True):
+            # FreeType's versions may round a pixel differently.
+            assert np.abs(np.asarray(image, int) - np.asarray(shipped, int)).max() <= 8
+            assert np.abs(np.asarray(mask, int) - np.asarray(cut, int)).max() <= 8
