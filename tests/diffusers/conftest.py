@@ -65,8 +65,9 @@ def build_tiny(seed=0, prediction_type="v_prediction"):
 def make_concept(pipe, placeholder="<alice-cat>", super_class="cat", seed=1, **changes):
     """A concept with random vectors in the metric C = I."""
     base = BaseModel.of(pipe)
+    width, (encoder,) = base.cross_attention_dim, base.text_encoders
     random = torch.Generator().manual_seed(seed)
-    target = torch.randn(WIDTH, generator=random)
+    target = torch.randn(width, generator=random)
     energy = float(target @ target)
     return Concept(
         placeholder,
@@ -74,8 +75,8 @@ def make_concept(pipe, placeholder="<alice-cat>", super_class="cat", seed=1, **c
         target_input=target,
         energy=energy,
         direction=target / energy,
-        super_class_encoding=torch.randn(WIDTH, generator=random),
-        word_embeddings=(torch.randn(WIDTH, generator=random) * 0.5,),
+        super_class_encoding=torch.randn(width, generator=random),
+        word_embeddings=(torch.randn(encoder.hidden_size, generator=random) * 0.5,),
         values=torch.randn(base.values_width, generator=random),
         base=base,
         **changes,

@@ -6,7 +6,7 @@ from torch import nn
 
 from keylock_diffusers import edits
 from keylock_diffusers.personalization import ConceptUse, Personalization
-from keylock_kernels.testing import perfusion_output, rome_weight
+from keylock_kernels.testing import rome_weight
 
 
 @pytest.fixture
@@ -33,9 +33,10 @@ def similarities(directions, text):
 def test_the_gram_route_is_the_papers_cholesky_and_qr(metric):
     covariance, targets, directions, energies = metric
     text = encodings()
-    ours = similarities(directions, text) @ edits.combination(
-        edits.gram(targets, directions, energies), torch.ones(3, dtype=torch.float64)
-    ).T
+    ours = (
+        similarities(directions, text)
+        @ edits.combination(edits.gram(targets, directions, energies), torch.ones(3, dtype=torch.float64)).T
+    )
     lower = torch.linalg.cholesky(covariance)
     q, r = torch.linalg.qr(torch.linalg.solve_triangular(lower, targets.T, upper=False))
     whitened = torch.linalg.solve_triangular(lower, text.reshape(-1, 12).T, upper=False)

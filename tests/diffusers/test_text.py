@@ -23,9 +23,11 @@ def test_a_prompt_without_placeholders_encodes_as_in_diffusers(pipe):
 
 @pytest.mark.parametrize("clip_skip", [1, 2])
 def test_clip_skip_is_diffusers_clip_skip(pipe, clip_skip):
-    theirs, _ = pipe.encode_prompt("a cat on blue", "cpu", 1, False, clip_skip=clip_skip) if hasattr(
-        pipe.text_encoder, "text_model"
-    ) else (None, None)
+    theirs, _ = (
+        pipe.encode_prompt("a cat on blue", "cpu", 1, False, clip_skip=clip_skip)
+        if hasattr(pipe.text_encoder, "text_model")
+        else (None, None)
+    )
     ours = text.encode(pipe.text_encoder, [text.tokenize(pipe.tokenizer, "a cat on blue")], clip_skip=clip_skip)
     plain = text.encode(pipe.text_encoder, [text.tokenize(pipe.tokenizer, "a cat on blue")])
     assert not torch.equal(ours, plain)

@@ -32,8 +32,12 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(".work/embedded"), help="checkpoints and pictures")
     parser.add_argument("--steps", type=int, help="steps in all of the stage's training")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--from-export", action="store_true", help="without a checkpoint, go on from the exported model's weights"
+    )
     arguments = parser.parse_args()
     folder, steps = arguments.folder, {"steps": arguments.steps} if arguments.steps else {}
+    start = load() if arguments.from_export else None
     folder.mkdir(parents=True, exist_ok=True)
     stages = ("autoencoder", "diffusion", "classifier", "export", "evaluate")
     for stage in stages if arguments.stage == "all" else (arguments.stage,):
@@ -43,9 +47,9 @@ def main() -> None:
             Image.fromarray(np.concatenate(rows)).save(folder / "renders.png")
             print(folder / "renders.png")
         elif stage == "autoencoder":
-            autoencoder.train(folder, seed=arguments.seed, **steps)
+            autoencoder.train(folder, start=start and start.vae, seed=arguments.seed, **steps)
         elif stage == "diffusion":
-            diffusion.train(folder, autoencoder.build(arguments.seed), seed=arguments.seed, **steps)
+            diffusion.train(folder, autoencoder.build(arguments.seed), start=start, seed=arguments.seed, **steps)
         elif stage == "classifier":
             classifier.train(folder, **steps)
         elif stage == "export":

@@ -75,10 +75,14 @@ def _set_encoder(model: AutoencoderTiny, images: Tensor) -> None:
     last.bias = torch.nn.Parameter(-(projection @ rows.mean(0)).float())
 
 
-def train(folder: Path, *, steps: int = 3000, batch: int = 16, seed: int = 0) -> AutoencoderTiny:
-    """Trains (or resumes) the decoder with L1 on pixels and on their differences."""
+def train(
+    folder: Path, *, start: AutoencoderTiny | None = None, steps: int = 3000, batch: int = 16, seed: int = 0
+) -> AutoencoderTiny:
+    """Trains the decoder with L1 on pixels and on their differences; resumes as `diffusion.train` does."""
     device = loop.device()
     model = build(seed).to(device)
+    if start is not None:
+        model.decoder.load_state_dict(start.decoder.state_dict())
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         target = pixels([render.draw(seed, step * batch + i).image for i in range(batch)]).to(device)

@@ -129,12 +129,26 @@ def encode_pool(pipe: StableDiffusionPipeline, path: Path, size: int, seed: int)
 
 
 def train(
-    folder: Path, vae: AutoencoderTiny, *, steps: int = 5000, batch: int = 32, pool: int = 30_000, seed: int = 0
+    folder: Path,
+    vae: AutoencoderTiny,
+    *,
+    start: StableDiffusionPipeline | None = None,
+    steps: int = 5000,
+    batch: int = 32,
+    pool: int = 30_000,
+    seed: int = 0,
 ) -> StableDiffusionPipeline:
-    """Trains (or resumes) text encoder and U-Net on the v-prediction loss."""
+    """Trains text encoder and U-Net on the v-prediction loss.
+
+    Resumes from the checkpoint in `folder`; where there is none, goes on from the weights of `start` with a fresh
+    optimiser, or begins anew.
+    """
     device = loop.device()
     torch.manual_seed(seed)
     pipe = build(vae)
+    if start is not None:
+        pipe.unet.load_state_dict(start.unet.state_dict())
+        pipe.text_encoder.load_state_dict(start.text_encoder.state_dict())
     latents, ids = encode_pool(pipe, folder / "pool.safetensors", pool, seed + 10)
     model = nn.ModuleDict({"unet": pipe.unet, "text_encoder": pipe.text_encoder}).to(device).train()
     unet, text_encoder = pipe.unet, pipe.text_encoder

@@ -1,0 +1,59 @@
+"""The README: its code runs, and what it says of the demo is what the committed report says."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import keylock_diffusers as kd
+from keylock_diffusers import embedded
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+def test_the_drop_in_example_runs(concept_for, tmp_path, monkeypatch):
+    (block,) = [b for b in BLOCKS if "kd.install" in b]
+    monkeypatch.chdir(tmp_path)
+    pipe = embedded.load()
+    bank = kd.ConceptBank("concepts")
+    bank.add("alice/cat", concept_for(pipe))
+    bank.add("bob/dog", concept_for(pipe, "<bob-dog>", "dog", seed=2))
+    here = block.replace("path/to/sd15", str(embedded.BASE_MODEL)).replace('.to("cuda")', "").replace("=30", "=2")
+    names: dict = {}
+    exec(here, names)
+    assert [image.size for image in names["images"]] == [(64, 64)] * 3
+
+
+def test_the_kernel_example_runs():
+    (block,) = [b for b in BLOCKS if "rank_one_linear" in b]
+    names: dict = {}
+    exec(block, names)
+    assert names["y"].shape == (3, 77, 320)
+    torch.testing.assert_close(names["y"][2], names["x"][2] @ names["weight"].T, rtol=1e-4, atol=1e-3)
+
+
+def test_the_linked_files_exist():
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("target", ["demo", "test"])
+def test_the_two_commands_are_targets_of_the_makefile(target):
+    assert f"make {target} " in README
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M)
+
+
+def test_the_demos_figures_are_those_of_the_committed_report():
+    report = json.loads((ROOT / "docs" / "demo-report.json").read_text())
+    (size,) = (
+        set(report["concepts"].values())
+        if len(set(report["concepts"].values())) == 1
+        else (max(report["concepts"].values()),)
+    )
+    assert f"{round(size / 1024)} KB each here" in README
+    assert report["pictures_in_batch"] == 16 and "sixteen pictures" in README
+    assert report["largest_difference_beside_others"] == 0
