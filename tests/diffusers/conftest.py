@@ -63,9 +63,9 @@ def build_tiny(seed=0, prediction_type="v_prediction"):
 
 
 def make_concept(pipe, placeholder="<alice-cat>", super_class="cat", seed=1, **changes):
-    """A concept with random vectors in the metric C = I."""
-    base = BaseModel.of(pipe)
-    width, (encoder,) = base.cross_attention_dim, base.text_encoders
+    """A concept of a pipeline or a BaseModel, with random vectors in the metric C = I."""
+    base = pipe if isinstance(pipe, BaseModel) else BaseModel.of(pipe)
+    width = base.cross_attention_dim
     random = torch.Generator().manual_seed(seed)
     target = torch.randn(width, generator=random)
     energy = float(target @ target)
@@ -76,7 +76,7 @@ def make_concept(pipe, placeholder="<alice-cat>", super_class="cat", seed=1, **c
         energy=energy,
         direction=target / energy,
         super_class_encoding=torch.randn(width, generator=random),
-        word_embeddings=(torch.randn(encoder.hidden_size, generator=random) * 0.5,),
+        word_embeddings=tuple(torch.randn(e.hidden_size, generator=random) * 0.5 for e in base.text_encoders),
         values=torch.randn(base.values_width, generator=random),
         base=base,
         **changes,
