@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
 
 import keylock_diffusers as kd
 from keylock_diffusers import edits, text
-from keylock_diffusers.concepts import Concept, cross_attention_layers
+from keylock_diffusers.concepts import BaseModel, Concept, TextEncoderInfo, cross_attention_layers
 from keylock_diffusers.personalization import ConceptUse, Personalization
 from keylock_diffusers.training import (
     ConceptTrainingError,
@@ -257,6 +258,17 @@ def test_a_trained_concept_draws_and_fits_its_file(pipe, metric, tmp_path):
     orders = [kd.Request("<alice-cat> on pink", concepts=[c], seed=1) for c in (concept, loaded)]
     first, second = kd.generate(pipe, orders, num_inference_steps=2, output_type="pt")
     assert torch.equal(first, second)
+
+
+def test_what_training_records_fits_a_file_of_stable_diffusion_1_5(pipe, concept_for, tmp_path):
+    metric = covariance(pipe, default_captions(5), cache=tmp_path)
+    trained = train(pipe, [subject()], metric)[0]
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8, sample_size=64)
+    layers = tuple((name, attn.to_v.out_features) for name, attn in cross_attention_layers(unet).items())
+    base = BaseModel((TextEncoderInfo("CLIPTextModel", 768, 12, 49408),), layers, 768, trained.base.weights_hash)
+    concept = concept_for(base, covariance=trained.covariance, training=trained.training)
+    assert concept.nbytes <= 36 * 1024
 
 
 @pytest.mark.parametrize(
