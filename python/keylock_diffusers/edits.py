@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from keylock_diffusers.concepts import Concept, base_layer
 from keylock_kernels import rank_one_coefficients, rank_one_linear, rank_one_update
+from keylock_kernels.ops.rows import row_matmul
 
 # Metric cosine above which two concepts of one prompt count as the same: their Gram matrix is then
 # so ill conditioned that the combination means nothing.
@@ -107,19 +107,26 @@ def coefficients(
     """Both coefficients of every concept, per token: a, and strength * sigmoid((s - beta) / tau)."""
     similarity = rank_one_coefficients(text, directions, gates.slots)
     gate = rank_one_coefficients(text, directions, gates.slots, beta=gates.beta, tau=gates.tau, strength=gates.strength)
-    a = similarity if mix is None else similarity @ mix.to(similarity).transpose(1, 2)
+    a = similarity
+    if mix is not None:
+        # Term by term, so that a row's sum does not depend on how many concepts its neighbours use.
+        columns = mix.to(similarity)[:, None].unbind(-1)  # [B, 1, R] each
+        a = sum((similarity[..., [k]] * column for k, column in enumerate(columns)), torch.zeros_like(similarity))
     return torch.cat([a, gate], -1)
 
 
 def project_vectors(projection: nn.Module, vectors: Tensor) -> Tensor:
-    """W x for vectors [S, D] -> [S, O] in float32, through whatever wraps the projection, without its bias."""
+    """W x for vectors [S, D] -> [S, O] in float32, through whatever wraps the projection, without its bias.
+
+    One product per vector: a concept's outputs must not depend on how many others are in the batch.
+    """
     if _is_plain(projection):
-        return F.linear(vectors.float(), projection.weight.float())
-    weight = base_layer(projection).weight
-    dtype = weight.dtype if weight.dtype.itemsize > 1 else torch.get_default_dtype()
-    out = projection(vectors.to(dtype)[None])[0]
-    if getattr(base_layer(projection), "bias", None) is not None:
-        out = out - projection(torch.zeros_like(vectors[:1], dtype=dtype)[None])[0]
+        return row_matmul(vectors.float()[:, None], projection.weight.float().T)[:, 0]
+    layer = base_layer(projection)
+    dtype = layer.weight.dtype if layer.weight.dtype.itemsize > 1 else torch.get_default_dtype()
+    out = torch.cat([projection(vector.to(dtype)[None]) for vector in vectors])
+    if getattr(layer, "bias", None) is not None:
+        out = out - projection(torch.zeros_like(vectors[:1], dtype=dtype))
     return out.float()
 
 

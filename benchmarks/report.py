@@ -1,0 +1,146 @@
+"""What the machine is, the table at the end of a run, and the data file of a device."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import re
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.harness import DEVICE, QUICK, Clock
+from keylock_kernels import __version__
+
+DATA = Path(__file__).resolve().parent / "data"
+PACKAGES = ("torch", "triton", "diffusers", "transformers")
+
+
+def device_name() -> str:
+    if DEVICE.type == "cuda":
+        return torch.cuda.get_device_name(DEVICE)
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def environment() -> dict[str, Any]:
+    """What numbers depend on: machine, threads and versions."""
+    return {
+        "device": device_name(),
+        "system": platform.system(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "keylock_kernels": __version__,
+        **{name: _version(name) for name in PACKAGES},
+        **({"cuda": torch.version.cuda} if DEVICE.type == "cuda" else {}),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def rates() -> dict[str, float]:
+    """What the machine can do at best: bytes per second of a copy, FLOP per second of a matrix product."""
+    gpu = DEVICE.type == "cuda"
+    elements, side = (1 << 28, 8192) if gpu else (1 << 24, 1024)
+    if QUICK:
+        elements, side = 1 << 20, 128
+    source = torch.ones(elements, device=DEVICE)
+    found = {"copy_bytes_per_second": 8 * elements / _best(source.clone().copy_, source)}
+    for dtype in (torch.float32, torch.bfloat16) if gpu else (torch.float32,):
+        matrix = torch.ones(side, side, device=DEVICE, dtype=dtype)
+        name = str(dtype).removeprefix("torch.")
+        found[f"matmul_{name}_flops_per_second"] = 2 * side**3 / _best(matrix.matmul, matrix)
+    return found
+
+
+def _best(run: Any, argument: Any) -> float:
+    clock = Clock(run, [argument], graph=False)
+    return min(clock.round() for _ in range(5))
+
+
+def write(result: dict[str, Any], machine: dict[str, Any], folder: Path = DATA) -> Path:
+    """Adds one case to the device's data file; a file of another environment is started anew."""
+    slug = re.sub(r"[^a-z0-9]+", "-", machine["environment"]["device"].lower()).strip("-")
+    path = folder / f"{slug}.json"
+    old = json.loads(path.read_text()) if path.exists() else {}
+    cases = old.get("cases", {}) if old.get("environment") == machine["environment"] else {}
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    cases[result["case"]] = {"date": now, **{k: v for k, v in result.items() if k != "case"}}
+    folder.mkdir(exist_ok=True)
+    fresh = path.with_suffix(".partial")
+    fresh.write_text(json.dumps({**machine, "cases": cases}, indent=1) + "\n")
+    os.replace(fresh, path)
+    return path
+
+
+def table(results: list[dict[str, Any]], machine: dict[str, Any]) -> list[str]:
+    """All cases, each contestant's time beside the strongest peer's and the floor's."""
+    facts = [f"{key} {value}" for key, value in machine["environment"].items() if value is not None]
+    facts += [f"{key.removesuffix('_per_second')} {value / 1e9:.1f} G/s" for key, value in machine["rates"].items()]
+    lines = [
+        ", ".join(facts),
+        "x peer, x floor: time over the strongest peer's and over the floor's; below 1 is faster",
+    ]
+    for result in results:
+        lines += ["", *_block(result)]
+    return lines
+
+
+def _block(result: dict[str, Any]) -> list[str]:
+    rows = result["rows"]
+    times = {row["contestant"]: row["seconds"] for row in rows if row["seconds"] is not None}
+    peers = [row["contestant"] for row in rows if row["kind"] == "peer" and row["contestant"] in times]
+    peer = min(peers, key=times.__getitem__, default=None)
+    floor = next((row["contestant"] for row in rows if row["kind"] == "floor"), None)
+    title = [result["case"]]
+    if result["bytes"] is not None:
+        title.append(f"{result['bytes'] / 1e6:.1f} MB")
+    if result["flops"] is not None:
+        title.append(f"{result['flops'] / 1e9:.2f} GFLOP")
+    title += [f"{result['input_sets']} input sets", f"{result['rounds']} rounds"]
+    for row in rows:
+        first = row["contestant"].removesuffix(", again")
+        if row["kind"] == "again" and {row["contestant"], first} <= set(times):
+            title.append(f"noise {abs(times[row['contestant']] / times[first] - 1):.0%}")
+    on_gpu = any(row["host_seconds"] is not None for row in rows)
+    width = max(len(_label(row)) for row in rows)
+    heads = ["time", *(["host"] if on_gpu else []), "x peer", "x floor", "GB/s", "GFLOP/s"]
+    lines = [", ".join(title), f"  {'':{width}}" + "".join(f"{head:>11}" for head in heads)]
+    for row in rows:
+        if row["seconds"] is None:
+            lines.append(f"  {_label(row):{width}}  no number: {row['refused']}")
+            continue
+        taken = row["seconds"]
+        cells = [_time(taken), *([_time(row["host_seconds"])] if on_gpu else [])]
+        cells += [f"{taken / times[name]:.2f}" if name in times else "" for name in (peer, floor)]
+        least = row["kind"] != "floor"  # a floor moves and computes less than was counted
+        cells += [
+            f"{n / taken / 1e9:.1f}" if n is not None and least else "" for n in (result["bytes"], result["flops"])
+        ]
+        note = "  strongest peer" if row["contestant"] == peer else ""
+        note += "  not captured: launches included" if on_gpu and not row["graph"] else ""
+        lines.append(f"  {_label(row):{width}}" + "".join(f"{cell:>11}" for cell in cells) + note)
+    return lines
+
+
+def _label(row: dict[str, Any]) -> str:
+    return row["contestant"] if row["kind"] in ("library", "again") else f"{row['contestant']} ({row['kind']})"
+
+
+def _time(seconds: float) -> str:
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.2f} {unit}"
+    return f"{seconds * 1e6:.1f} us"
