@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 
+import keylock_diffusers as kd
 from benchmarks.harness import DEVICE, QUICK, Case, Contestant
+from keylock_diffusers import embedded
 
-pytest.importorskip("diffusers", reason="the end-to-end benchmark needs diffusers")
+if TYPE_CHECKING:
+    from keylock_diffusers.concepts import BaseModel
 
-from keylock_diffusers import Concept, Request, embedded, generate, install  # noqa: E402
-from keylock_diffusers.concepts import BaseModel  # noqa: E402
 
 USERS = ("alice", "bob", "carol", "dave")
 SCENES = ("{} on blue", "{} on green", "a pouting {} on yellow", "{} next to a house on green")
@@ -23,13 +24,13 @@ GUIDANCE = 4.0
 ROUNDING = 2 / 255  # of a channel, between batches of different sizes in float32
 
 
-def concept(base: BaseModel, user: str, seed: int) -> Concept:
+def concept(base: BaseModel, user: str, seed: int) -> kd.Concept:
     """Random and untrained: what a picture costs does not depend on what it shows."""
     random = torch.Generator().manual_seed(seed)
     width = base.cross_attention_dim
     target = torch.randn(width, generator=random)
     energy = float(target @ target)
-    return Concept(
+    return kd.Concept(
         f"<{user}-cat>",
         "cat",
         target_input=target,
@@ -42,15 +43,15 @@ def concept(base: BaseModel, user: str, seed: int) -> Concept:
     )
 
 
-def requests(concepts: list[Concept], seed: int) -> list[Request]:
+def requests(concepts: list[kd.Concept], seed: int) -> list[kd.Request]:
     return [
-        Request(scene.format(c.placeholder), concepts=[c], seed=seed + n, guidance_scale=GUIDANCE)
+        kd.Request(scene.format(c.placeholder), concepts=[c], seed=seed + n, guidance_scale=GUIDANCE)
         for n, (scene, c) in enumerate(zip(SCENES, concepts, strict=True))
     ]
 
 
-def judge(one_by_one: Callable[[list[Request]], list[Any]]) -> Any:
-    def oracle(orders: list[Request]) -> Callable[[list[Any]], None]:
+def judge(one_by_one: Callable[[list[kd.Request]], list[Any]]) -> Any:
+    def oracle(orders: list[kd.Request]) -> Callable[[list[Any]], None]:
         expected = np.stack(one_by_one(orders))
 
         def accept(images: list[Any]) -> None:
@@ -64,20 +65,22 @@ def judge(one_by_one: Callable[[list[Request]], list[Any]]) -> Any:
 
 
 def test_mixed_batch(compare):
+    from keylock_diffusers.concepts import BaseModel
+
     if not (embedded.BASE_MODEL / "model_index.json").exists():
         pytest.skip("this checkout has no embedded base model")
     stock, pipe = embedded.load(dtype=torch.float32).to(DEVICE), embedded.load(dtype=torch.float32)
-    install(pipe.to(DEVICE))
+    kd.install(pipe.to(DEVICE))
     base = BaseModel.of(pipe)
     concepts = [concept(base, user, seed) for seed, user in enumerate(USERS)]
 
-    def one_batch(orders: list[Request]) -> list[Any]:
-        return generate(pipe, orders, num_inference_steps=STEPS, output_type="np")
+    def one_batch(orders: list[kd.Request]) -> list[Any]:
+        return kd.generate(pipe, orders, num_inference_steps=STEPS, output_type="np")
 
-    def one_by_one(orders: list[Request]) -> list[Any]:
+    def one_by_one(orders: list[kd.Request]) -> list[Any]:
         return [one_batch([order])[0] for order in orders]
 
-    def unpersonalised(orders: list[Request]) -> Any:
+    def unpersonalised(orders: list[kd.Request]) -> Any:
         return stock(
             [scene.format("cat") for scene in SCENES],
             guidance_scale=GUIDANCE,

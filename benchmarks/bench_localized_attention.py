@@ -146,6 +146,7 @@ def concatenated(inputs: dict[str, Any]) -> dict[str, Any]:
         "key": torch.cat([inputs["key"], inputs["image_key"]], 1).transpose(1, 2).contiguous(),
         "value": torch.cat([inputs["value"], inputs["image_value"]], 1).transpose(1, 2).contiguous(),
         "lengths": [inputs["key"].shape[1], *inputs["image_lengths"]],
+        "repeats": torch.tensor([inputs["key"].shape[1], *inputs["image_lengths"]], device=DEVICE),
         "log_weights": F.pad(weights, (0, 0, 1, 0), value=1).log().mT[:, None],  # [B, 1, N, 1 + I]
         "total": (1 + weights.sum(1))[:, :, None, None].to(inputs["query"].dtype),  # [B, N, 1, 1]
     }
@@ -157,8 +158,7 @@ def one_softmax(views: dict[str, Any]) -> Tensor:  # [B, N, H, D]
     scores = query.float() @ key.float().mT * query.shape[-1] ** -0.5
     sums = [part.logsumexp(-1) for part in scores.split(views["lengths"], -1)]
     bias = views["log_weights"] - torch.stack(sums, -1)  # [B, H, N, 1 + I]
-    lengths = torch.tensor(views["lengths"], device=query.device)
-    mask = bias.to(query.dtype).repeat_interleave(lengths, -1, output_size=key.shape[2])
+    mask = bias.to(query.dtype).repeat_interleave(views["repeats"], -1, output_size=key.shape[2])
     return F.scaled_dot_product_attention(query, key, views["value"], attn_mask=mask).transpose(1, 2) * views["total"]
 
 

@@ -3,7 +3,8 @@
 On a CPU, BLAS picks its inner kernel by the address of each operand, and how it splits one tall
 product over threads depends on where a row falls. Two rules make the result a function of the row
 alone: one product per row, and every row's operands start on a cache line. Sizes that break the
-second rule (real models' do not) are padded with zeros, which changes no sum.
+second rule (real models' do not) are padded with zeros, which changes no sum. So are narrow
+matrices: a handful of updates per row becomes one width, and how many a neighbour takes is no matter.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def row_matmul(a: Tensor, b: Tensor) -> Tensor:
         return a @ b
     inner, columns = b.shape[-2:]
     cells = (a.shape[1] * inner, inner * columns, a.shape[1] * columns)
-    if any(cell * a.element_size() % CACHE_LINE for cell in cells):
+    narrow = min(inner, columns) < LANE
+    if narrow or any(cell * a.element_size() % CACHE_LINE for cell in cells):
         a = F.pad(a, (0, round_up(inner) - inner))
         b = F.pad(b, (0, round_up(columns) - columns, 0, round_up(inner) - inner))
     if not starts_on_lines(a):

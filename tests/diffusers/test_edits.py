@@ -176,3 +176,21 @@ def test_a_wrapped_projection_is_called_rather_than_read(pipe, concept_for):
     for name in plain:
         torch.testing.assert_close(wrapped[name][0], 2 * plain[name][0], rtol=1e-5, atol=1e-5)
         assert torch.equal(wrapped[name][1], plain[name][1])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_row_does_not_depend_on_how_many_concepts_its_neighbours_use(pipe, concept_for, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    names = ("one", "two", "three", "four", "five")
+    concepts = [concept_for(pipe, f"<{name}>", seed=n) for n, name in enumerate(names)]
+    mine = [ConceptUse(concepts[0], 0.6, 0.2), ConceptUse(concepts[1], 0.6, 0.2, strength=0.7)]
+    text = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(3))
+    index = torch.tensor([0, 1, -1])
+    alone = Personalization([mine, []], index).prepare(pipe, text).kv
+    for count in range(1, 6):
+        theirs = [ConceptUse(concept, 0.5, 0.1) for concept in concepts[-count:]]
+        for name, (key, value) in Personalization([mine, theirs], index).prepare(pipe, text).kv.items():
+            assert torch.equal(key[[0, 2]], alone[name][0][[0, 2]])
+            assert torch.equal(value[[0, 2]], alone[name][1][[0, 2]])
+    torch.set_num_threads(before)

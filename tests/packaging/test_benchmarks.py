@@ -1,0 +1,119 @@
+"""Benchmarks run by their one command, and give no number to what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("pytest_benchmark")
+
+from benchmarks import harness, report  # noqa: E402
+
+SETS = [torch.arange(4.0) + seed for seed in range(2)]
+MACHINE = {"environment": {"device": "Some CPU @ 2 GHz", "threads": 1}, "rates": {"copy_bytes_per_second": 1e9}}
+
+
+def judge(inputs):
+    expected = 2 * inputs
+
+    def accept(actual):
+        if not torch.equal(actual, expected):
+            raise AssertionError("not twice its input")
+
+    return accept
+
+
+def raises(inputs):
+    raise RuntimeError("no such device\nand more")
+
+
+def line_up(*contestants):
+    right = harness.Contestant("right", "library", lambda inputs: inputs + inputs)
+    floor = harness.Contestant("floor", "floor", lambda inputs: inputs)
+    return harness.Case("double/4", SETS, [right, *contestants, floor], judge, moved_bytes=32, flops=4)
+
+
+def run(case):
+    recorded = []
+    result = harness.compare(case, lambda c, seconds: recorded.append(c.name), min_rounds=2, max_time=0)
+    return result, recorded
+
+
+def test_what_is_wrong_gets_no_number():
+    # Right on the first input set and wrong on the second.
+    wrong = harness.Contestant("wrong", "peer", lambda inputs: inputs + inputs * (inputs[0] == 0))
+    result, recorded = run(line_up(wrong, harness.Contestant("broken", "peer", raises)))
+    rows = {row["contestant"]: row for row in result["rows"]}
+    assert rows["wrong"]["seconds"] is None and rows["wrong"]["refused"] == "wrong: AssertionError: not twice its input"
+    assert rows["broken"]["seconds"] is None
+    assert rows["broken"]["refused"] == "does not run: RuntimeError: no such device"
+    assert set(recorded) == {"right", "floor"}
+    text = "\n".join(report.table([result], MACHINE))
+    assert "wrong (peer)   no number: wrong: AssertionError" in text
+    assert not harness.broken_backends(result)
+
+
+def test_a_wrong_backend_of_the_library_is_named():
+    wrong = harness.Contestant("native", "library", lambda inputs: inputs)
+    result, _ = run(line_up(wrong))
+    assert harness.broken_backends(result) == ["native: wrong: AssertionError: not twice its input"]
+
+
+def test_rounds_alternate():
+    _, recorded = run(line_up())
+    assert recorded == ["right", "floor", "floor", "right"]
+
+
+def test_the_tables_ratios_are_to_the_strongest_peer_and_the_floor():
+    def row(name, kind, seconds):
+        return {"contestant": name, "kind": kind, "seconds": seconds, "host_seconds": None, "refused": None}
+
+    rows = [
+        row("native", "library", 2e-3),
+        row("native, again", "again", 2.2e-3),
+        row("slow", "peer", 8e-3),
+        row("strong", "peer", 4e-3),
+        row("least", "floor", 1e-3),
+    ]
+    result = {"case": "op", "bytes": 2_000_000, "flops": None, "input_sets": 2, "rounds": 3, "rows": rows}
+    lines = report.table([result], MACHINE)
+    found = {line.split("  ")[1]: line.split() for line in lines if line.startswith("  ")}
+    assert found["native"] == ["native", "2.00", "ms", "0.50", "2.00", "1.0"]
+    assert found["strong (peer)"][-2:] == ["strongest", "peer"]
+    assert any(line == "op, 2.0 MB, 2 input sets, 3 rounds, noise 10%" for line in lines)
+
+
+def test_data_of_one_environment_is_kept_together(tmp_path):
+    result, _ = run(line_up())
+    path = report.write(result, MACHINE, tmp_path)
+    assert path.name == "some-cpu-2-ghz.json"
+    report.write({**result, "case": "double/8"}, MACHINE, tmp_path)
+    written = json.loads(path.read_text())
+    assert list(written["cases"]) == ["double/4", "double/8"] and written["environment"] == MACHINE["environment"]
+    more_threads = {**MACHINE, "environment": {**MACHINE["environment"], "threads": 2}}
+    report.write(result, more_threads, tmp_path)
+    assert list(json.loads(path.read_text())["cases"]) == ["double/4"]
+
+
+def test_the_command_prints_one_table_and_writes_nothing():
+    command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-p", "no:cacheprovider"]
+    before = sorted((ROOT / "benchmarks").rglob("*.json"))
+    done = subprocess.run(
+        [*command, "-k", "test_rank_one_update", "--benchmark-max-time=0.01", "--benchmark-min-rounds=2"],
+        cwd=ROOT,
+        env={**os.environ, "KEYLOCK_BENCH_QUICK": "1"},
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "rank_one_update/sd1.5-320/B2/float32" in done.stdout and "strongest peer" in done.stdout
+    assert "no number" not in done.stdout
+    assert sorted((ROOT / "benchmarks").rglob("*.json")) == before
