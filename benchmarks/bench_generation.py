@@ -16,7 +16,6 @@ from keylock_diffusers import embedded
 if TYPE_CHECKING:
     from keylock_diffusers.concepts import BaseModel
 
-
 USERS = ("alice", "bob", "carol", "dave")
 SCENES = ("{} on blue", "{} on green", "a pouting {} on yellow", "{} next to a house on green")
 STEPS = 2 if QUICK else 4

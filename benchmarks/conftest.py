@@ -60,8 +60,9 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Any:
             pytest.fail(f"{case.name}: " + "; ".join(broken), pytrace=False)
 
     yield run
-    # Compiled code of one case must not count towards torch's limit of recompilations in the next.
-    torch.compiler.reset()
+    if not harness.QUICK:  # where nothing was compiled, importing the compiler would take seconds
+        # Compiled code of one case must not count towards torch's limit of recompilations in the next.
+        torch.compiler.reset()
 
 
 def _recorder(benchmark: Any, case: harness.Case) -> Callable[[harness.Contestant, float], None]:

@@ -53,6 +53,7 @@ def demo(
     """Teach three people's cats together on the embedded model and draw one mixed batch."""
     from dataclasses import replace
 
+    _quiet()
     from keylock_diffusers.demo import story
 
     training = story.TRAINING if training_steps is None else replace(story.TRAINING, steps=training_steps)
@@ -194,7 +195,18 @@ def env() -> None:
     print(report())
 
 
+def _quiet() -> None:
+    """Only errors from the libraries that load models: their progress bars and notes are not for the user here."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+
+
 def _load(model: str) -> Any:
+    _quiet()
     if model == "embedded":
         from keylock_diffusers import embedded
 

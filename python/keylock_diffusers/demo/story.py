@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from keylock_diffusers import edits, embedded
 from keylock_diffusers.concepts import Concept, ConceptBank, cross_attention_layers
@@ -69,10 +70,25 @@ def run(
     metric = covariance(pipe, default_captions(_METRIC_CAPTIONS))
     bank, trained = _teach(pipe, metric, training, output / "concepts", progress)
 
-    def draw(requests: Sequence[Request]) -> list[np.ndarray]:  # each [64, 64, 3] in 0..1
-        return generate(pipe, requests, bank=bank, num_inference_steps=steps, output_type="np", max_batch=len(requests))
-
     requests = _mixed_batch(seed)
+    # One step of one batch at a time: four batches, every request alone, and one to warm up.
+    bar = tqdm(total=(4 + len(requests) + 1) * steps, desc="drawing", disable=not progress)
+
+    def count(_pipe: Any, _step: int, _time: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
+        bar.update()
+        return {}
+
+    def draw(orders: Sequence[Request]) -> list[np.ndarray]:  # each [64, 64, 3] in 0..1
+        return generate(
+            pipe,
+            orders,
+            bank=bank,
+            num_inference_steps=steps,
+            output_type="np",
+            max_batch=len(orders),
+            callback=count,
+        )
+
     draw(requests[:1])  # what the first call sets up is not the batch's time
     batch, batch_seconds = _timed(draw, requests)
     alone, alone_seconds = _timed(lambda orders: [draw([order])[0] for order in orders], requests)
@@ -85,6 +101,7 @@ def run(
     drawn = draw([_order(scene, user, number) for scene, user, number in cells])
     plain = {user.name: _unlearned(pipe, bank[_id(user)]) for user in USERS}
     reset = draw([_order(scene, user, number, plain[user.name]) for scene, user, number in cells])
+    bar.close()
 
     report = {
         "concepts": {user.name: (output / "concepts" / f"{_id(user)}.safetensors").stat().st_size for user in USERS},

@@ -46,6 +46,11 @@ def build_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=LENGTH, pad_token=_EOS, unk_token=_EOS)
 
 
+def _edit_json(path: Path, changes: dict[str, str | None]) -> None:
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}, indent=2) + "\n")
+
+
 def _merges(bpe: Tokenizer) -> list[list[str] | str]:
     return json.loads(bpe.to_str())["model"]["merges"]
 
@@ -192,4 +197,7 @@ def export(pipe: StableDiffusionPipeline, folder: Path) -> int:
         shard.unlink()
     pipe.to(dtype=torch.float16).save_pretrained(folder, max_shard_size="11MB")
     pipe.to(dtype=torch.float32)
+    # transformers loads in the dtype that the configuration names, diffusers in float32: make them agree.
+    _edit_json(folder / "text_encoder" / "config.json", {"dtype": "float32"})
+    _edit_json(folder / "vae" / "config.json", {"block_out_channels": None})  # derived; diffusers warns of it
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

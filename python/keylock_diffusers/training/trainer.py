@@ -211,7 +211,8 @@ def _step(pipe: Any, learners: list[_Learner], config: TrainingConfig, metric: C
 
     with torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
         prompts = [row.prompts[n] for row, n in zip(rows, chosen, strict=True)]
-        encodings = text.encode(pipe.text_encoder, prompts, [{row.subject.placeholder: row.embedding} for row in rows])
+        words = [{row.subject.placeholder: row.embedding} for row in rows]
+        encodings = text.encode(pipe.text_encoder, prompts, words).to(pipe.unet.dtype)
         targets = []
         for number, learner in enumerate(learners):
             mine = slice(number * size, (number + 1) * size)
