@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors import safe_open
 
 from keylock_diffusers import embedded
 from keylock_diffusers.embedded import classifier, evaluate, glyphs, prompts, render
@@ -33,7 +34,14 @@ def test_it_is_small_and_in_half_precision_safetensors():
     shards = [f for f in files if f.suffix == ".safetensors"]
     assert shards and all(f.stat().st_size <= 12 * MIB for f in shards)
     assert not [f for f in files if f.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
-    assert StableDiffusionPipeline.from_pretrained(embedded.BASE_MODEL, dtype="auto").unet.dtype == torch.float16
+    for shard in shards:
+        with safe_open(shard, "pt") as file:
+            assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F16"}
+
+
+def test_all_parts_load_in_one_dtype():
+    pipe = StableDiffusionPipeline.from_pretrained(embedded.BASE_MODEL)
+    assert {part.dtype for part in (pipe.unet, pipe.vae, pipe.text_encoder)} == {torch.float32}
 
 
 def test_cross_attention_is_on_two_levels_the_finest_among_them(base):
@@ -44,6 +52,7 @@ def test_cross_attention_is_on_two_levels_the_finest_among_them(base):
 
 def test_its_tokenizer_is_the_one_that_is_built_and_knows_every_word(base):
     built = build_tokenizer()
+    assert base.tokenizer.get_vocab() == built.get_vocab()
     for glyph in glyphs.GLYPHS:
         words = f"a {glyph.caption} on blue"
         assert base.tokenizer(words).input_ids == built(words).input_ids

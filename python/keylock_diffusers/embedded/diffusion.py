@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -19,7 +21,7 @@ from .glyphs import BACKGROUNDS, DYES, GLYPHS
 
 LENGTH = 32  # tokens of a prompt
 _WIDTH = 192
-_BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
+_BOS, _EOS, _END = "<|startoftext|>", "<|endoftext|>", "</w>"
 _UNCONDITIONAL = 0.1  # share of captions dropped, for guidance
 # Words that people put around a subject; learned as single tokens though no caption uses them.
 _EXTRA_WORDS = "photo picture drawing painting of the in wearing my your two next to"
@@ -27,32 +29,39 @@ _EXTRA_WORDS = "photo picture drawing painting of the in wearing my your two nex
 
 def build_tokenizer() -> CLIPTokenizer:
     """A byte-level CLIP tokenizer in which every word of the captions is one token."""
-    words = " ".join([*(g.caption for g in GLYPHS), *BACKGROUNDS, *DYES, "a an and on", _EXTRA_WORDS])
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=_EOS))
-    bpe.normalizer = normalizers.Lowercase()
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(False)])
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=4096, min_frequency=1, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
-    )
-    bpe.train_from_iterator([words], trainer)
-    learned = bpe.get_vocab()
+    text = " ".join([*(g.caption for g in GLYPHS), *BACKGROUNDS, *DYES, "a an and on", _EXTRA_WORDS])
+    merges = _merges(sorted(set(text.split())))
     # CLIP's order: bytes, bytes that end a word, merges, the two special tokens.
-    singles = [*sorted(alphabet), *(f"{byte}</w>" for byte in sorted(alphabet))]
-    order = singles + [t for t, _ in sorted(learned.items(), key=lambda item: item[1]) if t not in set(singles)]
-    vocabulary = {token: number for number, token in enumerate([*order, _BOS, _EOS])}
-    merges = [tuple(m) if not isinstance(m, str) else tuple(m.split(" ")) for m in _merges(bpe)]
+    letters = sorted(ByteLevel.alphabet())
+    tokens = [*letters, *(f"{letter}{_END}" for letter in letters), *map("".join, merges), _BOS, _EOS]
+    vocabulary = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=LENGTH, pad_token=_EOS, unk_token=_EOS)
+
+
+def _merges(words: list[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges, most frequent pair first, until every word is one token.
+
+    The tokenizers library breaks ties by the order of a hash table; a vocabulary must be the same every time.
+    """
+    pieces = [[*word[:-1], f"{word[-1]}{_END}"] for word in words]
+    merges = []
+    while counts := Counter(pair for word in pieces for pair in pairwise(word)):
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append(best)
+        for number, word in enumerate(pieces):
+            merged: list[str] = []
+            for piece in word:
+                if merged and (merged[-1], piece) == best:
+                    merged[-1] += piece
+                else:
+                    merged.append(piece)
+            pieces[number] = merged
+    return merges
 
 
 def _edit_json(path: Path, changes: dict[str, str | None]) -> None:
     content = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}, indent=2) + "\n")
-
-
-def _merges(bpe: Tokenizer) -> list[list[str] | str]:
-    return json.loads(bpe.to_str())["model"]["merges"]
 
 
 def build(vae: AutoencoderTiny) -> StableDiffusionPipeline:
