@@ -263,7 +263,11 @@ def compare(
 
 
 def _quartiles(values: list[float]) -> list[float] | None:
-    return [q for i, q in enumerate(statistics.quantiles(values, n=4)) if i != 1] if len(values) > 1 else None
+    return (
+        [q for i, q in enumerate(statistics.quantiles(values, n=4, method="inclusive")) if i != 1]
+        if len(values) > 1
+        else None
+    )
 
 
 def broken_backends(result: dict[str, Any]) -> list[str]:

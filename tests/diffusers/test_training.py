@@ -289,6 +289,14 @@ def test_an_empty_mask_is_refused(pipe, metric):
         train(pipe, [subject(masks=[Image.new("L", (16, 16))] * 2)], metric)
 
 
+def test_what_cannot_train_is_refused(pipe, metric):
+    with pytest.raises(ValueError, match="subjects must not be empty"):
+        train(pipe, [], metric)
+    pipe.unet.half()
+    with pytest.raises(ValueError, match="float16"):
+        train(pipe, [subject()], metric)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -171,12 +171,14 @@ def train_concepts(
         Per subject its concept, or the error that stopped it (a loss that was not finite).
 
     Raises:
-        ValueError: a subject's captions, a placeholder used twice, or a checkpoint of another run.
+        ValueError: no subjects, a subject's captions or masks, a pipeline in float16, or a checkpoint of another run.
 
     Paper: Perfusion, Tewel et al. 2023, arXiv 2305.01644.
     """
     if not subjects:
         raise ValueError("train_concepts: subjects must not be empty")
+    if pipe.unet.dtype == torch.float16:
+        raise ValueError("train_concepts: gradients vanish in float16; load the pipeline in float32 or bfloat16")
     metric = covariance(pipe) if metric is None else metric
     started = time.monotonic()
     with _frozen(pipe):
