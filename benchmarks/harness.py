@@ -263,11 +263,10 @@ def compare(
 
 
 def _quartiles(values: list[float]) -> list[float] | None:
-    return (
-        [q for i, q in enumerate(statistics.quantiles(values, n=4, method="inclusive")) if i != 1]
-        if len(values) > 1
-        else None
-    )
+    if len(values) < 2:
+        return None
+    lower, _, upper = statistics.quantiles(values, n=4, method="inclusive")
+    return [lower, upper]
 
 
 def broken_backends(result: dict[str, Any]) -> list[str]:

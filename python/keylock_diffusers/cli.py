@@ -35,7 +35,7 @@ def main() -> None:
         app()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, TypeError, KeyError, OSError, RuntimeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OSError, RuntimeError) as error:
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         print(f"keylock: {message}", file=sys.stderr)
         sys.exit(1)
@@ -73,30 +73,43 @@ def train(
     super_class: Annotated[str, typer.Option(help="What it is, such as cat.")],
     output: Annotated[Path, typer.Option(help="The concept file to write.")],
     model: _Model = "embedded",
-    steps: Annotated[int, typer.Option(min=1)] = 400,
-    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    steps: Annotated[int | None, typer.Option(min=1, help="Default 400; 100 for the embedded model.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Default 16; 6 for the embedded model.")] = None,
     captions: Annotated[Path | None, typer.Option(help="Text file, a caption a line, for the metric C.")] = None,
-    values_rate: Annotated[float, typer.Option(help="Learning rate of the values, in units of their size.")] = 0.03,
-    embedding_rate: Annotated[float, typer.Option(help="Learning rate of the word, in units of its size.")] = 0.43,
+    values_rate: Annotated[
+        float | None, typer.Option(help="Learning rate of the values, in units of their size.")
+    ] = None,
+    embedding_rate: Annotated[
+        float | None, typer.Option(help="Learning rate of the word, in units of its size.")
+    ] = None,
     seed: Annotated[int, typer.Option()] = 0,
     mixed_precision: Annotated[str, typer.Option(help="no or bf16")] = "no",
     target_gradient: Annotated[str, typer.Option(help="none, straight-through or exact")] = "none",
     checkpoint: Annotated[Path | None, typer.Option(help="File to resume from and to write.")] = None,
 ) -> None:
     """Learn a concept from a few pictures."""
+    from dataclasses import replace
+
+    from keylock_diffusers.demo.story import TRAINING
     from keylock_diffusers.training import TrainingConfig, covariance, train_concepts
 
     subject = _subject(pictures, placeholder, super_class, seed)
-    config = TrainingConfig(
-        steps=steps,
-        batch_size=batch_size,
-        values_rate=values_rate,
-        embedding_rate=embedding_rate,
-        mixed_precision=mixed_precision,
-        target_gradient=target_gradient,
+    given: dict[str, Any] = {
+        "steps": steps,
+        "batch_size": batch_size,
+        "values_rate": values_rate,
+        "embedding_rate": embedding_rate,
+        "mixed_precision": mixed_precision,
+        "target_gradient": target_gradient,
+    }
+    config = replace(
+        TRAINING if model == "embedded" else TrainingConfig(),
+        **{name: value for name, value in given.items() if value is not None},
     )
+    lines = None if captions is None else [line for line in captions.read_text().splitlines() if line.strip()]
+    output.parent.mkdir(parents=True, exist_ok=True)
     pipe = _load(model)
-    metric = covariance(pipe, None if captions is None else captions.read_text().split("\n"))
+    metric = covariance(pipe, lines, progress=True)
     concept = train_concepts(pipe, [subject], config, metric=metric, checkpoint_path=checkpoint)[0]
     if isinstance(concept, Exception):
         raise concept

@@ -16,11 +16,14 @@ from torch import Tensor, nn
 
 from keylock_diffusers.concepts import Concept, base_layer
 from keylock_kernels import rank_one_coefficients, rank_one_linear, rank_one_update
+from keylock_kernels.ops.precision import exact_products
 from keylock_kernels.ops.rows import row_matmul
 
 # Metric cosine above which two concepts of one prompt count as the same: their Gram matrix is then
 # so ill conditioned that the combination means nothing.
 _SAME = 1 - 1e-6
+# Of a combination's coefficients; beyond it several concepts nearly depend on each other.
+_LARGEST_MIX = 1e4
 
 
 # Slots [B, 2R] and coefficients [B, T, 2R] of a batch.
@@ -59,7 +62,7 @@ def combination(gram: Tensor, strength: Tensor) -> Tensor:
     """
     diagonal, scale = torch.diag(gram.diagonal()), torch.diag(strength)
     identity = torch.eye(len(strength), dtype=gram.dtype)
-    return torch.linalg.solve(scale @ gram + (identity - scale) @ diagonal, scale @ diagonal)
+    return torch.linalg.solve_ex(scale @ gram + (identity - scale) @ diagonal, scale @ diagonal).result
 
 
 def mixing(concepts: Sequence[Concept], slots: Tensor, strength: Tensor) -> Tensor:
@@ -80,7 +83,8 @@ def mixing(concepts: Sequence[Concept], slots: Tensor, strength: Tensor) -> Tens
     for row, chosen in enumerate(slots.tolist()):
         places = torch.tensor([place for place, slot in enumerate(chosen) if slot >= 0], dtype=torch.int64)
         used = [concepts[chosen[place]] for place in places]
-        if not used:
+        if len(used) < 2:
+            mix[row, places, places] = strength[row, places].double()
             continue
         metric = gram(
             torch.stack([concept.target_input for concept in used]),
@@ -95,6 +99,9 @@ def mixing(concepts: Sequence[Concept], slots: Tensor, strength: Tensor) -> Tens
                     "input: their combination is not defined; use one of them"
                 )
         mix[row, places[:, None], places] = combination(metric, strength[row, places].double())
+        if not mix[row].isfinite().all() or mix[row].abs().max() > _LARGEST_MIX * strength[row].abs().max().clamp(1):
+            names = ", ".join(concept.placeholder for concept in used)
+            raise ValueError(f"concepts {names} of one prompt cannot be combined at these strengths: use fewer of them")
     return mix.float()
 
 
@@ -115,17 +122,21 @@ def coefficients(
     return torch.cat([a, gate], -1)
 
 
-def project_vectors(projection: nn.Module, vectors: Tensor) -> Tensor:
+def project_vectors(projection: nn.Module, vectors: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """W x for vectors [S, D] -> [S, O] in float32, through whatever wraps the projection, without its bias.
+
+    A wrapped projection is called in `dtype`, the one it computes in.
 
     One product per vector: a concept's outputs must not depend on how many others are in the batch.
     """
     if _is_plain(projection):
-        return row_matmul(vectors.float()[:, None], projection.weight.float().T)[:, 0]
-    layer = base_layer(projection)
-    dtype = layer.weight.dtype if layer.weight.dtype.itemsize > 1 else torch.get_default_dtype()
+        rows, weight = vectors.float()[:, None], projection.weight.float().T
+        with exact_products(vectors.device):
+            if vectors.device.type == "cpu":
+                return row_matmul(rows, weight)[:, 0]
+            return torch.cat([row @ weight for row in rows])
     out = torch.cat([projection(vector.to(dtype)[None]) for vector in vectors])
-    if getattr(layer, "bias", None) is not None:
+    if getattr(base_layer(projection), "bias", None) is not None:
         out = out - projection(torch.zeros_like(vectors[:1], dtype=dtype))
     return out.float()
 
@@ -135,11 +146,14 @@ def tables(
     targets: Tensor,  # [S, D]
     super_encodings: Tensor,  # [S, D]
     values: Tensor,  # [S, O]
+    dtype: torch.dtype,  # what the layer computes in
 ) -> tuple[Tensor, Tensor]:  # [2S, O], [2S, O] float32
     """A layer's output vectors, -W i* then o*, of keys (locked to the super-class) and of values (learned)."""
     size = len(targets)
-    keys = project_vectors(attn.to_k, torch.cat([targets, super_encodings]))
-    return torch.cat([-keys[:size], keys[size:]]), torch.cat([-project_vectors(attn.to_v, targets), values.float()])
+    keys = project_vectors(attn.to_k, torch.cat([targets, super_encodings]), dtype)
+    return torch.cat([-keys[:size], keys[size:]]), torch.cat(
+        [-project_vectors(attn.to_v, targets, dtype), values.float()]
+    )
 
 
 def project_layers(
@@ -184,6 +198,7 @@ def _is_plain(projection: Any) -> TypeGuard[nn.Linear]:
     """Whether a projection's weight may be used directly: no adapter, quantisation, hook or offloading on it."""
     return (
         type(projection) is nn.Linear
+        and type(projection.weight) in (Tensor, nn.Parameter)  # torchao and DTensor keep nn.Linear
         and projection.weight.device.type != "meta"
         and projection.weight.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
         and not hasattr(projection, "_hf_hook")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
 import torch
+from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from torch import Tensor
 
 from keylock_diffusers import text
@@ -109,8 +112,9 @@ def generate(
 ) -> list[Any]:
     """Draws different users' requests together; the U-Net is called ``num_inference_steps`` times per batch.
 
-    A request's picture does not depend on what else is in the batch: at equal batch size it is the same bit for
-    bit, and in batches of other sizes up to rounding. Two calls may run at the same time on one pipeline.
+    A request's picture does not depend on what else is in the batch: at its place in a batch of equal size it is the
+    same bit for bit, and at another place or in another size up to rounding, since the U-Net's own layers are
+    torch's. Two calls may run at the same time on one pipeline.
 
     Args:
         pipe: a Stable Diffusion 1.x or 2.x text-to-image pipeline after `install`.
@@ -192,10 +196,12 @@ def _plan(
         raise ValueError(f"num_images must be at least 1, got {request.num_images!r}")
     if request.concepts and request.prompt is None:
         raise ValueError("concepts need a prompt, not prompt_embeds")
-    for name in ("prompt_embeds", "negative_prompt_embeds"):
-        embeds = getattr(request, name)
-        if embeds is not None and (embeds.ndim != 2 or embeds.shape[1] != pipe.unet.config.cross_attention_dim):
-            raise ValueError(f"{name} must be [T, {pipe.unet.config.cross_attention_dim}], got {list(embeds.shape)}")
+    guidance, seed = request.guidance_scale, request.seed
+    if isinstance(guidance, bool) or not isinstance(guidance, (int, float)) or not math.isfinite(guidance):
+        raise ValueError(f"guidance_scale must be a finite number, got {guidance!r}")
+    if seed is not None and (not isinstance(seed, int) or not 0 <= seed < 2**63 - request.num_images):
+        raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, got {seed!r}")
+    _check_encodings(pipe, request)
     uses = tuple(_resolve(use, bank) for use in request.concepts)
     for use in uses:
         use.concept.check(base, strict=strict)
@@ -209,6 +215,25 @@ def _plan(
     if request.negative_prompt_embeds is None:
         negative = text.tokenize(pipe.tokenizer, _converted(pipe, request.negative_prompt or ""))
     return _Plan(uses, prompt, negative)
+
+
+def _check_encodings(pipe: Any, request: Request) -> None:
+    """Given encodings have the U-Net's width, and both halves of guidance the same length."""
+    width, lengths = pipe.unet.config.cross_attention_dim, []
+    for name, words in (("prompt_embeds", request.prompt), ("negative_prompt_embeds", request.negative_prompt)):
+        embeds = getattr(request, name)
+        if embeds is None:
+            if words is not None and not isinstance(words, str):
+                raise TypeError(f"{name.removesuffix('_embeds')} must be text, got {type(words).__name__}")
+            lengths.append(pipe.tokenizer.model_max_length)
+            continue
+        if not isinstance(embeds, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(embeds).__name__}")
+        if embeds.ndim != 2 or embeds.shape[1] != width:
+            raise ValueError(f"{name} must be [T, {width}], got {list(embeds.shape)}")
+        lengths.append(embeds.shape[0])
+    if request.guidance_scale > 1 and lengths[0] != lengths[1]:
+        raise ValueError(f"prompt and negative prompt must have equally many tokens, got {lengths[0]} and {lengths[1]}")
 
 
 def _resolve(use: Use | str | Concept, bank: Mapping[str, Concept] | None) -> ConceptUse:
@@ -229,7 +254,7 @@ def _resolve(use: Use | str | Concept, bank: Mapping[str, Concept] | None) -> Co
         "strength": use.strength,
     }
     for name, number in numbers.items():
-        if not isinstance(number, (int, float)) or not torch.isfinite(torch.tensor(float(number))):
+        if not isinstance(number, (int, float)) or not math.isfinite(number):
             raise ValueError(f"{name} of {concept.placeholder} must be a finite number, got {number!r}")
     return ConceptUse(concept, lock=use.lock, **numbers)
 
@@ -256,22 +281,24 @@ def _draw(pipe: Any, rows: list[_Row], steps: int, callback: Any, kwargs: dict[s
     device, dtype = pipe._execution_device, pipe.unet.dtype
     distilled = pipe.unet.config.time_cond_proj_dim is not None
     guided = rows[0].order.guidance_scale > 1 and not distilled
+    attention = dict(kwargs.pop("cross_attention_kwargs", None) or {})
     encoder = _Encoder(pipe, rows, kwargs.get("clip_skip"))
-    positive = encoder.positive(learned=lambda use: True)
-    keys = None
-    if any(use.lock == "global" for row in rows for use in row.plan.uses):
-        keys = encoder.positive(learned=lambda use: use.lock == "local")
-    negative = encoder.negative() if guided else None
-
-    def stacked(conditional: Tensor) -> Tensor:  # the row layout of diffusers' guidance
-        return conditional if negative is None else torch.cat([negative, conditional])
-
     index = torch.arange(len(rows))
-    if guided:
+    if guided:  # the row layout of diffusers' guidance
         index = torch.cat([torch.full_like(index, -1), index])
-    personalization = Personalization([row.plan.uses for row in rows], index).prepare(
-        pipe, stacked(positive).to(device, dtype), None if keys is None else stacked(keys).to(device, dtype)
-    )
+    with _lora_scale(pipe, attention.get("scale")):
+        positive = encoder.positive(learned=lambda use: True)
+        keys = None
+        if any(use.lock == "global" for row in rows for use in row.plan.uses):
+            keys = encoder.positive(learned=lambda use: use.lock == "local")
+        negative = encoder.negative() if guided else None
+
+        def stacked(half: Tensor) -> Tensor:
+            return (half if negative is None else torch.cat([negative, half])).to(device, dtype)
+
+        personalization = Personalization([row.plan.uses for row in rows], index).prepare(
+            pipe, stacked(positive), None if keys is None else stacked(keys)
+        )
     scales = [row.order.guidance_scale for row in rows]
     result = pipe(
         prompt_embeds=positive,
@@ -280,14 +307,24 @@ def _draw(pipe: Any, rows: list[_Row], steps: int, callback: Any, kwargs: dict[s
         generator=[_generator(row) for row in rows],
         num_inference_steps=steps,
         callback_on_step_end=callback,
-        cross_attention_kwargs={
-            **(kwargs.pop("cross_attention_kwargs", None) or {}),
-            "personalization": personalization,
-        },
+        cross_attention_kwargs={**attention, "personalization": personalization},
         return_dict=True,
         **kwargs,
     )
     return list(result.images)
+
+
+@contextmanager
+def _lora_scale(pipe: Any, scale: float | None) -> Iterator[None]:
+    """LoRA weights at the scale that the pipeline's own call will give them."""
+    modules = [] if scale is None else [pipe.text_encoder, pipe.unet]
+    for module in modules:
+        scale_lora_layers(module, scale)
+    try:
+        yield
+    finally:
+        for module in modules:
+            unscale_lora_layers(module, scale)
 
 
 class _Encoder:

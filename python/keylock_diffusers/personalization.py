@@ -77,11 +77,15 @@ class Personalization:
                     f"Personalization.prepare: {name} must be [{len(self.row_index)}, T, D], got {list(tensor.shape)}"
                 )
         key_text = text if key_text is None else key_text
-        layers = cross_attention_layers(unet_of(pipe))
+        unet = unet_of(pipe)
+        hook: Any = getattr(unet, "_hf_hook", None)
+        if type(hook).__name__ == "CpuOffload":  # whole-model offloading moves the U-Net in when it is called, or here
+            hook.pre_forward(unet)
+        layers = cross_attention_layers(unet)
         key_edits = self._edits(key_text, locks=("local",))
         value_edits = self._edits(text, locks=("local", "global"))
         edited = key_edits is not None or value_edits is not None
-        tables = self._tables(layers, text.device) if edited else {}
+        tables = self._tables(layers, text) if edited else {}
         self.kv = edits.project_layers(layers, (key_text, text), tables, (key_edits, value_edits))
         return self
 
@@ -121,13 +125,14 @@ class Personalization:
         slots = gates.pairs(len(self._concepts))
         return slots, edits.coefficients(text, directions, gates, mix.to(text.device))
 
-    def _tables(self, layers: Mapping[str, Any], device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
+    def _tables(self, layers: Mapping[str, Any], text: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Per layer, the output vectors [2S, O] of keys and of values."""
+        device, dtype = text.device, text.dtype
         targets = torch.stack([concept.target_input for concept in self._concepts]).to(device)
         supers = torch.stack([concept.super_class_encoding for concept in self._concepts]).to(device).float()
         values = [concept.values_per_layer() for concept in self._concepts]
         return {
-            name: edits.tables(attn, targets, supers, torch.stack([value[name] for value in values]).to(device))
+            name: edits.tables(attn, targets, supers, torch.stack([value[name] for value in values]).to(device), dtype)
             for name, attn in layers.items()
         }
 

@@ -112,6 +112,8 @@ def encode(
         Encodings [B, T, D], differentiable in the embeddings.
     """
     device = text_encoder.get_input_embeddings().weight.device
+    if device.type == "meta":  # sequential offloading: hooks move inputs to where the weights will be
+        device = torch.device("cpu")
     ids = torch.tensor([prompt.ids for prompt in prompts], device=device)
     mask = None
     if getattr(text_encoder.config, "use_attention_mask", False):

@@ -81,7 +81,7 @@ def test_env_reports_the_build(capsys):
     ("arguments", "message"),
     [
         (["bank", "remove", "bob/dog"], "no concept 'bob/dog' in the bank"),
-        (["bank", "add", "../x", "nothing.safetensors"], "nothing.safetensors"),
+        (["bank", "add", "alice/cat", "nothing.safetensors"], "nothing.safetensors"),
         (["generate", "orders.json"], "orders.json"),
         (["train", "nowhere", "--placeholder", "<a>", "--super-class", "cat", "--output", "x"], "is not a folder"),
         (["demo", "--steps", "0"], "steps"),
@@ -92,6 +92,14 @@ def test_bad_input_ends_with_a_message_and_no_traceback(capsys, monkeypatch, tmp
     monkeypatch.chdir(tmp_path)
     error = fail(capsys, monkeypatch, *arguments)
     assert message in error and "Traceback" not in error
+
+
+def test_an_id_cannot_lead_out_of_the_bank(capsys, monkeypatch, tmp_path, pipe, concept_for):
+    monkeypatch.chdir(tmp_path)
+    concept_for(pipe).save(tmp_path / "cat.safetensors")
+    error = fail(capsys, monkeypatch, "bank", "add", "../x", "cat.safetensors", "--bank", tmp_path / "bank")
+    assert "a concept's id looks like alice/cat" in error
+    assert not (tmp_path / "x.safetensors").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,13 @@
 """The rank-one edit against its closed forms, in float64."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 from keylock_diffusers import edits
+from keylock_diffusers.concepts import cross_attention_layers
 from keylock_diffusers.personalization import ConceptUse, Personalization
 from keylock_kernels.testing import rome_weight
 
@@ -74,14 +77,23 @@ def test_one_concept_is_mixed_by_its_strength(metric):
 
 
 def test_with_the_similarity_as_gate_the_edit_is_rome(metric):
+    """tau = 0 makes the gate the similarity itself."""
     covariance, targets, directions, _ = metric
     random = torch.Generator().manual_seed(2)
-    weight = torch.randn(7, 12, generator=random, dtype=torch.float64)
-    output = torch.randn(7, generator=random, dtype=torch.float64)
+    attn = nn.ModuleDict({name: nn.Linear(12, 7, bias=False) for name in ("to_k", "to_v")}).double()
+    output = torch.randn(1, 7, generator=random, dtype=torch.float64)
     text = encodings()
-    similarity = similarities(directions[:1], text)
-    edited = text @ weight.T - similarity * (weight @ targets[0]) + similarity * output
-    assert torch.allclose(edited, text @ rome_weight(weight, targets[0], output, covariance).T, rtol=1e-10)
+    one = torch.ones(2, 1, dtype=torch.float64)
+    gates = edits.Gates(torch.zeros(2, 1, dtype=torch.int32), 0.3 * one, 0 * one, one)
+    edit = gates.pairs(1), edits.coefficients(text, directions[:1], gates)
+    layers = {"layer": SimpleNamespace(to_k=attn["to_k"], to_v=attn["to_v"], norm_cross=None)}
+    tables = {"layer": edits.tables(layers["layer"], targets[:1], targets[1:2], output, text.dtype)}
+    with torch.no_grad():
+        ((key, value),) = edits.project_layers(layers, (text, text), tables, (edit, edit)).values()
+        locked = attn["to_k"].weight @ targets[1]
+        for ours, weight, goal in ((key, attn["to_k"].weight, locked), (value, attn["to_v"].weight, output[0])):
+            rome = text @ rome_weight(weight, targets[0], goal, covariance).T
+            assert (ours - rome).abs().max() < 1e-5  # a concept's vectors are float32
 
 
 def test_a_layers_projection_is_perfusions_formula(pipe, concept_for):
@@ -182,15 +194,45 @@ def test_a_wrapped_projection_is_called_rather_than_read(pipe, concept_for):
 def test_a_row_does_not_depend_on_how_many_concepts_its_neighbours_use(pipe, concept_for, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    names = ("one", "two", "three", "four", "five")
+    names = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
     concepts = [concept_for(pipe, f"<{name}>", seed=n) for n, name in enumerate(names)]
     mine = [ConceptUse(concepts[0], 0.6, 0.2), ConceptUse(concepts[1], 0.6, 0.2, strength=0.7)]
     text = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(3))
     index = torch.tensor([0, 1, -1])
     alone = Personalization([mine, []], index).prepare(pipe, text).kv
-    for count in range(1, 6):
+    for count in range(1, len(names) + 1):
         theirs = [ConceptUse(concept, 0.5, 0.1) for concept in concepts[-count:]]
         for name, (key, value) in Personalization([mine, theirs], index).prepare(pipe, text).kv.items():
             assert torch.equal(key[[0, 2]], alone[name][0][[0, 2]])
             assert torch.equal(value[[0, 2]], alone[name][1][[0, 2]])
     torch.set_num_threads(before)
+
+
+def test_concepts_that_depend_on_each_other_are_an_error_that_names_them(pipe, concept_for):
+    one, two = concept_for(pipe, "<one>", seed=1), concept_for(pipe, "<two>", seed=2)
+    target = one.target_input + two.target_input
+    energy = float(target @ target)
+    three = one.with_(placeholder="<three>", target_input=target, energy=energy, direction=target / energy)
+    Personalization([[ConceptUse(c, 0.6, 0.1) for c in (one, two)]], torch.tensor([0]))
+    with pytest.raises(ValueError, match="<one>, <two>, <three> of one prompt cannot be combined"):
+        Personalization([[ConceptUse(c, 0.6, 0.1) for c in (one, two, three)]], torch.tensor([0]))
+
+
+def test_a_layer_that_computes_in_another_dtype_than_it_stores_is_called_in_its_own(pipe, concept_for):
+    """Layerwise casting keeps float8 and computes in bfloat16."""
+
+    class Casting(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.base_layer = layer.to(torch.float8_e4m3fn)
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.base_layer.weight.to(torch.bfloat16))
+
+    text = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(3)).bfloat16()
+    use = ConceptUse(concept_for(pipe), 0.6, 0.2)
+    for name in ("to_k", "to_v"):
+        for attn in cross_attention_layers(pipe.unet).values():
+            setattr(attn, name, Casting(getattr(attn, name)))
+    for key, value in Personalization([[use]], torch.tensor([0])).prepare(pipe, text).kv.values():
+        assert key.dtype == value.dtype == torch.bfloat16

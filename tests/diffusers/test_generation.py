@@ -230,6 +230,14 @@ def test_a_bad_request_fails_alone_and_by_name(ready, mixed):
             Request("a cat", negative_prompt="x", negative_prompt_embeds=torch.zeros(32, 32)),
             "give negative_prompt or negative_prompt_embeds, not both",
         ),
+        (Request(prompt_embeds=torch.zeros(9, 32)), "equally many tokens, got 9 and 32"),
+        (Request("a cat", negative_prompt_embeds=torch.zeros(9, 32)), "equally many tokens, got 32 and 9"),
+        (Request(prompt_embeds=[1]), "prompt_embeds must be a tensor, got list"),
+        (Request(7), "prompt must be text, got int"),
+        (Request("a cat", guidance_scale="7"), "guidance_scale must be a finite number, got '7'"),
+        (Request("a cat", guidance_scale=float("nan")), "guidance_scale must be a finite number, got nan"),
+        (Request("a cat", seed="7"), "seed must be a whole number from 0 to"),
+        (Request("a cat", seed=2**64), "seed must be a whole number from 0 to"),
         ("a cat", "must be a Request, got str"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -278,3 +286,35 @@ def test_a_replaced_processor_is_found_before_the_first_step(pipe):
 
 def test_no_requests_no_pictures(ready):
     assert draw(ready, []) == []
+
+
+def test_a_loras_scale_reaches_what_is_prepared(pipe):
+    from peft import LoraConfig
+
+    lora = LoraConfig(r=2, target_modules=["to_k", "to_v"], init_lora_weights=False)
+    pipe.unet.add_adapter(lora)
+    order = Request("a cat on blue", seed=1, guidance_scale=4.0)
+
+    def stock(scale):
+        return pipe(
+            "a cat on blue",
+            guidance_scale=4.0,
+            num_inference_steps=STEPS,
+            generator=torch.Generator().manual_seed(1),
+            output_type="pt",
+            cross_attention_kwargs={"scale": scale},
+        ).images[0]
+
+    expected = {scale: stock(scale) for scale in (0.0, 0.5)}
+    assert not torch.allclose(expected[0.0], expected[0.5], atol=1e-3)
+    kd.install(pipe)
+    for scale, picture in expected.items():
+        ours = draw(pipe, [order], cross_attention_kwargs={"scale": scale})[0]
+        torch.testing.assert_close(ours, picture, rtol=0, atol=1 / 255 / 8)
+
+
+def test_half_precision_pipelines_draw(ready, mixed, concept_for):
+    half = kd.install(ready).to(dtype=torch.bfloat16)
+    pictures = draw(half, mixed[:2])
+    assert all(p.isfinite().all() for p in pictures)
+    assert torch.equal(draw(half, [mixed[0], Request("a dog", seed=8)])[0], pictures[0])

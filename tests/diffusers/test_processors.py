@@ -55,18 +55,22 @@ def assert_as_accurate(attn, ours, theirs, hidden, *arguments):
         {"qk_norm": "layer_norm"},
         {"qk_norm": "rms_norm"},
         {"dim_head": 40, "heads": 1},
-        {"upcast_attention": True, "scale_qk": False},
+        {"upcast_attention": True},
     ],
     ids=str,
 )
 @pytest.mark.parametrize("spatial", [False, True], ids=["3-D", "4-D"])
 def test_every_switch_of_the_attention_module_is_honoured(options, spatial):
     torch.manual_seed(0)
-    if options.get("cross_attention_norm") == "layer_norm":
-        torch.manual_seed(1)
     attn = Attention(query_dim=16, cross_attention_dim=12, **{"heads": 2, "dim_head": 8, **options}).eval()
     hidden = random(2, 16, 3, 5) if spatial else random(2, 15, 16)
     assert_as_accurate(attn, CrossAttnProcessor("layer"), AttnProcessor2_0(), hidden, random(2, 7, 12, seed=1))
+
+
+def test_unscaled_queries_stay_unscaled():
+    torch.manual_seed(0)
+    attn = Attention(query_dim=16, cross_attention_dim=12, heads=2, dim_head=8, scale_qk=False).eval()
+    assert_as_accurate(attn, CrossAttnProcessor("layer"), AttnProcessor(), random(2, 15, 16), random(2, 7, 12, seed=1))
 
 
 def test_without_a_context_it_attends_to_itself():
@@ -168,6 +172,9 @@ def test_attention_slicing_after_install_is_seen_by_verify_and_undone_by_install
     pipe.unet.set_attn_processor(SlicedAttnProcessor(1))
     with pytest.raises(RuntimeError, match="install"):
         kd.generate(pipe, [kd.Request("a cat")], num_inference_steps=1)
+    verify(kd.install(pipe))
+    kd.uninstall(pipe)
+    assert all(type(p) is SlicedAttnProcessor for p in pipe.unet.attn_processors.values())
 
 
 def test_self_attention_processors_are_made_anew_as_load_ip_adapter_does(pipe):

@@ -21,23 +21,25 @@ def test_a_prompt_without_placeholders_encodes_as_in_diffusers(pipe):
     assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("clip_skip", [1, 2])
-def test_clip_skip_is_diffusers_clip_skip(pipe, clip_skip):
-    theirs, _ = (
-        pipe.encode_prompt("a cat on blue", "cpu", 1, False, clip_skip=clip_skip)
-        if hasattr(pipe.text_encoder, "text_model")
-        else (None, None)
-    )
-    ours = text.encode(pipe.text_encoder, [text.tokenize(pipe.tokenizer, "a cat on blue")], clip_skip=clip_skip)
-    plain = text.encode(pipe.text_encoder, [text.tokenize(pipe.tokenizer, "a cat on blue")])
-    assert not torch.equal(ours, plain)
-    if theirs is not None:
-        assert torch.equal(ours, theirs)
-    states = pipe.text_encoder(
-        torch.tensor([text.tokenize(pipe.tokenizer, "a cat on blue").ids]), output_hidden_states=True
-    ).hidden_states
-    model = getattr(pipe.text_encoder, "text_model", pipe.text_encoder)
-    assert torch.equal(ours, model.final_layer_norm(states[-(clip_skip + 1)]))
+@pytest.mark.parametrize("clip_skip", [0, 1])
+def test_clip_skip_is_an_encoder_with_fewer_layers(pipe, clip_skip):
+    prompts = [text.tokenize(pipe.tokenizer, "a cat on blue")]
+    skipped = text.encode(pipe.text_encoder, prompts, clip_skip=clip_skip)
+    if clip_skip:
+        assert not torch.equal(skipped, text.encode(pipe.text_encoder, prompts))
+    del pipe.text_encoder.encoder.layers[2 - clip_skip :]
+    assert torch.equal(skipped, text.encode(pipe.text_encoder, prompts))
+
+
+def test_an_offloaded_encoder_gives_the_same_encodings(pipe):
+    from accelerate import cpu_offload
+
+    prompts = [text.tokenize(pipe.tokenizer, "<alice-cat> on blue", CAT)]
+    words = [{"<alice-cat>": vector()}]
+    expected = text.encode(pipe.text_encoder, prompts, words)
+    cpu_offload(pipe.text_encoder, torch.device("cpu"))
+    assert pipe.text_encoder.get_input_embeddings().weight.device.type == "meta"
+    assert torch.equal(text.encode(pipe.text_encoder, prompts, words), expected)
 
 
 @pytest.mark.parametrize("super_class", ["cat", "teddy bear"])

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
 from PIL import Image
 
 import keylock_diffusers as kd
@@ -31,7 +31,8 @@ def pictures(seed, count=2):
 
 def subject(name="alice", seed=1, **changes):
     captions = [f"<{name}-cat> on blue", f"a grinning <{name}-cat> on white"]
-    return Subject(f"<{name}-cat>", "cat", **{"images": pictures(seed), "captions": captions, "seed": seed, **changes})
+    plain = {"placeholder": f"<{name}-cat>", "super_class": "cat", "images": pictures(seed), "captions": captions}
+    return Subject(**{**plain, "seed": seed, **changes})
 
 
 @pytest.fixture
@@ -126,7 +127,7 @@ def test_the_loss_is_the_masked_diffusion_loss_of_the_edited_model(pipe, metric)
         one = subject(masks=masks)
         concept = train(pipe, [one], metric, still)[0]
         losses.append(concept.training["loss"])
-        assert losses[-1] == pytest.approx(loss_of(pipe, one, concept), rel=1e-3)  # the file's float16
+        assert losses[-1] == pytest.approx(loss_of(pipe, one, concept), rel=4e-3)  # the file's float16
     assert losses[0] != losses[1]
 
 
@@ -154,11 +155,15 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(pipe, metric, tmp_pa
     assert all(a.training["loss"] == b.training["loss"] for a, b in zip(whole, resumed, strict=True))
 
 
-def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(pipe, metric, tmp_path):
+def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(pipe, build_tiny, metric, tmp_path):
     path = tmp_path / "run.safetensors"
     train(pipe, [subject()], metric, checkpoint_path=path)
     with pytest.raises(ValueError, match="is of another run"):
         train(pipe, [subject(seed=2)], metric, checkpoint_path=path)
+    with pytest.raises(ValueError, match="is of another run"):
+        train(pipe, [subject()], Covariance(2 * metric.matrix, {}), checkpoint_path=path)
+    with pytest.raises(ValueError, match="is of another run"):
+        train(build_tiny(seed=3), [subject()], metric, checkpoint_path=path)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match="cannot be read"):
         train(pipe, [subject()], metric, checkpoint_path=path)
@@ -230,6 +235,50 @@ def test_bf16_learns_nearly_the_same(pipe, metric):
     assert 0 < far(half, full) < 0.3
 
 
+def test_a_bf16_pipeline_trains(pipe, metric):
+    concept = train(pipe.to(dtype=torch.bfloat16), [subject()], metric)[0]
+    assert isinstance(concept, Concept) and np.isfinite(concept.training["loss"])
+
+
+def test_the_scheduler_at_hand_does_not_matter(pipe, metric):
+    """One that counts in sigmas, or one that has just drawn in a few steps, trains the same."""
+    expected = train(pipe, [subject()], metric)[0]
+    pipe.scheduler.set_timesteps(3)
+    assert same(train(pipe, [subject()], metric)[0], expected)
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    assert same(train(pipe, [subject()], metric)[0], expected)
+
+
+def test_an_unusable_result_costs_the_others_nothing(pipe, metric):
+    wild = TrainingConfig(steps=1, batch_size=2, values_rate=0.05, embedding_rate=0.05)
+    alone = train(pipe, [subject("bob", 2)], metric, wild)[0]
+    sick = subject("sick", 9)
+    from keylock_diffusers.training import trainer
+
+    begin = trainer._begin
+
+    def extreme(pipe, one, config):
+        learner = begin(pipe, one, config)
+        if one is sick:
+            learner.values.data[0] = 1e6  # beyond float16
+        return learner
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "_begin", extreme)
+        failure, bob = train(pipe, [sick, subject("bob", 2)], metric, wild)
+    assert isinstance(failure, ConceptTrainingError) and "<sick-cat>" in str(failure)
+    assert far(bob, alone) <= 1e-4 + 2**-11
+
+
+def test_pictures_are_turned_as_the_camera_noted_and_transparency_is_white():
+    from keylock_diffusers.training.trainer import _upright
+
+    picture = Image.new("RGBA", (4, 2), (10, 20, 30, 0))
+    picture.getexif()[0x0112] = 6  # turned by a quarter
+    assert _upright(picture).size == (2, 4)
+    assert _upright(picture).getpixel((0, 0)) == (255, 255, 255)
+
+
 def test_the_pipeline_is_as_before(pipe, metric):
     pipe.unet.train()
     before = dict(pipe.unet.attn_processors)
@@ -275,6 +324,8 @@ def test_what_training_records_fits_a_file_of_stable_diffusion_1_5(pipe, concept
     ("changes", "message"),
     [
         ({"images": []}, "images must not be empty"),
+        ({"placeholder": "alice"}, "placeholder"),
+        ({"super_class": ""}, "super_class"),
         ({"captions": ["one"]}, "captions must hold one per picture, 2, got 1"),
         ({"masks": pictures(1, 3)}, "masks must hold one per picture, 2, got 3"),
     ],

@@ -109,7 +109,7 @@ class Concept:
 
     def __post_init__(self) -> None:
         check_placeholder(self.placeholder)
-        _check_super_class(self.super_class)
+        check_super_class(self.super_class)
         if not isinstance(self.base, BaseModel):
             raise TypeError(f"Concept: base must be a BaseModel, got {type(self.base).__name__}")
         for name in ("energy", "beta", "tau"):
@@ -305,7 +305,7 @@ def check_placeholder(placeholder: object) -> None:
     )
 
 
-def _check_super_class(words: object) -> None:
+def check_super_class(words: object) -> None:
     if not isinstance(words, str):
         raise TypeError(f"Concept: super_class must be a string, got {type(words).__name__}")
     if not words or len(words) > _MAX_WORDS or words != " ".join(words.split()) or not words.isprintable():

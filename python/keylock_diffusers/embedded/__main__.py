@@ -49,7 +49,8 @@ def main() -> None:
         elif stage == "autoencoder":
             autoencoder.train(folder, start=start and start.vae, seed=arguments.seed, **steps)
         elif stage == "diffusion":
-            diffusion.train(folder, autoencoder.build(arguments.seed), start=start, seed=arguments.seed, **steps)
+            vae = autoencoder.build(arguments.seed) if start is None else start.vae
+            diffusion.train(folder, vae, start=start, seed=arguments.seed, **steps)
         elif stage == "classifier":
             classifier.train(folder, **steps)
         elif stage == "export":

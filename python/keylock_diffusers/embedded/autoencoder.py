@@ -82,7 +82,7 @@ def train(
     device = loop.device()
     model = build(seed).to(device)
     if start is not None:
-        model.decoder.load_state_dict(start.decoder.state_dict())
+        model.load_state_dict(start.state_dict())
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         target = pixels([render.draw(seed, step * batch + i).image for i in range(batch)]).to(device)

@@ -123,7 +123,7 @@ def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
 
 @torch.no_grad()
 def encode_pool(pipe: StableDiffusionPipeline, path: Path, size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Scaled latents [size, 8, 16, 16] fp16 and token ids [size, 32] of `size` pictures; kept in `path`."""
+    """Scaled latents [size, 12, 16, 16] fp16 and token ids [size, 32] of `size` pictures; kept in `path`."""
     if path.exists():
         pool = load_file(path)
         if len(pool["latents"]) == size:
@@ -163,7 +163,7 @@ def train(
     if start is not None:
         pipe.unet.load_state_dict(start.unet.state_dict())
         pipe.text_encoder.load_state_dict(start.text_encoder.state_dict())
-    latents, ids = encode_pool(pipe, folder / "pool.safetensors", pool, seed + 10)
+    latents, ids = encode_pool(pipe, folder / f"pool-{seed}.safetensors", pool, seed + 10)
     model = nn.ModuleDict({"unet": pipe.unet, "text_encoder": pipe.text_encoder}).to(device).train()
     unet, text_encoder = pipe.unet, pipe.text_encoder
     empty = token_ids(pipe.tokenizer, [""])[0]

@@ -97,7 +97,7 @@ class CrossAttnProcessor:
             bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device).masked_fill(~bias, float("-inf"))
         elif bias is not None:
             bias = bias.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
-        hidden_states = cast(Tensor, localized_attention(query, key, value, key_bias=bias)).flatten(2)
+        hidden_states = cast(Tensor, localized_attention(query, key, value, scale=attn.scale, key_bias=bias)).flatten(2)
 
         hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))
         if len(shape) == 4:

@@ -5,7 +5,13 @@ from __future__ import annotations
 import logging
 from typing import Any, TypeVar
 
-from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor,
+    AttnProcessor2_0,
+    SlicedAttnProcessor,
+    XFormersAttnProcessor,
+)
 from torch import nn
 
 from keylock_diffusers.concepts import cross_attention_layers
@@ -15,7 +21,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # Plain attention whichever way it is computed: these can be replaced without changing a picture.
-_REPLACEABLE = (AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor)
+_REPLACEABLE = (AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor, SlicedAttnProcessor)
 _OURS = (CrossAttnProcessor, SelfAttnProcessor)
 
 
@@ -52,7 +58,7 @@ def install(pipe: T) -> T:
             kept.append(f"{name} ({type(processor).__name__})")
         elif id(attn) in cross:
             attn.set_processor(CrossAttnProcessor(name, processor))
-        elif not attn.is_cross_attention:
+        elif not attn.is_cross_attention and attn.scale_qk:
             attn.set_processor(SelfAttnProcessor(processor))
     if kept:
         logger.warning("install: %d attention layers keep their processor: %s", len(kept), _shorten(kept))

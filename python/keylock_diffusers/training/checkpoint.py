@@ -18,7 +18,7 @@ from torch import Tensor
 _FACTS = ("loss", "best", "best_step", "steps", "stopped")
 
 
-def save(path: str | Path, learners: Sequence[Any], config: Any, step: int) -> None:
+def save(path: str | Path, learners: Sequence[Any], run: str, step: int) -> None:
     """Writes everything that the next step depends on."""
     tensors: dict[str, Tensor] = {}
     facts = []
@@ -29,26 +29,28 @@ def save(path: str | Path, learners: Sequence[Any], config: Any, step: int) -> N
         facts.append(
             {name: getattr(learner, name) for name in _FACTS} | {"failure": learner.failure and str(learner.failure)}
         )
-    header = {"step": json.dumps(step), "run": _run(learners, config), "facts": json.dumps(facts)}
+    header = {"step": json.dumps(step), "run": run, "facts": json.dumps(facts)}
     partial = Path(path).with_suffix(f".{os.getpid()}.partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, header)
     os.replace(partial, path)
 
 
-def restore(path: str | Path, learners: Sequence[Any], config: Any) -> int:
+def restore(path: str | Path, learners: Sequence[Any], run: str) -> int:
     """Puts the learners where the checkpoint left them; returns the next step.
 
     Raises:
-        ValueError: the file is damaged, or of another run (other subjects, pictures, settings or model).
+        ValueError: the file is damaged, or of another run: see `digest`.
     """
     try:
         with safe_open(path, "pt") as file:
             header, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"checkpoint {path} cannot be read: {error}") from error
-    if header.get("run") != _run(learners, config):
-        raise ValueError(f"checkpoint {path} is of another run: its subjects, pictures or settings differ from these")
+    if header.get("run") != run:
+        raise ValueError(
+            f"checkpoint {path} is of another run: its subjects, pictures, settings, metric or model differ from these"
+        )
     from keylock_diffusers.training.trainer import ConceptTrainingError
 
     for number, (learner, facts) in enumerate(zip(learners, json.loads(header["facts"]), strict=True)):
@@ -69,15 +71,14 @@ def restore(path: str | Path, learners: Sequence[Any], config: Any) -> int:
     return int(json.loads(header["step"]))
 
 
-def _run(learners: Sequence[Any], config: Any) -> str:
-    """A digest of what makes a run the same run; more steps continue it."""
-    digest = hashlib.sha256()
-    settings = {key: value for key, value in asdict(config).items() if key != "steps"}
-    for learner in learners:
+def digest(learners: Sequence[Any], config: Any, metric: Any, base: Any) -> str:
+    """Names what makes a run the same run: subjects, pictures, settings, metric and model; more steps continue it."""
+    settings: dict[str, Any] = {key: value for key, value in asdict(config).items() if key != "steps"}
+    for number, learner in enumerate(learners):
         subject = learner.subject
-        settings[subject.placeholder] = [subject.super_class, subject.seed, [p.ids for p in learner.prompts]]
-    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    for learner in learners:
-        for tensor in (learner.latents, learner.weights):
-            digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
+        prompts = [prompt.ids for prompt in learner.prompts]
+        settings[str(number)] = [subject.placeholder, subject.super_class, subject.seed, prompts]
+    hashed = hashlib.sha256(json.dumps([settings, base.to_json()], sort_keys=True).encode())
+    for tensor in (metric.matrix, *(t for one in learners for t in (one.latents, one.weights, one.super_encoding))):
+        hashed.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return hashed.hexdigest()

@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from keylock_diffusers import text
 from keylock_diffusers.embedded.glyphs import BACKGROUNDS, GLYPHS
@@ -64,6 +65,7 @@ def covariance(
     positions: str = "prompt",
     ridge: float = 1e-3,
     cache: str | os.PathLike[str] | None = None,
+    progress: bool = False,
 ) -> Covariance:
     """Estimates C from captions, or takes it from the cache.
 
@@ -73,6 +75,7 @@ def covariance(
             a large model.
         positions: "prompt": the encodings from BOS to EOS count; "all": padding too.
         ridge: eps in C + eps tr(C) / D; keeps C invertible where the captions' vocabulary is small.
+        progress: whether to show a progress bar.
         cache: folder for the result; default ``$KEYLOCK_CACHE`` or ``~/.cache/keylock``.
 
     Raises:
@@ -94,7 +97,8 @@ def covariance(
     if moment is None:
         moment = torch.zeros(first.shape[-1], first.shape[-1], dtype=torch.float64)
         count = 0
-        for start in range(0, len(prompts), _BATCH):
+        starts = range(0, len(prompts), _BATCH)
+        for start in tqdm(starts, desc="encoding captions", disable=not progress):
             batch = prompts[start : start + _BATCH]
             encodings = text.encode(pipe.text_encoder, batch)
             kept = torch.ones(encodings.shape[:2], dtype=torch.bool)

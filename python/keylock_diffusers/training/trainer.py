@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from keylock_diffusers import edits, text
 from keylock_diffusers.concepts import BaseModel, Concept, cross_attention_layers
+from keylock_diffusers.concepts.concept import check_placeholder, check_super_class
 from keylock_diffusers.personalization import Personalization
-from keylock_diffusers.processors import install, uninstall
+from keylock_diffusers.processors import install, uninstall, verify
 from keylock_diffusers.processors.attention import CrossAttnProcessor
 from keylock_diffusers.training import checkpoint
 from keylock_diffusers.training.covariance import Covariance, covariance
@@ -56,6 +57,8 @@ class Subject:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_placeholder(self.placeholder)
+        check_super_class(self.super_class)
         if not self.images:
             raise ValueError(f"Subject {self.placeholder}: images must not be empty")
         for name in ("captions", "masks"):
@@ -183,9 +186,10 @@ def train_concepts(
     started = time.monotonic()
     with _frozen(pipe):
         learners = [_begin(pipe, subject, config) for subject in subjects]
-        first = 0
+        base, first = BaseModel.of(pipe), 0
+        run = checkpoint.digest(learners, config, metric, base)
         if checkpoint_path is not None and Path(checkpoint_path).exists():
-            first = checkpoint.restore(checkpoint_path, learners, config)
+            first = checkpoint.restore(checkpoint_path, learners, run)
         bar = tqdm(range(first, config.steps), initial=first, total=config.steps, desc="training", disable=not progress)
         for step in bar:
             active = [learner for learner in learners if learner.stopped is None]
@@ -195,11 +199,8 @@ def train_concepts(
             shown = [learner.loss for learner in learners if learner.failure is None]
             bar.set_postfix(loss=f"{sum(shown) / max(len(shown), 1):.4f}", active=len(active), refresh=False)
             if checkpoint_path is not None and ((step + 1) % checkpoint_every == 0 or step + 1 == config.steps):
-                checkpoint.save(checkpoint_path, learners, config, step + 1)
-        base = BaseModel.of(pipe)
-    return [
-        learner.failure or _finish(learner, base, config, metric, time.monotonic() - started) for learner in learners
-    ]
+                checkpoint.save(checkpoint_path, learners, run, step + 1)
+    return [_finish(learner, base, config, metric, time.monotonic() - started) for learner in learners]
 
 
 def _step(pipe: Any, learners: list[_Learner], config: TrainingConfig, metric: Covariance, step: int) -> None:
@@ -228,11 +229,13 @@ def _step(pipe: Any, learners: list[_Learner], config: TrainingConfig, metric: C
             targets.append(target)
         personalization = Personalization([[]] * len(rows), torch.arange(len(rows)))
         personalization.kv = _project(pipe, learners, torch.stack(targets), encodings, config, metric)
-        noisy = pipe.scheduler.add_noise(clean, noise, times)
+        # Not the scheduler's add_noise: those that count in sigmas leave their input unscaled.
+        signal, sigma = _levels(pipe.scheduler, times, device)
+        noisy = (signal * clean + sigma * noise).to(pipe.unet.dtype)
         predicted = pipe.unet(
             noisy, times, encodings, cross_attention_kwargs={"personalization": personalization}
         ).sample
-    error = (predicted.float() - _prediction_target(pipe.scheduler, clean, noise, times)) ** 2
+    error = (predicted.float() - _prediction_target(pipe.scheduler, clean, noise, signal, sigma)) ** 2
     per_row = (error * weights).sum((1, 2, 3)) / (weights.sum((1, 2, 3)) * error.shape[1])
     losses = per_row.view(len(learners), size).mean(1)
     for learner in learners:
@@ -257,7 +260,7 @@ def _project(
     widths = [attn.to_v.out_features for attn in layers.values()]
     values = torch.stack([learner.values for learner in learners]).split(widths, dim=1)
     tables = {
-        name: edits.tables(attn, targets, supers, value)
+        name: edits.tables(attn, targets, supers, value, encodings.dtype)
         for (name, attn), value in zip(layers.items(), values, strict=True)
     }
     edit = (gates.pairs(len(learners)), coefficients)
@@ -293,13 +296,23 @@ def _draws(learner: _Learner, config: TrainingConfig, step: int, scheduler: Any)
     return pictures, times, torch.randn(size, *learner.latents.shape[1:], generator=generator)
 
 
-def _prediction_target(scheduler: Any, clean: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+def _levels(scheduler: Any, times: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """How much of a picture and of noise there is at the given times, [B, 1, 1, 1] each."""
+    alphas = getattr(scheduler, "alphas_cumprod", None)
+    if alphas is None:
+        raise ValueError(
+            f"train_concepts: {type(scheduler).__name__} is no scheduler of a diffusion (alphas_cumprod) model"
+        )
+    alphas = alphas.to(device, torch.float32)[times].view(-1, 1, 1, 1)
+    return alphas.sqrt(), (1 - alphas).sqrt()
+
+
+def _prediction_target(scheduler: Any, clean: Tensor, noise: Tensor, signal: Tensor, sigma: Tensor) -> Tensor:
     kind = scheduler.config.prediction_type
     if kind == "epsilon":
         return noise
     if kind == "v_prediction":
-        alphas = scheduler.alphas_cumprod.to(clean.device)[times].view(-1, 1, 1, 1)
-        return alphas.sqrt() * noise - (1 - alphas).sqrt() * clean
+        return signal * noise - sigma * clean
     if kind == "sample":
         return clean
     raise ValueError(f"train_concepts: the scheduler's prediction_type {kind!r} is not known")
@@ -354,17 +367,27 @@ def _begin(pipe: Any, subject: Subject, config: TrainingConfig) -> _Learner:
 
 def _encode_images(pipe: Any, images: Sequence[Image.Image]) -> Tensor:
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    squares = [ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.LANCZOS) for image in images]
+    squares = [ImageOps.fit(_upright(image), (side, side), Image.Resampling.LANCZOS) for image in images]
     pixels = pipe.image_processor.preprocess(squares).to(pipe.vae.device, pipe.vae.dtype)
     encoded = pipe.vae.encode(pixels)
     latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
     return latents * pipe.vae.config.scaling_factor
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    """An RGB picture turned as the camera noted, transparency on white."""
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
+
+
 def _soft_mask(mask: Image.Image, subject: Subject, size: Sequence[int]) -> Tensor:
     """A picture's weights [1, h, w] in latents' resolution, 1 where the subject is surest."""
     height, width = size
-    square = ImageOps.fit(mask.convert("L"), (8 * width, 8 * height), Image.Resampling.BILINEAR)
+    square = ImageOps.fit(
+        ImageOps.exif_transpose(mask).convert("L"), (8 * width, 8 * height), Image.Resampling.BILINEAR
+    )
     soft = F.adaptive_avg_pool2d(
         torch.tensor(list(square.tobytes())).float().view(1, 8 * height, 8 * width), (height, width)
     )
@@ -373,7 +396,18 @@ def _soft_mask(mask: Image.Image, subject: Subject, size: Sequence[int]) -> Tens
     return soft / soft.max()
 
 
-def _finish(learner: _Learner, base: BaseModel, config: TrainingConfig, metric: Covariance, seconds: float) -> Concept:
+def _finish(
+    learner: _Learner, base: BaseModel, config: TrainingConfig, metric: Covariance, seconds: float
+) -> Concept | ConceptTrainingError:
+    if learner.failure is not None:
+        return learner.failure
+    try:
+        return _concept(learner, base, config, metric, seconds)
+    except ValueError as error:  # one user's extreme values must not cost the others theirs
+        return ConceptTrainingError(f"{learner.subject.placeholder}: {error}")
+
+
+def _concept(learner: _Learner, base: BaseModel, config: TrainingConfig, metric: Covariance, seconds: float) -> Concept:
     direction, energy = metric.direction(learner.target)
     recipe = {key: value for key, value in asdict(config).items() if not key.startswith("inference")}
     return Concept(
@@ -412,6 +446,7 @@ def _frozen(pipe: Any) -> Iterator[None]:
         for module in modules:
             module.requires_grad_(False).eval()
         install(pipe)
+        verify(pipe)
         yield
     finally:
         if not installed:
