@@ -51,6 +51,7 @@ class Personalization:
             )
         self.row_index = row_index
         self.kv: dict[str, tuple[Tensor, Tensor]] = {}
+        self._unseen: Tensor | None = None  # the prepared text, until a layer was given the same
         self._concepts = list({id(use.concept): use.concept for row in uses for use in row}.values())
         self._uses = [list(row) for row in uses]
         for row in self._uses:
@@ -87,6 +88,7 @@ class Personalization:
         edited = key_edits is not None or value_edits is not None
         tables = self._tables(layers, text) if edited else {}
         self.kv = edits.project_layers(layers, (key_text, text), tables, (key_edits, value_edits))
+        self._unseen = text
         return self
 
     def keys_and_values(self, layer: str, rows: int, text: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -95,7 +97,7 @@ class Personalization:
         Args:
             layer: the attention module's name.
             rows: the batch size the layer runs at.
-            text: the encodings the layer was given, compared in shape only.
+            text: the encodings the layer was given; their values are compared once after each `prepare`.
 
         Raises:
             ValueError: the batch differs from what was prepared, or nothing was.
@@ -110,6 +112,10 @@ class Personalization:
                 f"Personalization: prepared for {list(key.shape[:2])} rows and tokens, but {layer} runs on {rows} rows"
                 + ("" if text is None else f" with text {list(text.shape)}")
             )
+        if text is not None and self._unseen is not None and not torch.compiler.is_compiling():
+            if not torch.allclose(text, self._unseen.to(text), rtol=0, atol=0, equal_nan=True):
+                raise ValueError(f"Personalization: {layer} was given another text than was prepared; prepare it again")
+            self._unseen = None
         return key, value
 
     def _edits(self, text: Tensor, locks: tuple[str, ...]) -> edits.Edit | None:

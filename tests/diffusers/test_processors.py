@@ -203,6 +203,15 @@ def test_a_personalization_of_other_rows_is_refused(pipe, rows):
         call(pipe.unet, cross_attention_kwargs={"personalization": personalization})
 
 
+def test_a_personalization_of_another_text_is_refused(pipe):
+    kd.install(pipe)
+    personalization = Personalization([[]], torch.tensor([0, 0])).prepare(pipe, random(2, 7, 32, seed=9))
+    with pytest.raises(ValueError, match="was given another text than was prepared"):
+        call(pipe.unet, cross_attention_kwargs={"personalization": personalization})
+    personalization.prepare(pipe, random(2, 7, 32, seed=1))
+    call(pipe.unet, cross_attention_kwargs={"personalization": personalization})
+
+
 @pytest.mark.parametrize("wrong", [object(), torch.nn.Linear(2, 2)], ids=["no module", "no U-Net"])
 def test_install_needs_a_unet(wrong):
     with pytest.raises(TypeError, match="pipe must be a pipeline with a U-Net"):
