@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,8 +19,20 @@ def _native_missing() -> str | None:
     return None if native.available() else native.unavailable_reason() or "the compiled module is not available"
 
 
+def _triton_missing() -> str | None:
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"triton cannot be imported ({error})"
+    return None
+
+
 def _present() -> str | None:
     return None
+
+
+# Under Triton's interpreter its kernels run on CPU tensors, for tests.
+_TRITON_DEVICES = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
 
 
 @dataclass(frozen=True)
@@ -31,6 +44,7 @@ class Implementation:
     summary: str
     devices: tuple[str, ...] = ()  # device types; empty: any
     chosen_float64: bool = True  # whether "auto" takes it for float64
+    unproven: str | None = None  # why "auto" passes it over everywhere
     missing: Callable[[], str | None] = _present  # why it cannot run in this process
 
     def refusal(self, device: str) -> str | None:
@@ -40,13 +54,31 @@ class Implementation:
         return self.missing()
 
 
+_NO_GPU_RUN = "its kernels have been checked in Triton's interpreter and compiled, but never run on a GPU"
+
 # Fastest first: "auto" takes the first that is willing and able.
 IMPLEMENTATIONS = (
     Implementation(
         "rank_one_linear", "native", "torch GEMM, then the C++ update", devices=("cpu",), missing=_native_missing
     ),
+    Implementation(
+        "rank_one_linear",
+        "triton",
+        "one Triton GEMM with the updates in its epilogue",
+        devices=_TRITON_DEVICES,
+        missing=_triton_missing,
+        unproven=_NO_GPU_RUN,
+    ),
     Implementation("rank_one_linear", "eager", "plain torch, one product per row"),
     Implementation("rank_one_update", "native", "C++", devices=("cpu",), missing=_native_missing),
+    Implementation(
+        "rank_one_update",
+        "triton",
+        "one Triton kernel",
+        devices=_TRITON_DEVICES,
+        missing=_triton_missing,
+        unproven=_NO_GPU_RUN,
+    ),
     Implementation("rank_one_update", "eager", "plain torch, one product per row"),
     Implementation(
         "localized_attention",
@@ -67,7 +99,7 @@ def choose(op: str, requested: str, device: torch.device, dtype: torch.dtype) ->
     candidates = [entry for entry in IMPLEMENTATIONS if entry.op == op]
     if requested == "auto":
         for entry in candidates:
-            wanted = entry.chosen_float64 or dtype != torch.float64
+            wanted = entry.unproven is None and (entry.chosen_float64 or dtype != torch.float64)
             if wanted and entry.refusal(device.type) is None:
                 return entry.backend
         raise ValueError(f"{op}: no implementation runs on {device.type} tensors")
@@ -108,6 +140,8 @@ def _explain(op: str, device: str) -> list[str]:
         reason = entry.refusal(device)
         state = "available" if reason is None else f"not available: {reason}"
         lines.append(f"  {entry.backend}: {entry.summary}; {state}")
+        if entry.unproven is not None:
+            lines.append(f"    auto passes it over: {entry.unproven}")
         if not entry.chosen_float64:
             lines.append("    auto passes it over for float64 inputs, where exactness is what is wanted")
     absent = [name for name in BACKENDS[1:] if name not in {entry.backend for entry in candidates}]

@@ -20,14 +20,19 @@ _UPDATE = "Tensor u, Tensor slots, Tensor coefficients"
 
 # A backward returns the gradients whose `needs` flag is set, in the order of the tensors above.
 torch.library.define("keylock::rank_one_linear", f"({_LINEAR}, str backend) -> Tensor")
-torch.library.define("keylock::rank_one_linear_backward", f"(Tensor grad, {_LINEAR}, bool[] needs) -> Tensor[]")
+torch.library.define(
+    "keylock::rank_one_linear_backward", f"(Tensor grad, {_LINEAR}, str backend, bool[] needs) -> Tensor[]"
+)
 torch.library.define("keylock::rank_one_coefficients", f"({_COEFFICIENTS}) -> Tensor")
 torch.library.define(
     "keylock::rank_one_coefficients_backward", f"(Tensor grad, {_COEFFICIENTS}, bool[] needs) -> Tensor[]"
 )
 torch.library.define("keylock::rank_one_update", f"(Tensor base, {_UPDATE}, str backend) -> Tensor")
-torch.library.define("keylock::rank_one_update_backward", f"(Tensor grad, {_UPDATE}, bool[] needs) -> Tensor[]")
+torch.library.define(
+    "keylock::rank_one_update_backward", f"(Tensor grad, {_UPDATE}, str backend, bool[] needs) -> Tensor[]"
+)
 
+_NAMES = ("x", "weight", "u", "v", "slots", "bias", "beta", "tau", "strength", "coefficients")
 _linear_op = torch.ops.keylock.rank_one_linear.default
 _linear_backward_op = torch.ops.keylock.rank_one_linear_backward.default
 _coefficients_op = torch.ops.keylock.rank_one_coefficients.default
@@ -80,6 +85,10 @@ def _linear(
     backend: str,
 ) -> Tensor:  # [B, T, O]
     _check_slots("rank_one_linear", slots, u.shape[0])
+    if backend == "triton":
+        from . import triton
+
+        return triton.linear(x, weight, u, v, slots, bias, beta, tau, strength, coefficients)
     with exact_products(x.device):
         if coefficients is None:
             assert v is not None  # the schema cannot say "one of the two"; api.py does
@@ -102,18 +111,28 @@ def _linear_backward(
     tau: Tensor | None,  # [S] or [B, R]
     strength: Tensor | None,  # [B, R]
     coefficients: Tensor | None,  # [B, T, R]
+    backend: str,
     needs: list[bool],
 ) -> list[Tensor]:
     need_x, need_weight, need_u, need_v, _, need_bias, need_beta, need_tau, need_strength, need_given = needs
+    inputs = [x, weight, u, v, slots, bias, beta, tau, strength, coefficients]
     dtype = accumulate_dtype(x.dtype)
     with exact_products(x.device):
-        grad = grad.to(dtype)
+        wide = grad.to(dtype)
         dx = dweight = dv = dbeta = dtau = dstrength = dgiven = None
+        if need_weight:
+            dweight = wide.flatten(0, 1).mT @ x.to(dtype).flatten(0, 1)
+        dbias = wide.sum((0, 1)) if need_bias else None
+        if backend == "triton":
+            from . import triton
+
+            wanted = dict(zip(_NAMES, needs, strict=True))
+            found = triton.linear_backward(grad, x, weight, u, v, slots, beta, tau, strength, coefficients, wanted)
+            found |= {"weight": dweight, "bias": dbias}
+            return _chosen(needs, inputs, [found.get(name) for name in _NAMES])
+        grad = wide
         if need_x:
             dx = reference.row_matmul(grad, weight.to(dtype))
-        if need_weight:
-            dweight = grad.flatten(0, 1).mT @ x.to(dtype).flatten(0, 1)
-        dbias = grad.sum((0, 1)) if need_bias else None
         if coefficients is not None:
             du, dgiven = reference.added_backward(grad, u, slots, coefficients.to(dtype), need_u, need_given)
         else:
@@ -127,7 +146,6 @@ def _linear_backward(
                 )
                 if dx is not None and through_gate is not None:
                     dx = dx + through_gate
-    inputs = [x, weight, u, v, slots, bias, beta, tau, strength, coefficients]
     return _chosen(needs, inputs, [dx, dweight, du, dv, None, dbias, dbeta, dtau, dstrength, dgiven])
 
 
@@ -169,6 +187,10 @@ def _update(
     backend: str,
 ) -> Tensor:  # [B, T, O]
     _check_slots("rank_one_update", slots, u.shape[0])
+    if backend == "triton":
+        from . import triton
+
+        return triton.update(base, u, slots, coefficients)
     with exact_products(base.device):
         if backend == "native":
             return _native_update(base, u, slots, coefficients)
@@ -180,8 +202,14 @@ def _update_backward(
     u: Tensor,  # [S, O]
     slots: Tensor,  # [B, R]
     coefficients: Tensor,  # [B, T, R]
+    backend: str,
     needs: list[bool],
 ) -> list[Tensor]:
+    if backend == "triton":
+        from . import triton
+
+        du, dc = triton.update_backward(grad, u, slots, coefficients, needs[0], needs[2])
+        return _chosen(needs, [u, slots, coefficients], [du, None, dc])
     dtype = accumulate_dtype(grad.dtype)
     with exact_products(grad.device):
         du, dc = reference.added_backward(grad.to(dtype), u, slots, coefficients.to(dtype), needs[0], needs[2])
@@ -202,7 +230,7 @@ def _(x, weight, u, v, slots, bias, beta, tau, strength, coefficients, backend):
 
 
 @torch.library.register_fake("keylock::rank_one_linear_backward")
-def _(grad, x, weight, u, v, slots, bias, beta, tau, strength, coefficients, needs):
+def _(grad, x, weight, u, v, slots, bias, beta, tau, strength, coefficients, backend, needs):
     return _fake_grads(needs, [x, weight, u, v, slots, bias, beta, tau, strength, coefficients])
 
 
@@ -222,7 +250,7 @@ def _(base, u, slots, coefficients, backend):
 
 
 @torch.library.register_fake("keylock::rank_one_update_backward")
-def _(grad, u, slots, coefficients, needs):
+def _(grad, u, slots, coefficients, backend, needs):
     return _fake_grads(needs, [u, slots, coefficients])
 
 
@@ -236,13 +264,14 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         ctx.save_for_backward(*args[:-1])
+        ctx.backend = args[-1]
         return _linear_op(*args)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         refuse_double_backward("rank_one_linear")
         needs = ctx.needs_input_grad[:-1]
-        return *_spread(needs, _linear_backward_op(grad, *ctx.saved_tensors, list(needs))), None
+        return *_spread(needs, _linear_backward_op(grad, *ctx.saved_tensors, ctx.backend, list(needs))), None
 
 
 class _Coefficients(torch.autograd.Function):
@@ -262,13 +291,14 @@ class _Update(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, base: Tensor, u: Tensor, slots: Tensor, coefficients: Tensor, backend: str) -> Tensor:
         ctx.save_for_backward(u, slots, coefficients)
+        ctx.backend = backend
         return _update_op(base, u, slots, coefficients, backend)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         refuse_double_backward("rank_one_update")
         needs = ctx.needs_input_grad[1:4]
-        found = _update_backward_op(grad, *ctx.saved_tensors, list(needs)) if any(needs) else []
+        found = _update_backward_op(grad, *ctx.saved_tensors, ctx.backend, list(needs)) if any(needs) else []
         return grad, *_spread(needs, found), None
 
 

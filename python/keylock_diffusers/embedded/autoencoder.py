@@ -76,7 +76,7 @@ def _set_encoder(model: AutoencoderTiny, images: Tensor) -> None:
 
 
 def train(
-    folder: Path, *, start: AutoencoderTiny | None = None, steps: int = 3000, batch: int = 16, seed: int = 0
+    folder: Path, *, start: AutoencoderTiny | None = None, steps: int = 6000, batch: int = 16, seed: int = 0
 ) -> AutoencoderTiny:
     """Trains the decoder with L1 on pixels and on their differences; resumes as `diffusion.train` does."""
     device = loop.device()
@@ -88,7 +88,8 @@ def train(
         target = pixels([render.draw(seed, step * batch + i).image for i in range(batch)]).to(device)
         latents = model.encode(target).latents
         noise = torch.randn(latents.shape, generator=loop.generator(seed, step)).to(device)
-        drawn = model.decode(latents + _NOISE / _SCALING * noise).sample
+        with loop.autocast(device.type):
+            drawn = model.decode(latents + _NOISE / _SCALING * noise).sample.float()
         error = F.l1_loss(drawn, target)
         edges = F.l1_loss(drawn.diff(dim=2), target.diff(dim=2)) + F.l1_loss(drawn.diff(dim=3), target.diff(dim=3))
         return error + 0.5 * edges, {"l1": error.item(), "edges": edges.item()}

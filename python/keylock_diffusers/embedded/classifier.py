@@ -46,7 +46,7 @@ def load() -> Classifier:
     return model.eval()
 
 
-def train(folder: Path, *, steps: int = 3000, batch: int = 64, seed: int = 100) -> Classifier:
+def train(folder: Path, *, steps: int = 6000, batch: int = 64, seed: int = 100) -> Classifier:
     """Trains (or resumes) on renders with any coat on the cats, blurred and noised a little as drawn pictures are."""
     torch.manual_seed(seed)
     device = loop.device()
@@ -62,7 +62,8 @@ def train(folder: Path, *, steps: int = 3000, batch: int = 64, seed: int = 100) 
         blurred = F.avg_pool2d(pixels, 3, stride=1, padding=1, count_include_pad=False)
         share = torch.rand(batch, 1, 1, 1, generator=random) * 0.9
         noise = torch.randn(pixels.shape, generator=random) * 0.1 * torch.rand(batch, 1, 1, 1, generator=random)
-        logits = model((pixels.lerp(blurred, share) + noise).to(device))
+        with loop.autocast(device.type):
+            logits = model((pixels.lerp(blurred, share) + noise).to(device)).float()
         value = F.cross_entropy(logits, targets.to(device))
         right = (targets.gather(1, logits.argmax(1, keepdim=True).cpu()) > 0).float().mean()
         return value, {"loss": value.item(), "right": right.item()}

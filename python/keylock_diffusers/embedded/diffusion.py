@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
@@ -147,9 +148,9 @@ def train(
     vae: AutoencoderTiny,
     *,
     start: StableDiffusionPipeline | None = None,
-    steps: int = 5000,
+    steps: int = 10_000,
     batch: int = 32,
-    pool: int = 30_000,
+    pool: int = 60_000,
     seed: int = 0,
 ) -> StableDiffusionPipeline:
     """Trains text encoder and U-Net on the v-prediction loss.
@@ -166,6 +167,8 @@ def train(
     latents, ids = encode_pool(pipe, folder / f"pool-{seed}.safetensors", pool, seed + 10)
     model = nn.ModuleDict({"unet": pipe.unet, "text_encoder": pipe.text_encoder}).to(device).train()
     unet, text_encoder = pipe.unet, pipe.text_encoder
+    if device.type == "cpu":
+        unet.set_attn_processor(AttnProcessor())  # torch's fused CPU attention has a slow backward at this size
     empty = token_ids(pipe.tokenizer, [""])[0]
     alphas = pipe.scheduler.alphas_cumprod.to(device)
 
@@ -178,13 +181,14 @@ def train(
         # Logit-normal: what a subject is gets decided at middling noise, which is drawn more often.
         times = (len(alphas) * torch.sigmoid(0.4 + torch.randn(batch, generator=random))).long().to(device)
         signal, sigma = (a.sqrt().view(-1, 1, 1, 1) for a in (alphas[times], 1 - alphas[times]))
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with loop.autocast(device.type):
             text = text_encoder(torch.where(dropped[:, None], empty, ids[rows]).to(device))[0]
             predicted = unet(signal * clean + sigma * noise, times, text).sample
         value = F.mse_loss(predicted.float(), signal * noise - sigma * clean)
         return value, {"loss": value.item()}
 
     loop.fit(model, loss, folder / "diffusion.safetensors", steps=steps, learning_rate=8e-4, decay=0.998)
+    unet.set_attn_processor(AttnProcessor2_0())
     return pipe
 
 

@@ -1,0 +1,65 @@
+"""What every Triton file shares: the product, the device guard and a count of launches."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+# Triton reads the variable when it is imported; from then on its kernels run on the CPU.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+# The interpreter multiplies the bit patterns of bfloat16 operands, and knows no bf16x6.
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+_counted: list[str] | None = None
+
+
+def accumulator(dtype: torch.dtype) -> tl.dtype:
+    """The dtype in which a kernel adds up what comes in `dtype`."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+@triton.jit
+def dot(a, b, acc):
+    """a @ b + acc; operands of two widths meet in acc's, and float32 is multiplied in full."""
+    if _INTERPRETED or acc.dtype == tl.float64:
+        acc = tl.dot(a.to(acc.dtype), b.to(acc.dtype), acc, input_precision="ieee", out_dtype=acc.dtype)
+    elif a.dtype != b.dtype:
+        acc = tl.dot(a.to(acc.dtype), b.to(acc.dtype), acc, input_precision="bf16x6")
+    else:
+        acc = tl.dot(a, b, acc, input_precision="bf16x6")
+    return acc
+
+
+def ceil_div(size: int, block: int) -> int:
+    return -(-size // block)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any) -> None:
+    """Launches a kernel on a tensor's own device and current stream; an empty grid launches nothing."""
+    if 0 in grid:
+        return
+    if _counted is not None:
+        _counted.append(kernel.fn.__name__)
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](*args, **options)
+    else:
+        kernel[grid](*args, **options)
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[list[str]]:
+    """The names of the kernels launched inside the block, in order."""
+    global _counted
+    _counted = names = []
+    try:
+        yield names
+    finally:
+        _counted = None
