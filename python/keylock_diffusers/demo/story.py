@@ -25,7 +25,7 @@ from keylock_diffusers.training import Covariance, Subject, TrainingConfig, cova
 
 GUIDANCE = 4.0
 TRAINING = TrainingConfig(
-    steps=100, batch_size=6, values_rate=0.03, embedding_rate=0.02, inference_beta=0.65, inference_tau=0.15
+    steps=100, batch_size=6, values_rate=0.03, embedding_rate=0.004, inference_beta=0.65, inference_tau=0.15
 )
 _METRIC_CAPTIONS = 500
 _COAT_SEEDS = 4
