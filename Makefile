@@ -29,6 +29,8 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-test
 	env -u OMP_NUM_THREADS $(BIN)/python -m pytest tests -q -m "not gpu"
+# Triton's kernels, in its interpreter: a process of its own, since the mode is fixed on import.
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels/test_rank_one.py -q -m "not gpu" -k triton
 
 # Every n-th test, so that slow files spread over the shards.
 test-gpu: $(VENV)/installed-test

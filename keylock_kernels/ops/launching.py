@@ -1,10 +1,10 @@
-"""What every Triton file shares: the product, the device guard and a count of launches."""
+"""What every Triton file shares: the product, and the launch, which tests and the report can watch."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,7 +17,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 # The interpreter multiplies the bit patterns of bfloat16 operands, and knows no bf16x6.
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
-_counted: list[str] | None = None
+# Called with a kernel, its grid, arguments and options before a launch; True: there is no launch.
+Observer = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], bool]
+_observer: Observer | None = None
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:
@@ -45,8 +47,8 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any,
     """Launches a kernel on a tensor's own device and current stream; an empty grid launches nothing."""
     if 0 in grid:
         return
-    if _counted is not None:
-        _counted.append(kernel.fn.__name__)
+    if _observer is not None and _observer(kernel, grid, args, options):
+        return
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[grid](*args, **options)
@@ -55,11 +57,11 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any,
 
 
 @contextlib.contextmanager
-def counted() -> Iterator[list[str]]:
-    """The names of the kernels launched inside the block, in order."""
-    global _counted
-    _counted = names = []
+def observed(observer: Observer) -> Iterator[None]:
+    """Shows every launch inside the block to `observer` first."""
+    global _observer
+    outer, _observer = _observer, observer
     try:
-        yield names
+        yield
     finally:
-        _counted = None
+        _observer = outer

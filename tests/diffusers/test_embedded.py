@@ -70,7 +70,7 @@ def test_the_autoencoder_restores_pictures(base):
     target = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
         restored = base.vae.decode(base.vae.encode(target).latents).sample
-    assert (restored - target).abs().mean() < 0.065  # of a range of 2
+    assert (restored - target).abs().mean() < 0.04  # of a range of 2
 
 
 def test_the_classifier_names_the_demos_pictures():
@@ -80,7 +80,7 @@ def test_the_classifier_names_the_demos_pictures():
     asked = ["cat", "grinning cat", "crying cat", "smirking cat"] * len(pictures.USERS)
     images = [np.asarray(image) for user in pictures.USERS for image in pictures.load(user)[0]]
     named = [name for (name,) in judge.names(images)]
-    assert sum(a == b for a, b in zip(asked, named, strict=True)) >= 9
+    assert sum(a == b for a, b in zip(asked, named, strict=True)) >= 11
 
 
 def test_it_draws_what_it_is_asked(base):
@@ -96,7 +96,7 @@ def test_it_draws_what_it_is_asked(base):
     judge = classifier.load()
     named = sum(judge.names([p])[0] == evaluate.subjects(c)[0] for p, c in zip(pictures, chosen, strict=True))
     grounds = sum(evaluate.background_name(p) == evaluate.subjects(c)[1] for p, c in zip(pictures, chosen, strict=True))
-    assert named >= 2 and grounds >= 11
+    assert named >= 8 and grounds >= 11
 
 
 def test_the_contact_sheets_prompts_are_all_drawable():

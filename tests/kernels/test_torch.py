@@ -43,7 +43,7 @@ def test_opcheck_accepts_rank_one_linear(case, backend):
     torch.library.opcheck(torch.ops.keylock.rank_one_linear.default, (*arguments, backend))
     grad = torch.randn(3, 7, 11)
     needs = [a is not None and a.is_floating_point() for a in arguments]
-    torch.library.opcheck(torch.ops.keylock.rank_one_linear_backward.default, (grad, *arguments, needs))
+    torch.library.opcheck(torch.ops.keylock.rank_one_linear_backward.default, (grad, *arguments, backend, needs))
 
 
 @pytest.mark.parametrize("backend", RANK_ONE_BACKENDS)
@@ -57,7 +57,7 @@ def test_opcheck_accepts_coefficients_and_update(backend):
     needs = [True, True, False, True, True, True]
     torch.library.opcheck(ops.rank_one_coefficients_backward.default, (c, x, v, slots, *gate, needs))
     torch.library.opcheck(ops.rank_one_update.default, (base, u, slots, c, backend))
-    torch.library.opcheck(ops.rank_one_update_backward.default, (base, u, slots, c, [True, False, True]))
+    torch.library.opcheck(ops.rank_one_update_backward.default, (base, u, slots, c, backend, [True, False, True]))
 
 
 @pytest.mark.parametrize("backend", ATTENTION_BACKENDS)

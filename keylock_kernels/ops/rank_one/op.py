@@ -128,8 +128,8 @@ def _linear_backward(
 
             wanted = dict(zip(_NAMES, needs, strict=True))
             found = triton.linear_backward(grad, x, weight, u, v, slots, beta, tau, strength, coefficients, wanted)
-            found |= {"weight": dweight, "bias": dbias}
-            return _chosen(needs, inputs, [found.get(name) for name in _NAMES])
+            every = {**found, "weight": dweight, "bias": dbias}
+            return _chosen(needs, inputs, [every.get(name) for name in _NAMES])
         grad = wide
         if need_x:
             dx = reference.row_matmul(grad, weight.to(dtype))

@@ -33,7 +33,7 @@ class Tile(NamedTuple):
 
 # By the element's bytes and whether a row's tokens are a prompt or the pixels of a picture.
 TILES = {
-    (2, "prompt"): Tile(64, 16, 128, 64, 4, 3),
+    (2, "prompt"): Tile(64, 16, 64, 64, 4, 3),
     (2, "pixels"): Tile(128, 0, 128, 64, 8, 3),
     (4, "prompt"): Tile(16, 0, 64, 32, 4, 2),
     (4, "pixels"): Tile(32, 0, 64, 32, 4, 2),
@@ -65,13 +65,13 @@ class Table(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """[B, R]; `count` is S."""
+    """[B, R]; `total` is S."""
 
     data: Any
     b: int
     r: int
     updates: int
-    count: int
+    total: int
 
 
 class PerUpdate(NamedTuple):
@@ -88,7 +88,7 @@ def _updates(slots, row, first):
     """The chunk of a row's updates that starts at `first`: places, slots, which are taken, and safe indices."""
     place = first + tl.arange(0, CHUNK)
     slot = tl.load(slots.data + row * slots.b + place * slots.r, mask=place < slots.updates, other=-1)
-    taken = (slot >= 0) & (slot < slots.count)
+    taken = (slot >= 0) & (slot < slots.total)
     return place, slot, taken, tl.where(taken, slot, 0).to(tl.int64)
 
 
@@ -431,13 +431,15 @@ def _table(t: Tensor | None) -> Table | None:
 
 
 def _slots(slots: Tensor, count: int) -> Slots:
-    return Slots(slots, *slots.stride(), slots.shape[1], count)
+    return Slots(slots, slots.stride(0), slots.stride(1), slots.shape[1], count)
 
 
 def _per(table: Tensor | None) -> PerUpdate | None:
     if table is None:
         return None
-    return PerUpdate(table, *table.stride(), 0) if table.dim() == 2 else PerUpdate(table, 0, 0, table.stride(0))
+    if table.dim() == 2:
+        return PerUpdate(table, table.stride(0), table.stride(1), 0)
+    return PerUpdate(table, 0, 0, table.stride(0))
 
 
 def _tile(x: Tensor) -> Tile:
@@ -460,6 +462,8 @@ def _gemm(
     rows, tokens, width = x.shape
     y = x.new_empty(rows, tokens, outputs)
     tile = _tile(x)
+    if similarity is not None:  # the gate's slope takes registers
+        tile = tile._replace(outputs=tile.outputs // 2)
     grid = (ceil_div(tokens, tile.tokens + tile.tail), ceil_div(outputs, tile.outputs), rows)
     launch(
         linear_kernel, grid, x.device,
@@ -497,7 +501,8 @@ def linear(
 ) -> Tensor:  # [B, T, O]
     bias = None if bias is None else bias.contiguous()
     gate = (beta, tau, strength)
-    return _gemm(x, _table(weight), weight.shape[0], bias, u, v, _slots(slots, u.shape[0]), coefficients, gate)
+    matrix = Table(weight, weight.stride(0), weight.stride(1))
+    return _gemm(x, matrix, weight.shape[0], bias, u, v, _slots(slots, u.shape[0]), coefficients, gate)
 
 
 def update(
@@ -522,7 +527,7 @@ def _sum_over_rows(part: Tensor, slots: Slots, like: Tensor) -> Tensor:  # [B, s
     grad = torch.empty_like(like, memory_format=torch.contiguous_format)
     columns = TABLE_TILE[1]
     launch(
-        table_sum_kernel, (ceil_div(width, columns), slots.count), part.device,
+        table_sum_kernel, (ceil_div(width, columns), slots.total), part.device,
         part, slots, grad, rows, splits, width, BC=columns, num_warps=4,
     )  # fmt: skip
     return grad
