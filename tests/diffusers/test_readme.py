@@ -57,3 +57,10 @@ def test_the_demos_figures_are_those_of_the_committed_report():
     assert f"{round(size / 1024)} KB each here" in README
     assert report["pictures_in_batch"] == 16 and "sixteen pictures" in README
     assert report["largest_difference_beside_others"] == 0
+
+
+def test_every_coat_is_its_users_own_and_comes_from_the_learned_values():
+    report = json.loads((ROOT / "docs" / "demo-report.json").read_text())
+    assert all(int(found.split()[0]) >= 11 for found in report["coats"].values())
+    assert all(int(found.split()[0]) <= 5 for found in report["coats_without_learned_values"].values())
+    assert report["training_seconds"] < 90
