@@ -43,8 +43,8 @@ LINEAR = {
         "coefficients must be float32 [3, 7, 3], got float32 [3, 7, 2]",
     ),
     "backend": (dict(backend="fast"), "backend must be one of auto, eager, sdpa, native, triton, cuda, got 'fast'"),
-    "sdpa": (dict(backend="sdpa"), "backend 'sdpa' has no implementation of this op; it has native, eager"),
-    "triton": (dict(backend="triton"), "backend 'triton' has no implementation of this op"),
+    "sdpa": (dict(backend="sdpa"), "backend 'sdpa' has no implementation of this op; it has native, triton, eager"),
+    "triton": (dict(backend="triton"), "backend 'triton' cannot run on cpu tensors: it runs on cuda tensors only"),
 }
 ATTENTION = {
     "query list": (dict(query=[1.0]), "query must be a tensor [B, N, H, D], got list"),
