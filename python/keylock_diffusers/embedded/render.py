@@ -103,7 +103,7 @@ def draw(seed: int, index: int, *, pairs: float = 0.3, coats: float = 0.0) -> Pi
     """The picture number `index` of the stream `seed`.
 
     A share `pairs` of the pictures has two subjects side by side. A share `coats` of the cats has a coat of any
-    colour, which the caption does not mention.
+    one or two colours, which the caption does not mention.
     """
     random = np.random.default_rng((seed, index))
     background = _BACKGROUND_NAMES[random.integers(len(_BACKGROUND_NAMES))]
@@ -117,7 +117,8 @@ def draw(seed: int, index: int, *, pairs: float = 0.3, coats: float = 0.0) -> Pi
             colour = _DYE_NAMES[random.integers(len(_DYE_NAMES))]
             picture, name = _dyed(glyph.codepoint, colour), name.replace("cat", f"{colour} cat", 1)
         if glyph.group == "cat" and coats and random.random() < coats:
-            picture = dye(sprite(glyph.codepoint), random.integers(40, 256, 3))
+            plain = sprite(glyph.codepoint)
+            picture = dye(plain, _coat(plain.width, random))
         if pair:
             side = int(random.integers(27, 31))
             left = int(random.integers(1, 33 - side)) + 31 * place
@@ -129,6 +130,23 @@ def draw(seed: int, index: int, *, pairs: float = 0.3, coats: float = 0.0) -> Pi
         names.append(name)
     image, masks = compose(subjects, background)
     return Picture(image, masks, caption(names, background, int(random.integers(4))), labels, background)
+
+
+def _coat(side: int, random: np.random.Generator) -> np.ndarray:
+    """A coat of one colour [3], or of two [side, side, 3]: a patch anywhere, or stripes of any direction."""
+    colour, other = random.integers(40, 256, (2, 3))
+    kind = random.integers(3)
+    if kind == 0:
+        return colour
+    row, column = np.mgrid[:side, :side] / side
+    angle, pitch, (y, x), (high, wide) = (
+        random.uniform(0, np.pi), random.uniform(20, 70), random.uniform(0.2, 0.9, 2), random.uniform(0.1, 0.35, 2)
+    )  # fmt: skip
+    if kind == 1:
+        where = ((row - y) / high) ** 2 + ((column - x) / wide) ** 2 < 1
+    else:
+        where = np.cos(pitch * (row * np.sin(angle) + column * np.cos(angle))) > 0.3
+    return np.where(where[..., None], other, colour)
 
 
 def caption(names: list[str], background: str, form: int = 0) -> str:
