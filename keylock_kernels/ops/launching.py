@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -37,6 +38,12 @@ def dot(a, b, acc):
     else:
         acc = tl.dot(a, b, acc, input_precision="bf16x6")
     return acc
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """How many multiprocessors a device has; a large GPU's number where there is no GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def ceil_div(size: int, block: int) -> int:
