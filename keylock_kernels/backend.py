@@ -82,6 +82,14 @@ IMPLEMENTATIONS = (
     Implementation("rank_one_update", "eager", "plain torch, one product per row"),
     Implementation(
         "localized_attention",
+        "triton",
+        "one Triton kernel, all streams in one pass",
+        devices=_TRITON_DEVICES,
+        chosen_float64=False,
+        missing=_triton_missing,
+    ),
+    Implementation(
+        "localized_attention",
         "sdpa",
         "torch's scaled_dot_product_attention, one call per stream",
         chosen_float64=False,

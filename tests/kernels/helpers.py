@@ -15,7 +15,7 @@ from keylock_kernels.testing import attention_inputs, rank_one_inputs
 # Triton's interpreter takes a process of its own, in which the same tests judge its kernels alone.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 RANK_ONE_BACKENDS = ("triton",) if INTERPRETED else ("eager", "native")
-ATTENTION_BACKENDS = ("eager", "sdpa")
+ATTENTION_BACKENDS = ("triton",) if INTERPRETED else ("eager", "sdpa")
 
 # Every option alone and all of them together; sizes are odd on purpose.
 RANK_ONE_CASES: dict[str, dict[str, Any]] = {

@@ -61,6 +61,16 @@ def _forward(
     readout_weights: Tensor | None,  # [B, N, M]
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    if readout_tokens is not None:
+        keys = key.shape[1] + sum(image_lengths)
+        _check_tokens(readout_tokens, keys)
+    if backend == "triton":
+        from . import triton
+
+        return triton.forward(
+            query, key, value, scale, key_bias, query_regions, key_regions, image_key, image_value, image_lengths,
+            image_key_bias, image_weights, readout_tokens, readout_weights,
+        )  # fmt: skip
     attend, read = _PARTS[backend]
     with torch.no_grad(), exact_products(query.device):
         text = reference.make_stream(key, value, key_bias, query_regions, key_regions)
@@ -68,8 +78,6 @@ def _forward(
         out = reference.combine(query, text, images, image_weights, scale, attend).contiguous()
         if readout_tokens is None:
             return out, query.new_empty(query.shape[0], query.shape[2], 0, dtype=accumulate_dtype(query.dtype))
-        keys = key.shape[1] + sum(image_lengths)
-        _check_tokens(readout_tokens, keys)
         columns = reference.read_out(query, [text, *images], readout_tokens, readout_weights, scale, read)
         if readout_tokens.device.type != "cpu":
             missing = (readout_tokens < -1) | (readout_tokens >= keys)
@@ -82,8 +90,12 @@ def _backward(
     grad_readout: Tensor | None,  # [B, H, N, M] or [B, H, M]
     *arguments: Any,
 ) -> list[Tensor]:
-    """Run the forward again with autograd recording, one stream at a time inside SDPA's own memory."""
+    """The gradients; torch's backends run the forward again with autograd recording, a stream at a time."""
     inputs, needs = list(arguments[:-1]), arguments[-1]
+    if inputs[-1] == "triton":
+        from . import triton
+
+        return triton.backward(grad_out, grad_readout, *inputs[:-1], needs)
     leaves = []
     for position, need in zip(_DIFFERENTIABLE, needs, strict=True):
         if need:

@@ -1,8 +1,9 @@
 """Localized attention forward: one pass over the queries, every stream's softmax on the way.
 
-A program takes several tiles of pixels of one (row, head). Where all keys fit on the chip (RESIDENT) they are
-loaded once for all of them. Long streams are taken in blocks of 64 keys under a running softmax; image streams
-of at most 16 keys lie several in a tile, and each has a softmax of its own in it.
+A program takes several tiles of pixels of one (row, head). Short streams lie in one or two tiles of keys, image
+streams of at most 16 keys several in one tile, each with a softmax of its own in it; where they fit on the chip
+(RESIDENT) they are loaded once for all of a program's pixels. Long streams are taken in blocks of keys under a
+running softmax.
 """
 
 from __future__ import annotations
@@ -11,219 +12,165 @@ import triton
 import triton.language as tl
 
 from .triton_tiles import (
+    asked_tokens,
+    columns,
     LOG2E,
     READ,
     finite,
+    group_tiles,
     inverse,
     key_tile,
     load_columns,
     load_rows,
     place,
-    product,
-    read_tokens,
+    plus,
+    resident_images,
     scaled,
     scores,
+    segment,
     spread,
     store_rows,
     stream_weight,
-    told,
+    vector,
+    weighed,
     zeros,
 )
 
 
 @triton.jit
-def tail_tiles(key, value, bias, regions, row, head, first, end, A: tl.constexpr, B: tl.constexpr,
-               TAINT: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr,
-               ACC: tl.constexpr):  # fmt: skip
-    """A stream's last keys, or all of a short one: one tile, or two."""
-    a = key_tile(key, value, bias, regions, row, head, first, end, A, TAINT, D, PARTS, UNIT, ACC)
-    if B == 0:
-        return (a,)
-    else:
-        return a, key_tile(key, value, bias, regions, row, head, first + A, end, B, TAINT, D, PARTS, UNIT, ACC)
-
-
-@triton.jit
-def image_tiles(key, value, bias, row, head, IMAGES: tl.constexpr, TAINT: tl.constexpr, D: tl.constexpr,
-                PARTS: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    """The last tiles of every group of image streams."""
-    found = ()
-    for g in tl.static_range(len(IMAGES)):
-        found = found + (image_tail(key, value, bias, row, head, IMAGES[g][0], IMAGES[g][2], IMAGES[g][3],
-                                    IMAGES[g][4], IMAGES[g][5], TAINT, D, PARTS, UNIT, ACC),)  # fmt: skip
-    return found
-
-
-@triton.jit
-def image_tail(key, value, bias, row, head, START: tl.constexpr, FULL: tl.constexpr, A: tl.constexpr,
-               B: tl.constexpr, LENGTHS: tl.constexpr, TAINT: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr,
-               UNIT: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    end = START
-    for j in tl.static_range(len(LENGTHS)):
-        end += LENGTHS[j]
-    return tail_tiles(key, value, bias, None, row, head, START + 64 * FULL, end, A, B, TAINT, D, PARTS, UNIT, ACC)
-
-
-@triton.jit
-def absorb(state, q, tiles, scale, pixel_regions, FIRST: tl.constexpr, BIAS: tl.constexpr, REGIONS: tl.constexpr,
-           TAINT: tl.constexpr, RAGGED: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    """A running softmax (largest score, sum, weighted values) after one or two more tiles; FIRST: after none.
-
-    RAGGED: the last of the tiles may be.
-    """
+def _absorb(state, q, tile, scale, pixel_regions, REGIONS: tl.constexpr, ACC: tl.constexpr):
+    """A running softmax (largest score, sum, weighted values) after one more tile."""
     top, total, out = state
-    a = scores(q, tiles[0], scale, pixel_regions, BIAS, REGIONS, TAINT, RAGGED and len(tiles) == 1, ACC)
-    new = tl.maximum(top, tl.max(a, 1))
-    if len(tiles) == 2:
-        b = scores(q, tiles[1], scale, pixel_regions, BIAS, REGIONS, TAINT, RAGGED, ACC)
-        new = tl.maximum(new, tl.max(b, 1))
+    s = scores(q, tile, scale, pixel_regions, True, REGIONS, ACC)
+    new = tl.maximum(top, tl.max(s, 1))
     base = finite(new)
-    if not FIRST:
-        fade = tl.exp2(top - base)
-        total *= fade
-        out = scaled(out, fade)
-    p = tl.exp2(a - base[:, None])
-    total += tl.sum(p, 1)
-    out = spread(told(p, a, tiles[0][5], TAINT), tiles[0][1], out)
-    if len(tiles) == 2:
-        p = tl.exp2(b - base[:, None])
-        total += tl.sum(p, 1)
-        out = spread(told(p, b, tiles[1][5], TAINT), tiles[1][1], out)
-    return new, total, out
+    fade = tl.exp2(top - base)
+    p = tl.exp2(s - base[:, None])
+    out = spread(p, tile[1], scaled(out, fade))
+    return new, total * fade + tl.sum(p, 1), out
 
 
 @triton.jit
-def attend(q, key, value, bias, regions, pixel_regions, row, head, scale, first, full, end, tiles, LOOP: tl.constexpr,
-           REGIONS: tl.constexpr, TAINT: tl.constexpr, RAGGED: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr,
-           UNIT: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    """One stream's running softmax: `full` blocks of 64 keys from `first` on, then `tiles`."""
+def _attend(q, key, value, bias, regions, pixel_regions, row, head, scale, first, end, TAINT: tl.constexpr,
+            BLOCK: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr,
+            ACC: tl.constexpr):  # fmt: skip
+    """A long stream, the keys from `first` to `end`: (largest score, 1 / sum), and the values' average."""
     BM: tl.constexpr = q[0].shape[0]
     state = (tl.full([BM], float("-inf"), ACC), tl.zeros([BM], ACC), zeros(BM, PARTS, ACC))
-    if LOOP:
-        for block in range(0, full):
-            tile = key_tile(key, value, bias, regions, row, head, first + block * 64, end, 64, TAINT, D, PARTS, UNIT,
-                            ACC)  # fmt: skip
-            state = absorb(state, q, (tile,), scale, pixel_regions, False, bias is not None, REGIONS, TAINT, False, ACC)
-    return absorb(state, q, tiles, scale, pixel_regions, not LOOP, bias is not None, REGIONS, TAINT, RAGGED, ACC)
+    for start in range(first, end, BLOCK):
+        tile = key_tile(key, value, bias, regions, row, head, start, end, BLOCK, TAINT, D, PARTS, UNIT, ACC)
+        state = _absorb(state, q, tile, scale, pixel_regions, regions is not None, ACC)
+    top, total, out = state
+    share = inverse(total)
+    return (finite(top), share), scaled(out, share)
 
 
 @triton.jit
-def segment(t, start, length):
-    """Which of a tile's keys t belong to one of the streams in it."""
-    return ((t >= start) & (t < start + length))[None]
+def _weigh(share, p):
+    """Probabilities as they meet the values. By selection: a factor of 0 silences NaN too."""
+    return tl.where(share == 0, 0.0, p * share)
 
 
 @triton.jit
-def attend_packed(q, tile, weights, row, scale, pixel, inside, STREAM: tl.constexpr, LENGTHS: tl.constexpr,
-                  BIAS: tl.constexpr, TAINT: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    """The short streams of one tile: their probabilities times w, and each one's (largest score, 1 / sum)."""
-    SIZE: tl.constexpr = tile[2].shape[0]
-    s = scores(q, tile, scale, pixel, BIAS, False, TAINT, True, ACC)
-    t = tl.arange(0, SIZE)
-    tops = tl.zeros([q[0].shape[0], SIZE], ACC)
-    start = 0
-    found = ()
-    for j in tl.static_range(len(LENGTHS)):
-        mine = segment(t, start, LENGTHS[j])
-        top = finite(tl.max(tl.where(mine, s, float("-inf")), 1))
-        tops = tl.where(mine, top[:, None], tops)
-        found = found + (top,)
-        start += LENGTHS[j]
-    p = tl.exp2(s - tops)
-    factors = tl.zeros([q[0].shape[0], SIZE], ACC)
-    start = 0
-    stats = ()
-    for j in tl.static_range(len(LENGTHS)):
-        mine = segment(t, start, LENGTHS[j])
-        share = inverse(tl.sum(tl.where(mine, p, 0.0), 1))
-        stats = stats + ((found[j], share),)
+def _soften(q, tiles, weights, row, scale, pixel_regions, pixel, inside, stream, LENGTHS: tl.constexpr,
+            BIASED: tl.constexpr, REGIONS: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    """A group of short streams: probabilities times w, tile by tile, and each stream's (largest score, 1 / sum)."""
+    if len(tiles) == 2:
+        a = scores(q, tiles[0], scale, pixel_regions, BIASED, REGIONS, ACC)
+        b = scores(q, tiles[1], scale, pixel_regions, True, REGIONS, ACC)
+        top = finite(tl.maximum(tl.max(a, 1), tl.max(b, 1)))
+        p, r = tl.exp2(a - top[:, None]), tl.exp2(b - top[:, None])
+        share = inverse(tl.sum(p, 1) + tl.sum(r, 1))
+        stats = ((top, share),)
         if weights is not None:
-            w = stream_weight(weights, row, STREAM + j, pixel, inside, ACC)
+            w = stream_weight(weights, row, stream, pixel, inside, ACC)
             share = tl.where(w == 0, 0.0, w * share)
-        factors = tl.where(mine, share[:, None], factors)
-        start += LENGTHS[j]
-    # By selection, not by multiplication: a weight of 0 silences NaN too.
-    p = tl.where(factors == 0, 0.0, told(p, s, tile[5], TAINT) * factors)
-    return p, stats
+        share = share[:, None]
+        return (_weigh(share, p), _weigh(share, r)), stats
+    else:
+        s = scores(q, tiles[0], scale, pixel_regions, True, REGIONS, ACC)
+        if len(LENGTHS) == 1:
+            top = finite(tl.max(s, 1))
+            p = tl.exp2(s - top[:, None])
+            share = inverse(tl.sum(p, 1))
+            stats = ((top, share),)
+            if weights is not None:
+                w = stream_weight(weights, row, stream, pixel, inside, ACC)
+                share = tl.where(w == 0, 0.0, w * share)
+            shares = share[:, None]
+        else:
+            t = tl.arange(0, s.shape[1])
+            tops, shares = tl.zeros_like(s), tl.zeros_like(s)
+            found, stats = (), ()
+            start = 0
+            for j in tl.static_range(len(LENGTHS)):
+                mine = segment(t, start, LENGTHS[j])
+                found = found + (finite(tl.max(tl.where(mine, s, float("-inf")), 1)),)
+                tops = tl.where(mine, found[j][:, None], tops)
+                start += LENGTHS[j]
+            p = tl.exp2(s - tops)
+            start = 0
+            for j in tl.static_range(len(LENGTHS)):
+                mine = segment(t, start, LENGTHS[j])
+                share = inverse(tl.sum(tl.where(mine, p, 0.0), 1))
+                stats = stats + ((found[j], share),)
+                if weights is not None:
+                    w = stream_weight(weights, row, stream + j, pixel, inside, ACC)
+                    share = tl.where(w == 0, 0.0, w * share)
+                shares = tl.where(mine, share[:, None], shares)
+                start += LENGTHS[j]
+        return (_weigh(shares, p),), stats
 
 
 @triton.jit
-def add_images(out, stats, q, key, value, bias, weights, row, head, scale, pixel, inside, kept, RESIDENT: tl.constexpr,
-               START: tl.constexpr, STREAM: tl.constexpr, FULL: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
-               LENGTHS: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr,
-               ACC: tl.constexpr):  # fmt: skip
-    """out plus one group of image streams; stats plus theirs."""
+def _add_short(out, stats, q, tiles, weights, row, scale, pixel_regions, pixel, inside, stream,
+               LENGTHS: tl.constexpr, BIASED: tl.constexpr, REGIONS: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    p, more = _soften(q, tiles, weights, row, scale, pixel_regions, pixel, inside, stream, LENGTHS, BIASED, REGIONS,
+                      ACC)  # fmt: skip
+    out = spread(p[0], tiles[0][1], out)
+    if len(tiles) == 2:
+        out = spread(p[1], tiles[1][1], out)
+    return out, stats + more
+
+
+@triton.jit
+def _add_long(out, q, key, value, bias, weights, row, head, scale, pixel, inside, START: tl.constexpr,
+              STREAM: tl.constexpr, LENGTHS: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr,
+              UNIT: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    """out with a long image stream, and that stream's (largest score, 1 / sum)."""
+    found, own = _attend(q, key, value, bias, None, pixel, row, head, scale, START, START + LENGTHS[0],
+                         weights is not None, BLOCK, D, PARTS, UNIT, ACC)  # fmt: skip
+    if weights is not None:
+        own = weighed(own, stream_weight(weights, row, STREAM, pixel, inside, ACC))
+    return plus(out, own), found
+
+
+@triton.jit
+def _add_group(out, stats, q, key, value, bias, weights, row, head, scale, pixel, inside, kept, RESIDENT: tl.constexpr,
+               START: tl.constexpr, STREAM: tl.constexpr, A: tl.constexpr, B: tl.constexpr, LENGTHS: tl.constexpr,
+               D: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    """out and stats with one group of short image streams."""
     TAINT: tl.constexpr = weights is not None
     if RESIDENT:
         tiles = kept
     else:
-        tiles = image_tail(key, value, bias, row, head, START, FULL, A, B, LENGTHS, TAINT, D, PARTS, UNIT, ACC)
-    if FULL == 0 and B == 0:
-        p, more = attend_packed(q, tiles[0], weights, row, scale, pixel, inside, STREAM, LENGTHS, bias is not None,
-                                TAINT, ACC)  # fmt: skip
-        return spread(p, tiles[0][1], out), stats + more
-    else:
-        top, total, own = attend(q, key, value, bias, None, pixel, row, head, scale, START, FULL, START + LENGTHS[0],
-                                 tiles, FULL > 0, False, TAINT, True, D, PARTS, UNIT, ACC)  # fmt: skip
-        share = inverse(total)
-        more = ((finite(top), share),)
-        if weights is not None:
-            w = stream_weight(weights, row, STREAM, pixel, inside, ACC)
-            own = scaled(own, share * w)
-            first = out[0] + tl.where((w == 0)[:, None], 0.0, own[0])
-            if len(PARTS) == 1:
-                return (first,), stats + more
-            else:
-                return (first, out[1] + tl.where((w == 0)[:, None], 0.0, own[1])), stats + more
-        else:
-            own = scaled(own, share)
-            if len(PARTS) == 1:
-                return (out[0] + own[0],), stats + more
-            else:
-                return (out[0] + own[0], out[1] + own[1]), stats + more
+        tiles = group_tiles(key, value, bias, None, row, head, START, LENGTHS, A, B, TAINT, D, PARTS, UNIT, ACC)
+    return _add_short(out, stats, q, tiles, weights, row, scale, pixel, pixel, inside, STREAM, LENGTHS,
+                      TAINT or bias is not None, False, ACC)  # fmt: skip
 
 
 @triton.jit
-def read_out(q, stats, key, image_key, key_bias, image_key_bias, key_regions, pixel_regions, tokens, row, head, scale,
-             keys, first, read, LENGTHS: tl.constexpr, IMAGE_KEYS: tl.constexpr, D: tl.constexpr,
-             PARTS: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    """A chunk of columns of P [BM, 16]: the tokens' scores once more, under the softmax of their streams."""
-    token = read_tokens(tokens, row, first, read)
-    of_text = (token >= 0) & (token < keys)
-    t = tl.where(of_text, token, 0).to(tl.int64)
-    s = tl.zeros([q[0].shape[0], READ], ACC)
-    bias = tl.zeros([READ], ACC)
-    tops = tl.zeros([q[0].shape[0], READ], ACC)
-    shares = tl.zeros([q[0].shape[0], READ], ACC)
-    s = product(q, load_rows(key, row, head, t, of_text, D, PARTS, UNIT), s)
-    if key_bias is not None:
-        bias = tl.load(key_bias.data + row * key_bias.b + t * key_bias.n, mask=of_text, other=0.0).to(ACC) * LOG2E
-    tops = tl.where(of_text[None], stats[0][0][:, None], tops)
-    shares = tl.where(of_text[None], stats[0][1][:, None], shares)
-    if IMAGE_KEYS:
-        place_in = token - keys
-        of_image = (token >= keys) & (place_in < IMAGE_KEYS)
-        i = tl.where(of_image, place_in, 0).to(tl.int64)
-        s = product(q, load_rows(image_key, row, head, i, of_image, D, PARTS, UNIT), s)
-        if image_key_bias is not None:
-            at = image_key_bias.data + row * image_key_bias.b + i * image_key_bias.n
-            bias += tl.load(at, mask=of_image, other=0.0).to(ACC) * LOG2E
-        start = 0
-        for j in tl.static_range(len(LENGTHS)):
-            mine = (of_image & (place_in >= start) & (place_in < start + LENGTHS[j]))[None]
-            tops = tl.where(mine, stats[1 + j][0][:, None], tops)
-            shares = tl.where(mine, stats[1 + j][1][:, None], shares)
-            start += LENGTHS[j]
-    # A product with a column of zeros is NaN where the query is not finite: only what is read may be told.
-    hidden = (bias == float("-inf"))[None] | (token < 0)[None]
-    if key_regions is not None:
-        at = key_regions.data + row * key_regions.b + t * key_regions.n
-        regions = tl.load(at, mask=of_text, other=0)
-        hidden = hidden | (of_text[None] & ((pixel_regions[:, None] & regions[None]) == 0))
-    p = tl.exp2(s * scale + bias[None] - tops) * shares
-    p = tl.where(hidden, 0.0, p)
-    missing = (token < -1) | (token >= keys + IMAGE_KEYS)
-    return tl.where(missing[None], float("nan"), p)
+def _add_equal(out, q, key, value, bias, weights, row, head, scale, pixel, inside, count, LENGTHS: tl.constexpr,
+               D: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    """out with `count` groups of short image streams that are all alike, one tile of keys each."""
+    for g in range(0, count):
+        keys = LENGTHS[0] * len(LENGTHS)
+        tile = key_tile(key, value, bias, None, row, head, g * keys, (g + 1) * keys, 16, weights is not None, D, PARTS,
+                        UNIT, ACC)  # fmt: skip
+        p, _ = _soften(q, (tile,), weights, row, scale, pixel, pixel, inside, g * len(LENGTHS), LENGTHS, True, False,
+                       ACC)  # fmt: skip
+        out = spread(p[0], tile[1], out)
+    return out
 
 
 @triton.jit
@@ -244,37 +191,44 @@ def localized_attention_fwd_kernel(
     readout,  # [B, H, N, M], or with token_weights each tile's sums [B, H, tiles, M]
     pixels,
     keys,
-    full,
     read,
     heads,
     groups,
     per_group,
+    equal_groups,
     scale_high,
     scale_low,
     D: tl.constexpr,
     PARTS: tl.constexpr,
     UNIT: tl.constexpr,
     BM: tl.constexpr,
-    LOOP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TEXT: tl.constexpr,  # "short", "long" or "none"
     A: tl.constexpr,
     B: tl.constexpr,
     IMAGES: tl.constexpr,
-    LENGTHS: tl.constexpr,
+    EQUAL: tl.constexpr,
+    STREAMS: tl.constexpr,  # the first key and the length of each image stream, in the order of the groups
     IMAGE_KEYS: tl.constexpr,
-    RESIDENT: tl.constexpr,
+    TEXT_RESIDENT: tl.constexpr,
+    IMAGES_RESIDENT: tl.constexpr,
+    ONE_READ: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """out = P V + sum_i w_i P_i V_i, and columns of P or their sums."""
     row, head, group = place(groups, heads)
     REGIONS: tl.constexpr = query_regions is not None
     scale = (tl.cast(scale_high, ACC) + tl.cast(scale_low, ACC)) * LOG2E
-    text, images = (), ()
-    if RESIDENT:
-        if A:
-            text = tail_tiles(key, value, key_bias, key_regions, row, head, 64 * full, keys, A, B, REGIONS, D, PARTS,
-                              UNIT, ACC)  # fmt: skip
-        images = image_tiles(image_key, image_value, image_key_bias, row, head, IMAGES, image_weights is not None, D,
-                             PARTS, UNIT, ACC)  # fmt: skip
+    text, images, asked = (), (), ()
+    if ONE_READ:
+        asked = asked_tokens(key, image_key, key_bias, image_key_bias, key_regions, tokens, row, head, keys, 0, read,
+                       IMAGE_KEYS, D, PARTS, UNIT, ACC)  # fmt: skip
+    if TEXT_RESIDENT:
+        text = group_tiles(key, value, key_bias, key_regions, row, head, 0, (keys,), A, B, REGIONS, D, PARTS, UNIT,
+                           ACC)  # fmt: skip
+    if IMAGES_RESIDENT:
+        images = resident_images(image_key, image_value, image_key_bias, row, head, IMAGES, image_weights is not None,
+                                 D, PARTS, UNIT, ACC)  # fmt: skip
     tiles = tl.cdiv(pixels, BM)
     for tile in range(group * per_group, tl.minimum(tiles, (group + 1) * per_group)):
         pixel = (tile * BM + tl.arange(0, BM)).to(tl.int64)
@@ -282,40 +236,55 @@ def localized_attention_fwd_kernel(
         q = load_rows(query, row, head, pixel, inside, D, PARTS, UNIT)
         pixel_regions = tl.zeros([BM], tl.int32)
         if REGIONS:
-            at = query_regions.data + row * query_regions.b + pixel * query_regions.n
-            pixel_regions = tl.load(at, mask=inside, other=0)
-        if A:
-            shown = text
-            if not RESIDENT:
-                shown = tail_tiles(key, value, key_bias, key_regions, row, head, 64 * full, keys, A, B, REGIONS, D,
-                                   PARTS, UNIT, ACC)  # fmt: skip
-            top, total, acc = attend(q, key, value, key_bias, key_regions, pixel_regions, row, head, scale, 0, full,
-                                     keys, shown, LOOP, REGIONS, REGIONS, True, D, PARTS, UNIT, ACC)  # fmt: skip
-            share = inverse(total)
-            acc = scaled(acc, share)
-            stats = ((finite(top), share),)
+            pixel_regions = vector(query_regions, row, pixel, inside, 0)
+        acc = zeros(BM, PARTS, ACC)
+        stats = ()
+        # Long streams first: a running softmax needs an accumulator of its own, the others add to what is there.
+        if TEXT == "long":
+            text_stats, acc = _attend(q, key, value, key_bias, key_regions, pixel_regions, row, head, scale, 0, keys,
+                                      REGIONS, BLOCK, D, PARTS, UNIT, ACC)  # fmt: skip
         else:
-            acc = zeros(BM, PARTS, ACC)
-            stats = ((tl.zeros([BM], ACC), tl.zeros([BM], ACC)),)
+            text_stats = (tl.zeros([BM], ACC), tl.zeros([BM], ACC))
         for g in tl.static_range(len(IMAGES)):
-            acc, stats = add_images(
-                acc, stats, q, image_key, image_value, image_key_bias, image_weights, row, head, scale, pixel, inside,
-                images[g] if RESIDENT else images, RESIDENT, IMAGES[g][0], IMAGES[g][1], IMAGES[g][2], IMAGES[g][3],
-                IMAGES[g][4], IMAGES[g][5], D, PARTS, UNIT, ACC,
-            )  # fmt: skip
+            if IMAGES[g][0]:
+                acc, found = _add_long(acc, q, image_key, image_value, image_key_bias, image_weights, row, head, scale,
+                                       pixel, inside, IMAGES[g][1], IMAGES[g][2], IMAGES[g][5], BLOCK, D, PARTS, UNIT,
+                                       ACC)  # fmt: skip
+                stats = stats + (found,)
+        if TEXT == "short":
+            shown = text
+            if not TEXT_RESIDENT:
+                shown = group_tiles(key, value, key_bias, key_regions, row, head, 0, (keys,), A, B, REGIONS, D, PARTS,
+                                    UNIT, ACC)  # fmt: skip
+            acc, found = _add_short(acc, (), q, shown, None, row, scale, pixel_regions, pixel, inside, 0, (0,),
+                                    REGIONS or key_bias is not None, REGIONS, ACC)  # fmt: skip
+            text_stats = found[0]
+        if len(EQUAL) > 0:
+            acc = _add_equal(acc, q, image_key, image_value, image_key_bias, image_weights, row, head, scale, pixel,
+                             inside, equal_groups, EQUAL, D, PARTS, UNIT, ACC)  # fmt: skip
+        else:
+            for g in tl.static_range(len(IMAGES)):
+                if not IMAGES[g][0]:
+                    acc, stats = _add_group(
+                        acc, stats, q, image_key, image_value, image_key_bias, image_weights, row, head, scale, pixel,
+                        inside, images[g] if IMAGES_RESIDENT else images, IMAGES_RESIDENT, IMAGES[g][1], IMAGES[g][2],
+                        IMAGES[g][3], IMAGES[g][4], IMAGES[g][5], D, PARTS, UNIT, ACC,
+                    )  # fmt: skip
+        store_rows(out, row, pixels, head, heads, pixel, inside, acc, D, PARTS)
         if readout is not None:
-            for first in range(0, read, READ):
-                p = read_out(q, stats, key, image_key, key_bias, image_key_bias, key_regions, pixel_regions, tokens,
-                             row, head, scale, keys, first, read, LENGTHS, IMAGE_KEYS, D, PARTS, UNIT,
-                             ACC)  # fmt: skip
-                m = first + tl.arange(0, READ)
-                start = readout + (row * heads + head) * tl.cast(pixels, tl.int64) * read
-                if token_weights is None:
-                    mask = inside[:, None] & (m < read)[None]
-                    tl.store(start + pixel[:, None] * read + m[None], p, mask=mask)
+            for first in range(0, READ if ONE_READ else read, READ):
+                if ONE_READ:
+                    chunk = asked
                 else:
-                    start = readout + ((row * heads + head) * tiles + tile) * read
+                    chunk = asked_tokens(key, image_key, key_bias, image_key_bias, key_regions, tokens, row, head, keys,
+                                   first, read, IMAGE_KEYS, D, PARTS, UNIT, ACC)  # fmt: skip
+                p = columns(q, text_stats, stats, chunk, pixel_regions, scale, REGIONS, STREAMS, ACC)
+                m = first + tl.arange(0, READ)
+                if token_weights is None:
+                    at = ((row * heads + head) * pixels + pixel[:, None]) * read + m[None]
+                    tl.store(readout + at, p, mask=inside[:, None] & (m < read)[None])
+                else:
                     r = load_columns(token_weights, row, head, pixel, inside, first, read, ACC)
                     summed = tl.sum(tl.where(inside[:, None], r * p, 0.0), 0)
-                    tl.store(start + m, summed, mask=m < read)
-        store_rows(out, row, pixels, head, heads, pixel, inside, acc, D, PARTS)
+                    at = ((row * heads + head) * tiles + tile) * read + m
+                    tl.store(readout + at, summed, mask=m < read)

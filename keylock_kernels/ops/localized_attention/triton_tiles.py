@@ -1,8 +1,8 @@
 """What the forward and backward kernels of localized attention share: tiles of pixels and keys, and their scores.
 
-A tile of keys is a tuple (keys, values, bias, regions, broken key, broken value) with keys and values cut into
-the parts of the head dimension: 40 is 32 and 16, since tiles are powers of two. Biases are in powers of two, and
--inf where there is no key.
+A tile of keys is a tuple (keys, values, bias, regions) with keys and values cut into the parts of the head
+dimension: 40 is 32 and 16, since tiles are powers of two. The bias is in powers of two; it is -inf where there is
+no key or a hidden one, and NaN where a key or its value is broken, that is, not finite.
 """
 
 from __future__ import annotations
@@ -131,13 +131,18 @@ def _cleared(parts, gone):
 
 
 @triton.jit
+def vector(x, row, n, inside, other):
+    return tl.load(x.data + row * x.b + n * x.n, mask=inside, other=other)
+
+
+@triton.jit
 def key_tile(key, value, bias, regions, row, head, first, end, SIZE: tl.constexpr, TAINT: tl.constexpr,
              D: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """The keys first .. first + SIZE - 1 that are below `end`.
 
-    0 times NaN is NaN, so a value that a pixel may not see must be finite where it meets a probability of 0. A
-    key with a bias of -inf has its values cleared; with TAINT, where who sees what differs from pixel to pixel, so
-    has a broken key, and who sees it is told by its mark.
+    0 times NaN is NaN, so what a pixel may not see must be finite where it meets a probability of 0. A key with a
+    bias of -inf is cleared; with TAINT, where who sees what differs from pixel to pixel, so is a broken key, and
+    whoever sees it is told by its bias.
     """
     t = (first + tl.arange(0, SIZE)).to(tl.int64)
     inside = t < end
@@ -145,17 +150,43 @@ def key_tile(key, value, bias, regions, row, head, first, end, SIZE: tl.constexp
     values = load_rows(value, row, head, t, inside, D, PARTS, UNIT)
     b = tl.where(inside, 0.0, float("-inf")).to(ACC)
     if bias is not None:
-        b = tl.load(bias.data + row * bias.b + t * bias.n, mask=inside, other=float("-inf")).to(ACC) * LOG2E
+        b = vector(bias, row, t, inside, float("-inf")).to(ACC) * LOG2E
         hidden = b == float("-inf")
         keys, values = _cleared(keys, hidden), _cleared(values, hidden)
     seen_from = tl.zeros([SIZE], tl.int32)
     if regions is not None:
-        seen_from = tl.load(regions.data + row * regions.b + t * regions.n, mask=inside, other=0)
-    broken_key, broken_value = inside, inside
+        seen_from = vector(regions, row, t, inside, 0)
     if TAINT:
-        broken_key, broken_value = _broken(keys), _broken(values)
-        keys, values = _cleared(keys, broken_key), _cleared(values, broken_value)
-    return keys, values, b, seen_from, broken_key, broken_value
+        broken = _broken(keys) | _broken(values)
+        keys, values = _cleared(keys, broken), _cleared(values, broken)
+        b = tl.where(broken & (b != float("-inf")), float("nan"), b)
+    return keys, values, b, seen_from
+
+
+@triton.jit
+def group_tiles(key, value, bias, regions, row, head, first, LENGTHS, A: tl.constexpr, B: tl.constexpr,
+                TAINT: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr,
+                ACC: tl.constexpr):  # fmt: skip
+    """All keys of a group of short streams, which lie side by side from `first` on: one tile, or two."""
+    end = first
+    for j in tl.static_range(len(LENGTHS)):
+        end += LENGTHS[j]
+    a = key_tile(key, value, bias, regions, row, head, first, end, A, TAINT, D, PARTS, UNIT, ACC)
+    if B == 0:
+        return (a,)
+    else:
+        return a, key_tile(key, value, bias, regions, row, head, first + A, end, B, TAINT, D, PARTS, UNIT, ACC)
+
+
+@triton.jit
+def resident_images(key, value, bias, row, head, IMAGES: tl.constexpr, TAINT: tl.constexpr, D: tl.constexpr,
+                    PARTS: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    """The tiles of all groups of image streams, none of which is long."""
+    found = ()
+    for g in tl.static_range(len(IMAGES)):
+        found = found + (group_tiles(key, value, bias, None, row, head, IMAGES[g][1], IMAGES[g][5], IMAGES[g][3],
+                                     IMAGES[g][4], TAINT, D, PARTS, UNIT, ACC),)  # fmt: skip
+    return found
 
 
 @triton.jit
@@ -189,22 +220,36 @@ def scaled(parts, factor):
 
 
 @triton.jit
-def scores(q, tile, scale, pixel_regions, BIAS: tl.constexpr, REGIONS: tl.constexpr, TAINT: tl.constexpr,
-           RAGGED: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+def plus(a, b):
+    if len(a) == 1:
+        return (a[0] + b[0],)
+    else:
+        return a[0] + b[0], a[1] + b[1]
+
+
+@triton.jit
+def weighed(parts, w):
+    """As scaled, but by selection where the factor is 0: that silences NaN too."""
+    off = (w == 0)[:, None]
+    first = tl.where(off, 0.0, parts[0] * w[:, None])
+    if len(parts) == 1:
+        return (first,)
+    else:
+        return first, tl.where(off, 0.0, parts[1] * w[:, None])
+
+
+@triton.jit
+def scores(q, tile, scale, pixel_regions, BIASED: tl.constexpr, REGIONS: tl.constexpr, ACC: tl.constexpr):
     """Scores in powers of two [BM, KT]; -inf where a key is not seen, NaN where a broken one is.
 
-    RAGGED: some of the tile's places may hold no key.
+    BIASED: the tile's bias may be other than 0.
     """
-    keys, _, bias, regions, broken, _ = tile
+    keys, _, bias, seen_from = tile
     s = product(q, keys, tl.zeros([q[0].shape[0], keys[0].shape[0]], ACC)) * scale
-    if BIAS:
+    if BIASED:
         s += bias[None]
-    if TAINT:
-        s = tl.where(broken[None], float("nan"), s)
-    if BIAS or RAGGED:
-        s = tl.where((bias == float("-inf"))[None], float("-inf"), s)
     if REGIONS:
-        s = tl.where((pixel_regions[:, None] & regions[None]) == 0, float("-inf"), s)
+        s = tl.where((pixel_regions[:, None] & seen_from[None]) == 0, float("-inf"), s)
     return s
 
 
@@ -221,11 +266,9 @@ def inverse(total):
 
 
 @triton.jit
-def told(p, s, broken, TAINT: tl.constexpr):
-    """The probabilities that meet the values: NaN where a broken value is seen."""
-    if TAINT:
-        p = tl.where(broken[None] & (s != float("-inf")), float("nan"), p)
-    return p
+def segment(t, start, length):
+    """Which of a tile's keys t belong to one of the streams in it."""
+    return ((t >= start) & (t < start + length))[None]
 
 
 @triton.jit
@@ -248,3 +291,48 @@ def load_columns(x, row, head, pixel, inside, first, read, ACC: tl.constexpr):
     m = first + tl.arange(0, READ)
     at = x.data + row * x.b + head * x.h + pixel[:, None] * x.n + m[None] * x.m
     return tl.load(at, mask=inside[:, None] & (m < read)[None], other=0.0).to(ACC)
+
+
+@triton.jit
+def asked_tokens(key, image_key, key_bias, image_key_bias, key_regions, tokens, row, head, keys, first, read,
+           IMAGE_KEYS: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr,
+           ACC: tl.constexpr):  # fmt: skip
+    """A chunk of read-out tokens: their keys, bias and regions, and their numbers among text and image keys.
+
+    The bias is -inf where nothing is read, and NaN where there is no such key.
+    """
+    token = read_tokens(tokens, row, first, read)
+    index = token - keys
+    of_text, of_image = (token >= 0) & (token < keys), (token >= keys) & (index < IMAGE_KEYS)
+    t = tl.where(of_text, token, 0).to(tl.int64)
+    found = load_rows(key, row, head, t, of_text, D, PARTS, UNIT)
+    bias = tl.where(token == -1, float("-inf"), tl.where(of_text | of_image, 0.0, float("nan"))).to(ACC)
+    if key_bias is not None:
+        bias += vector(key_bias, row, t, of_text, 0.0).to(ACC) * LOG2E
+    if IMAGE_KEYS:
+        i = tl.where(of_image, index, 0).to(tl.int64)
+        found = plus(found, load_rows(image_key, row, head, i, of_image, D, PARTS, UNIT))
+        if image_key_bias is not None:
+            bias += vector(image_key_bias, row, i, of_image, 0.0).to(ACC) * LOG2E
+    seen_from = tl.where(of_text, 0, -1)
+    if key_regions is not None:
+        seen_from = vector(key_regions, row, t, of_text, 0)
+    return found, bias, seen_from, of_text, index
+
+
+@triton.jit
+def columns(q, text_stats, stats, asked, pixel_regions, scale, REGIONS: tl.constexpr, STREAMS: tl.constexpr,
+             ACC: tl.constexpr):  # fmt: skip
+    """A chunk of columns of P [BM, 16]: the tokens' scores once more, under the softmax of their streams."""
+    keys, bias, seen_from, of_text, index = asked
+    s = product(q, keys, tl.zeros([q[0].shape[0], READ], ACC))
+    tops = tl.where(of_text[None], text_stats[0][:, None], 0.0)
+    shares = tl.where(of_text[None], text_stats[1][:, None], 0.0)
+    for j in tl.static_range(len(STREAMS)):
+        mine = segment(index, STREAMS[j][0], STREAMS[j][1])
+        tops = tl.where(mine, stats[j][0][:, None], tops)
+        shares = tl.where(mine, stats[j][1][:, None], shares)
+    p = tl.exp2(s * scale + (bias[None] - tops)) * shares
+    if REGIONS:
+        p = tl.where(of_text[None] & ((pixel_regions[:, None] & seen_from[None]) == 0), 0.0, p)
+    return p

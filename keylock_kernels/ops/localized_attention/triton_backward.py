@@ -1,0 +1,581 @@
+"""Localized attention backward: a pass over the pixels, a pass over the keys, and a sum.
+
+The first pass goes pixel by pixel: each stream's softmax again, the queries' gradient, and what the keys' gradients
+need of it. The second goes key by key over a share of the pixels. Nothing is added up by atomics: the last kernel
+sums the shares in a fixed order.
+
+With g the gradient of out, w = 1 for text, and r h the gradient of a read-out column:
+
+    dP = w g V^T + r h,   delta = sum_t P dP,   dz = P (dP - delta)
+    dq = scale dz K,   dK = scale dz^T q,   dV = (w P)^T g,   dw = g . (P V)
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from ..launching import dot
+from .triton_tiles import (
+    LOG2E,
+    READ,
+    asked_tokens,
+    columns,
+    finite,
+    group_tiles,
+    inverse,
+    key_tile,
+    load_columns,
+    load_rows,
+    place,
+    product,
+    read_tokens,
+    scaled,
+    scores,
+    segment,
+    spread,
+    store_rows,
+    stream_weight,
+    vector,
+    zeros,
+)
+
+
+class Reads(NamedTuple):
+    """The gradient of what was read out. KIND: 0 nothing, 1 columns [B, H, N, M], 2 sums [B, H, M]."""
+
+    grad: Any
+    weights: Any  # [B, N, M]
+    tokens: Any  # [B, M]
+    count: int  # M
+
+
+class Slopes(NamedTuple):
+    """What the first pass tells the second, float32 [B, H, 1 + I, N]: log-sum-exp, inf where a stream plays no part."""
+
+    lse: Any
+    delta: Any
+    streams: int  # 1 + I
+
+
+class Sum(NamedTuple):
+    """One of the last kernel's sums: source [R1, P, R2, Q], result [P, Q]."""
+
+    source: Any
+    result: Any
+    r1: int
+    p: int
+    r2: int
+    q: int
+
+
+@triton.jit
+def _wanted(reads, row, head, pixel, inside, first, KIND: tl.constexpr, ACC: tl.constexpr):
+    """r h of a chunk of read-out columns [BM, 16]."""
+    found = load_columns(reads.grad, row, head, pixel, inside, first, reads.count, ACC)
+    if KIND == 2:
+        found *= load_columns(reads.weights, row, head, pixel, inside, first, reads.count, ACC)
+    return found
+
+
+@triton.jit
+def _ask(dp, reads, row, head, pixel, inside, key, FLIPPED: tl.constexpr, KIND: tl.constexpr,
+         ONE_READ: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    """dP with what is asked of the read-out columns among the keys `key`; FLIPPED: dP is [KT, BM]."""
+    if KIND != 0:
+        for first in range(0, READ if ONE_READ else reads.count, READ):
+            token = read_tokens(reads.tokens, row, first, reads.count)
+            wanted = _wanted(reads, row, head, pixel, inside, first, KIND, ACC)
+            if FLIPPED:
+                dp = dot((key[:, None] == token[None]).to(ACC), tl.trans(wanted), dp)
+            else:
+                dp = dot(wanted, (token[:, None] == key[None]).to(ACC), dp)
+    return dp
+
+
+@triton.jit
+def _pull(g, tile, w, reads, row, head, pixel, inside, number, WEIGHED: tl.constexpr, GRAD: tl.constexpr,
+          KIND: tl.constexpr, ONE_READ: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    """g V^T and dP of one tile [BM, KT]; `number` is its first key's among the read-out tokens."""
+    values = tile[1]
+    SIZE: tl.constexpr = values[0].shape[0]
+    plain = tl.zeros([pixel.shape[0], SIZE], ACC)
+    if GRAD:
+        plain = product(g, values, plain)
+    dp = plain
+    if WEIGHED:
+        dp = dp * w[:, None]
+    key = number + tl.arange(0, SIZE)
+    return plain, _ask(dp, reads, row, head, pixel, inside, key, False, KIND, ONE_READ, ACC)
+
+
+@triton.jit
+def _live(w, reads, row, first, end, KIND: tl.constexpr):
+    """Where a weighted stream plays a part; elsewhere even its NaN is not looked at."""
+    live = w != 0
+    if KIND != 0:
+        count = 0
+        for start in range(0, reads.count, READ):
+            token = read_tokens(reads.tokens, row, start, reads.count)
+            count += tl.sum(((token >= first) & (token < end)).to(tl.int32), 0)
+        live = live | (count > 0)
+    return live
+
+
+@triton.jit
+def _keep(slopes, row, head, heads, stream, pixel, pixels, inside, live, top, total, slope):
+    at = ((row * heads + head) * slopes.streams + stream) * pixels + pixel
+    seen = live & (total != 0)
+    tl.store(slopes.lse + at, tl.where(seen, top + tl.log2(tl.where(seen, total, 1.0)), float("inf")), mask=inside)
+    tl.store(slopes.delta + at, tl.where(seen, slope, 0.0), mask=inside)
+
+
+@triton.jit
+def _keep_weight(dweights, row, head, heads, images, image, tile, tiles, pixel, pixels, inside, w, plain,
+                 PER_PIXEL: tl.constexpr):  # fmt: skip
+    """One head's dw = g . (P V), also where w is 0; [B, I, H, N], or each tile's sum [B, I, H, tiles]."""
+    broken = (plain != plain) | (tl.abs(plain) == float("inf"))
+    plain = tl.where((w == 0) & broken, 0.0, plain)
+    at = (row * images + image) * heads + head
+    if PER_PIXEL:
+        tl.store(dweights + at * pixels + pixel, plain, mask=inside)
+    else:
+        tl.store(dweights + at * tiles + tile, tl.sum(tl.where(inside, plain, 0.0), 0))
+
+
+@triton.jit
+def _measure(state, q, g, tile, scale, pixel_regions, w, reads, row, head, pixel, inside, number,
+             BIASED: tl.constexpr, REGIONS: tl.constexpr, WEIGHED: tl.constexpr, GRAD: tl.constexpr,
+             KIND: tl.constexpr, ONE_READ: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    """A running softmax (largest score, sum, sum of P g V^T, sum of P dP) after one more tile."""
+    top, total, plain, slope = state
+    s = scores(q, tile, scale, pixel_regions, BIASED, REGIONS, ACC)
+    gv, dp = _pull(g, tile, w, reads, row, head, pixel, inside, number, WEIGHED, GRAD, KIND, ONE_READ, ACC)
+    new = tl.maximum(top, tl.max(s, 1))
+    base = finite(new)
+    fade = tl.exp2(top - base)
+    p = tl.exp2(s - base[:, None])
+    return new, total * fade + tl.sum(p, 1), plain * fade + tl.sum(p * gv, 1), slope * fade + tl.sum(p * dp, 1)
+
+
+@triton.jit
+def _descend(dq, q, g, tile, scale, pixel_regions, w, live, top, share, slope, reads, row, head, pixel, inside, number,
+             BIASED: tl.constexpr, REGIONS: tl.constexpr, WEIGHED: tl.constexpr, GRAD: tl.constexpr,
+             KIND: tl.constexpr, ONE_READ: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    """dq / scale with what comes through one tile. In a short stream the products are those just made."""
+    s = scores(q, tile, scale, pixel_regions, BIASED, REGIONS, ACC)
+    _, dp = _pull(g, tile, w, reads, row, head, pixel, inside, number, WEIGHED, GRAD, KIND, ONE_READ, ACC)
+    dz = tl.exp2(s - top[:, None]) * share[:, None] * (dp - slope[:, None])
+    if WEIGHED:
+        dz = tl.where(live[:, None], dz, 0.0)
+    return spread(dz, tile[0], dq)
+
+
+@triton.jit
+def _stream(dq, q, g, key, value, bias, regions, tiles, scale, pixel_regions, w, live, reads, row, head, pixel, inside,
+            first, end, number, LONG: tl.constexpr, BLOCK: tl.constexpr, WEIGHED: tl.constexpr,
+            GRAD: tl.constexpr, KIND: tl.constexpr, ONE_READ: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr,
+            UNIT: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    """One stream: dq / scale with it, and its (largest score, sum, g . (P V), delta)."""
+    REGIONS: tl.constexpr = regions is not None
+    TAINT: tl.constexpr = REGIONS or WEIGHED
+    BIASED: tl.constexpr = TAINT or bias is not None
+    BM: tl.constexpr = pixel.shape[0]
+    state = (tl.full([BM], float("-inf"), ACC), tl.zeros([BM], ACC), tl.zeros([BM], ACC), tl.zeros([BM], ACC))
+    if LONG:
+        for start in range(first, end, BLOCK):
+            tile = key_tile(key, value, bias, regions, row, head, start, end, BLOCK, TAINT, D, PARTS, UNIT, ACC)
+            state = _measure(state, q, g, tile, scale, pixel_regions, w, reads, row, head, pixel, inside,
+                             number + start, True, REGIONS, WEIGHED, GRAD, KIND, ONE_READ, ACC)  # fmt: skip
+    else:
+        state = _measure(state, q, g, tiles[0], scale, pixel_regions, w, reads, row, head, pixel, inside,
+                         number + first, BIASED or len(tiles) == 1, REGIONS, WEIGHED, GRAD, KIND, ONE_READ,
+                         ACC)  # fmt: skip
+        if len(tiles) == 2:
+            state = _measure(state, q, g, tiles[1], scale, pixel_regions, w, reads, row, head, pixel, inside,
+                             number + first + tiles[0][2].shape[0], True, REGIONS, WEIGHED, GRAD, KIND, ONE_READ,
+                             ACC)  # fmt: skip
+    top, total, plain, slope = state
+    top, share = finite(top), inverse(total)
+    plain, slope = plain * share, slope * share
+    if LONG:
+        for start in range(first, end, BLOCK):
+            tile = key_tile(key, value, bias, regions, row, head, start, end, BLOCK, TAINT, D, PARTS, UNIT, ACC)
+            dq = _descend(dq, q, g, tile, scale, pixel_regions, w, live, top, share, slope, reads, row, head, pixel,
+                          inside, number + start, True, REGIONS, WEIGHED, GRAD, KIND, ONE_READ, ACC)  # fmt: skip
+    else:
+        dq = _descend(dq, q, g, tiles[0], scale, pixel_regions, w, live, top, share, slope, reads, row, head, pixel,
+                      inside, number + first, BIASED or len(tiles) == 1, REGIONS, WEIGHED, GRAD, KIND, ONE_READ,
+                      ACC)  # fmt: skip
+        if len(tiles) == 2:
+            dq = _descend(dq, q, g, tiles[1], scale, pixel_regions, w, live, top, share, slope, reads, row, head,
+                          pixel, inside, number + first + tiles[0][2].shape[0], True, REGIONS, WEIGHED, GRAD, KIND,
+                          ONE_READ, ACC)  # fmt: skip
+    return dq, (top, total, plain, slope)
+
+
+@triton.jit
+def _packed(dq, q, g, tile, weights, dweights, slopes, scale, reads, row, head, heads, pixel, pixels, inside, block,
+            blocks, first, stream, images, number, LENGTHS: tl.constexpr, PER_PIXEL: tl.constexpr,
+            GRAD: tl.constexpr, KIND: tl.constexpr, ONE_READ: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    """dq / scale with several short image streams in one tile, and each one's (largest score, 1 / sum)."""
+    s = scores(q, tile, scale, pixel, True, False, ACC)
+    t = tl.arange(0, s.shape[1])
+    tops, shares, slope_of, weight_of = tl.zeros_like(s), tl.zeros_like(s), tl.zeros_like(s), tl.zeros_like(s)
+    found = ()
+    start = 0
+    for j in tl.static_range(len(LENGTHS)):
+        mine = segment(t, start, LENGTHS[j])
+        found = found + (finite(tl.max(tl.where(mine, s, float("-inf")), 1)),)
+        tops = tl.where(mine, found[j][:, None], tops)
+        if weights is not None:
+            weight_of = tl.where(mine, stream_weight(weights, row, stream + j, pixel, inside, ACC)[:, None], weight_of)
+        start += LENGTHS[j]
+    p = tl.exp2(s - tops)
+    gv, _ = _pull(g, tile, pixel, reads, row, head, pixel, inside, number, False, GRAD, 0, ONE_READ, ACC)
+    dp = gv
+    if weights is not None:
+        dp = dp * weight_of
+    dp = _ask(dp, reads, row, head, pixel, inside, number + t, False, KIND, ONE_READ, ACC)
+    start = 0
+    stats = ()
+    for j in tl.static_range(len(LENGTHS)):
+        mine = segment(t, start, LENGTHS[j])
+        total = tl.sum(tl.where(mine, p, 0.0), 1)
+        share = inverse(total)
+        stats = stats + ((found[j], share),)
+        slope = tl.sum(tl.where(mine, p * dp, 0.0), 1) * share
+        live = inside
+        if weights is not None:
+            w = stream_weight(weights, row, stream + j, pixel, inside, ACC)
+            live = _live(w, reads, row, number + start, number + start + LENGTHS[j], KIND)
+            if dweights is not None:
+                plain = tl.sum(tl.where(mine, p * gv, 0.0), 1) * share
+                _keep_weight(dweights, row, head, heads, images, stream + j, block, blocks, pixel, pixels, inside, w,
+                             plain, PER_PIXEL)  # fmt: skip
+        _keep(slopes, row, head, heads, 1 + stream + j, pixel, pixels, inside, live, found[j], total, slope)
+        shares = tl.where(mine, tl.where(live, share, 0.0)[:, None], shares)
+        slope_of = tl.where(mine, slope[:, None], slope_of)
+        start += LENGTHS[j]
+    dz = tl.where(shares == 0, 0.0, p * shares * (dp - slope_of))
+    return spread(dz, tile[0], dq), stats
+
+
+@triton.jit
+def _images(dq, q, g, key, value, bias, weights, dweights, slopes, scale, reads, row, head, heads, pixel, pixels, inside,
+            block, blocks, images, number, LONG: tl.constexpr, START: tl.constexpr, STREAM: tl.constexpr,
+            A: tl.constexpr, B: tl.constexpr, LENGTHS: tl.constexpr, PER_PIXEL: tl.constexpr, BLOCK: tl.constexpr,
+            GRAD: tl.constexpr, KIND: tl.constexpr, ONE_READ: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr,
+            UNIT: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    """dq / scale with one group of image streams, and each one's (largest score, 1 / sum)."""
+    WEIGHED: tl.constexpr = weights is not None
+    tiles = ()
+    if not LONG:
+        tiles = group_tiles(key, value, bias, None, row, head, START, LENGTHS, A, B, WEIGHED, D, PARTS, UNIT, ACC)
+    if len(LENGTHS) > 1:
+        return _packed(dq, q, g, tiles[0], weights, dweights, slopes, scale, reads, row, head, heads, pixel, pixels,
+                       inside, block, blocks, START, STREAM, images, number + START, LENGTHS, PER_PIXEL, GRAD, KIND,
+                       ONE_READ, ACC)  # fmt: skip
+    else:
+        w, live = pixel, inside
+        if WEIGHED:
+            w = stream_weight(weights, row, STREAM, pixel, inside, ACC)
+            live = _live(w, reads, row, number + START, number + START + LENGTHS[0], KIND)
+        dq, found = _stream(dq, q, g, key, value, bias, None, tiles, scale, pixel, w, live, reads, row, head, pixel,
+                            inside, START, START + LENGTHS[0], number, LONG, BLOCK, WEIGHED, GRAD, KIND, ONE_READ, D,
+                            PARTS, UNIT, ACC)  # fmt: skip
+        top, total, plain, slope = found
+        _keep(slopes, row, head, heads, 1 + STREAM, pixel, pixels, inside, live, top, total, slope)
+        if dweights is not None:
+            _keep_weight(dweights, row, head, heads, images, STREAM, block, blocks, pixel, pixels, inside, w, plain,
+                         PER_PIXEL)  # fmt: skip
+        return dq, ((top, inverse(total)),)
+
+
+@triton.jit
+def localized_attention_bwd_pixel_kernel(
+    query,  # [B, N, H, D]
+    key,  # [B, T, H, D]
+    value,  # [B, T, H, D]
+    key_bias,  # [B, T]
+    query_regions,  # [B, N]
+    key_regions,  # [B, T]
+    image_key,  # [B, sum(L), H, D]
+    image_value,  # [B, sum(L), H, D]
+    image_key_bias,  # [B, sum(L)]
+    image_weights,  # [B, I] or [B, I, N]
+    grad,  # [B, N, H, D]
+    reads,
+    dquery,  # [B, N, H, D]
+    dweights,  # [B, I, H, N or tiles]
+    dtoken_weights,  # [B, H, N, M]
+    slopes,
+    pixels,
+    keys,
+    heads,
+    groups,
+    per_group,
+    scale_high,
+    scale_low,
+    D: tl.constexpr,
+    PARTS: tl.constexpr,
+    UNIT: tl.constexpr,
+    BM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TEXT: tl.constexpr,  # "short", "long" or "none"
+    A: tl.constexpr,
+    B: tl.constexpr,
+    IMAGES: tl.constexpr,
+    STREAMS: tl.constexpr,
+    IMAGE_KEYS: tl.constexpr,
+    PER_PIXEL: tl.constexpr,
+    GRAD: tl.constexpr,
+    KIND: tl.constexpr,
+    ONE_READ: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """The queries' gradient, each head's share of the weights', and the slopes."""
+    row, head, group = place(groups, heads)
+    REGIONS: tl.constexpr = query_regions is not None
+    plain_scale = tl.cast(scale_high, ACC) + tl.cast(scale_low, ACC)
+    scale = plain_scale * LOG2E
+    blocks = tl.cdiv(pixels, BM)
+    for block in range(group * per_group, tl.minimum(blocks, (group + 1) * per_group)):
+        pixel = (block * BM + tl.arange(0, BM)).to(tl.int64)
+        inside = pixel < pixels
+        q = load_rows(query, row, head, pixel, inside, D, PARTS, UNIT)
+        g = q
+        if GRAD:
+            g = load_rows(grad, row, head, pixel, inside, D, PARTS, UNIT)
+        pixel_regions = tl.zeros([BM], tl.int32)
+        if REGIONS:
+            pixel_regions = vector(query_regions, row, pixel, inside, 0)
+        dq = zeros(BM, PARTS, ACC)
+        text_stats = (tl.zeros([BM], ACC), tl.zeros([BM], ACC))
+        stats = ()
+        if TEXT != "none":
+            tiles = ()
+            if TEXT == "short":
+                tiles = group_tiles(key, value, key_bias, key_regions, row, head, 0, (keys,), A, B, REGIONS, D, PARTS,
+                                    UNIT, ACC)  # fmt: skip
+            dq, found = _stream(dq, q, g, key, value, key_bias, key_regions, tiles, scale, pixel_regions, pixel, inside,
+                                reads, row, head, pixel, inside, 0, keys, 0, TEXT == "long", BLOCK, False, GRAD, KIND,
+                                ONE_READ, D, PARTS, UNIT, ACC)  # fmt: skip
+            top, total, _, slope = found
+            _keep(slopes, row, head, heads, 0, pixel, pixels, inside, inside, top, total, slope)
+            text_stats = (top, inverse(total))
+        for i in tl.static_range(len(IMAGES)):
+            dq, more = _images(dq, q, g, image_key, image_value, image_key_bias, image_weights, dweights, slopes, scale, reads,
+                         row, head, heads, pixel, pixels, inside, block, blocks, slopes.streams - 1, keys,
+                         IMAGES[i][0], IMAGES[i][1], IMAGES[i][2], IMAGES[i][3], IMAGES[i][4], IMAGES[i][5], PER_PIXEL,
+                         BLOCK, GRAD, KIND, ONE_READ, D, PARTS, UNIT, ACC)  # fmt: skip
+            stats = stats + more
+        if dquery is not None:
+            store_rows(dquery, row, pixels, head, heads, pixel, inside, scaled(dq, tl.zeros([BM], ACC) + plain_scale),
+                       D, PARTS)  # fmt: skip
+        if dtoken_weights is not None:
+            for first in range(0, READ if ONE_READ else reads.count, READ):
+                asked = asked_tokens(key, image_key, key_bias, image_key_bias, key_regions, reads.tokens, row, head,
+                                     keys, first, reads.count, IMAGE_KEYS, D, PARTS, UNIT, ACC)  # fmt: skip
+                p = columns(q, text_stats, stats, asked, pixel_regions, scale, REGIONS, STREAMS, ACC)
+                m = first + tl.arange(0, READ)
+                h = load_columns(reads.grad, row, head, pixel, inside, first, reads.count, ACC)
+                none = (asked[1] == float("-inf")) | (asked[1] != asked[1])
+                at = ((row * heads + head) * pixels + pixel[:, None]) * reads.count + m[None]
+                tl.store(dtoken_weights + at, tl.where(none[None], 0.0, h * p),
+                         mask=inside[:, None] & (m < reads.count)[None])  # fmt: skip
+
+
+@triton.jit
+def _gather(table, row, head, heads, streams, stream, pixel, pixels, inside, known, other):
+    """[KT, BM] of a [B, H, 1 + I, N]: each key's own stream."""
+    at = ((row * heads + head) * streams + stream[:, None]) * pixels + pixel[None]
+    return tl.load(table + at, mask=known[:, None] & inside[None], other=other)
+
+
+@triton.jit
+def _gain(state, tile, q, g, lse, delta, w, scale, pixel_regions, reads, row, head, pixel, inside, number,
+          REGIONS: tl.constexpr, WEIGHED: tl.constexpr, GRAD: tl.constexpr, KIND: tl.constexpr,
+          ONE_READ: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    """(dK / scale, dV, dbias) of one tile of keys with what comes from one tile of pixels; scores are [KT, BM]."""
+    dk, dv, db = state
+    keys, values, bias, seen_from = tile
+    SIZE: tl.constexpr = keys[0].shape[0]
+    BM: tl.constexpr = pixel.shape[0]
+    s = product(keys, q, tl.zeros([SIZE, BM], ACC)) * scale + bias[:, None]
+    if REGIONS:
+        s = tl.where((seen_from[:, None] & pixel_regions[None]) == 0, float("-inf"), s)
+    # A key that is not seen, or a stream that plays no part, is selected away: the slopes of the pixel may be NaN.
+    shown = (s != float("-inf")) & (lse != float("inf"))
+    p = tl.where(shown, tl.exp2(s - lse), 0.0)
+    dp = tl.zeros([SIZE, BM], ACC)
+    if GRAD:
+        dp = product(values, g, dp)
+        if WEIGHED:
+            dp = dp * w
+            dv = spread(tl.where(w == 0, 0.0, p * w), g, dv)
+        else:
+            dv = spread(p, g, dv)
+    dp = _ask(dp, reads, row, head, pixel, inside, number + tl.arange(0, SIZE), True, KIND, ONE_READ, ACC)
+    dz = tl.where(shown, p * (dp - delta), 0.0)
+    return spread(dz, q, dk), dv, db + tl.sum(dz, 1)
+
+
+@triton.jit
+def _store_gain(state, dkey, dvalue, dbias, share, row, rows, head, heads, first, keys, scale, D: tl.constexpr,
+                PARTS: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    """A share of the gradients of keys and values [shares, B, T, H, D] and of the bias [shares, B, H, T]."""
+    dk, dv, db = state
+    SIZE: tl.constexpr = db.shape[0]
+    t = (first + tl.arange(0, SIZE)).to(tl.int64)
+    inside = t < keys
+    if dkey is not None:
+        scaled_dk = scaled(dk, tl.zeros([SIZE], ACC) + scale)
+        store_rows(dkey, share * rows + row, keys, head, heads, t, inside, scaled_dk, D, PARTS)
+    if dvalue is not None:
+        store_rows(dvalue, share * rows + row, keys, head, heads, t, inside, dv, D, PARTS)
+    if dbias is not None:
+        tl.store(dbias + ((share * rows + row) * heads + head) * keys + t, db.to(dbias.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def localized_attention_bwd_key_kernel(
+    query,  # [B, N, H, D]
+    key,  # [B, T, H, D]
+    value,  # [B, T, H, D]
+    key_bias,  # [B, T]
+    query_regions,  # [B, N]
+    key_regions,  # [B, T]
+    image_key,  # [B, sum(L), H, D]
+    image_value,  # [B, sum(L), H, D]
+    image_key_bias,  # [B, sum(L)]
+    image_weights,  # [B, I] or [B, I, N]
+    grad,  # [B, N, H, D]
+    reads,
+    slopes,
+    dkey,  # [shares, B, T, H, D]
+    dvalue,  # [shares, B, T, H, D]
+    dbias,  # [shares, B, H, T]
+    dimage_key,  # [shares, B, sum(L), H, D]
+    dimage_value,  # [shares, B, sum(L), H, D]
+    dimage_bias,  # [shares, B, H, sum(L)]
+    pixels,
+    keys,
+    image_keys,
+    rows,
+    heads,
+    chunks,
+    text_chunks,
+    per_share,
+    scale_high,
+    scale_low,
+    D: tl.constexpr,
+    PARTS: tl.constexpr,
+    UNIT: tl.constexpr,
+    BM: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    IMAGE: tl.constexpr,
+    ENDS: tl.constexpr,  # the number behind the last key of each image stream
+    GRAD: tl.constexpr,
+    KIND: tl.constexpr,
+    ONE_READ: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """A share of the gradients of one chunk of keys: text first, then images, whatever the streams' bounds."""
+    chunk, share = tl.program_id(0) % chunks, tl.program_id(1)
+    both = tl.program_id(0) // chunks
+    row, head = (both // heads).to(tl.int64), (both % heads).to(tl.int64)
+    plain_scale = tl.cast(scale_high, ACC) + tl.cast(scale_low, ACC)
+    scale = plain_scale * LOG2E
+    blocks = tl.cdiv(pixels, BM)
+    low, high = share * per_share, tl.minimum(blocks, (share + 1) * per_share)
+    if chunk < text_chunks:
+        REGIONS: tl.constexpr = query_regions is not None
+        first = chunk * (A + B)
+        a = key_tile(key, value, key_bias, key_regions, row, head, first, keys, A, REGIONS, D, PARTS, UNIT, ACC)
+        gains = (zeros(A, PARTS, ACC), zeros(A, PARTS, ACC), tl.zeros([A], ACC))
+        if B > 0:
+            b = key_tile(key, value, key_bias, key_regions, row, head, first + A, keys, B, REGIONS, D, PARTS, UNIT, ACC)
+            more = (zeros(B, PARTS, ACC), zeros(B, PARTS, ACC), tl.zeros([B], ACC))
+        for block in range(low, high):
+            pixel = (block * BM + tl.arange(0, BM)).to(tl.int64)
+            inside = pixel < pixels
+            q = load_rows(query, row, head, pixel, inside, D, PARTS, UNIT)
+            g = q
+            if GRAD:
+                g = load_rows(grad, row, head, pixel, inside, D, PARTS, UNIT)
+            pixel_regions = pixel
+            if REGIONS:
+                pixel_regions = vector(query_regions, row, pixel, inside, 0)
+            at = (row * heads + head) * slopes.streams * pixels + pixel
+            lse = tl.load(slopes.lse + at, mask=inside, other=float("inf"))[None]
+            delta = tl.load(slopes.delta + at, mask=inside, other=0.0)[None]
+            gains = _gain(gains, a, q, g, lse, delta, lse, scale, pixel_regions, reads, row, head, pixel, inside, first,
+                          REGIONS, False, GRAD, KIND, ONE_READ, ACC)  # fmt: skip
+            if B > 0:
+                more = _gain(more, b, q, g, lse, delta, lse, scale, pixel_regions, reads, row, head, pixel, inside,
+                             first + A, REGIONS, False, GRAD, KIND, ONE_READ, ACC)  # fmt: skip
+        _store_gain(gains, dkey, dvalue, dbias, share, row, rows, head, heads, first, keys, plain_scale, D, PARTS,
+                    ACC)  # fmt: skip
+        if B > 0:
+            _store_gain(more, dkey, dvalue, dbias, share, row, rows, head, heads, first + A, keys, plain_scale, D,
+                        PARTS, ACC)  # fmt: skip
+    elif IMAGE > 0:
+        WEIGHED: tl.constexpr = image_weights is not None
+        first = (chunk - text_chunks) * IMAGE
+        tile = key_tile(image_key, image_value, image_key_bias, None, row, head, first, image_keys, IMAGE, WEIGHED, D,
+                        PARTS, UNIT, ACC)  # fmt: skip
+        t = first + tl.arange(0, IMAGE)
+        stream = tl.zeros([IMAGE], tl.int32)
+        for j in tl.static_range(len(ENDS)):
+            stream += (t >= ENDS[j]).to(tl.int32)
+        known = t < image_keys
+        gains = (zeros(IMAGE, PARTS, ACC), zeros(IMAGE, PARTS, ACC), tl.zeros([IMAGE], ACC))
+        for block in range(low, high):
+            pixel = (block * BM + tl.arange(0, BM)).to(tl.int64)
+            inside = pixel < pixels
+            q = load_rows(query, row, head, pixel, inside, D, PARTS, UNIT)
+            g = q
+            if GRAD:
+                g = load_rows(grad, row, head, pixel, inside, D, PARTS, UNIT)
+            lse = _gather(slopes.lse, row, head, heads, slopes.streams, 1 + stream, pixel, pixels, inside, known,
+                          float("inf"))  # fmt: skip
+            delta = _gather(slopes.delta, row, head, heads, slopes.streams, 1 + stream, pixel, pixels, inside, known,
+                            0.0)  # fmt: skip
+            w = lse
+            if WEIGHED:
+                at = image_weights.data + row * image_weights.b + stream[:, None].to(tl.int64) * image_weights.i
+                w = tl.load(at + pixel[None] * image_weights.n, mask=known[:, None] & inside[None], other=0.0).to(ACC)
+            gains = _gain(gains, tile, q, g, lse, delta, w, scale, pixel, reads, row, head, pixel, inside, keys + first,
+                          False, WEIGHED, GRAD, KIND, ONE_READ, ACC)  # fmt: skip
+        _store_gain(gains, dimage_key, dimage_value, dimage_bias, share, row, rows, head, heads, first, image_keys,
+                    plain_scale, D, PARTS, ACC)  # fmt: skip
+
+
+@triton.jit
+def _add_up(job, block, ACC: tl.constexpr, BR: tl.constexpr, BQ: tl.constexpr):
+    columns_of = tl.cdiv(job.q, BQ)
+    p = (block // columns_of).to(tl.int64)
+    q = ((block % columns_of) * BQ + tl.arange(0, BQ)).to(tl.int64)
+    total = tl.zeros([BR, BQ], ACC)
+    for start in range(0, job.r1 * job.r2, BR):
+        r = start + tl.arange(0, BR)
+        at = ((r // job.r2 * job.p + p) * job.r2 + r % job.r2)[:, None] * job.q + q[None]
+        total += tl.load(job.source + at, mask=(r < job.r1 * job.r2)[:, None] & (q < job.q)[None], other=0.0)
+    value = tl.sum(total, 0).to(job.result.dtype.element_ty)
+    tl.store(job.result + p * job.q + q, value, mask=q < job.q)
+
+
+@triton.jit
+def localized_attention_bwd_sum_kernel(jobs, ACC: tl.constexpr, BR: tl.constexpr, BQ: tl.constexpr):
+    """Every job's sum over its two reduced axes, always in the same order."""
+    block = tl.program_id(0)
+    first = 0
+    for j in tl.static_range(len(jobs)):
+        last = first + jobs[j].p * tl.cdiv(jobs[j].q, BQ)
+        if (block >= first) & (block < last):
+            _add_up(jobs[j], block - first, ACC, BR, BQ)
+        first = last
