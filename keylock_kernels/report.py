@@ -98,7 +98,7 @@ def compile_launches(call: Callable[[], Any], target: str, case: str) -> list[Co
     outer = driver._active  # reading `driver.active` would look for a GPU
     driver.set_active(_Target(target))  # type: ignore[arg-type]
     try:
-        with launching.observed(record):
+        with launching.observed(record, target):
             call()
     finally:
         driver._active = outer

@@ -21,6 +21,7 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 # Called with a kernel, its grid, arguments and options before a launch; True: there is no launch.
 Observer = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], bool]
 _observer: Observer | None = None
+_assumed = "sm_80"  # the architecture that launchers see on a CPU
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:
@@ -46,6 +47,19 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
+@functools.cache
+def _architecture(device: torch.device) -> str:
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def architecture(device: torch.device) -> str:
+    """What a table of configurations calls a device: sm_90, gfx942; on a CPU what `observed` says."""
+    return _architecture(device) if device.type == "cuda" else _assumed
+
+
 def ceil_div(size: int, block: int) -> int:
     return -(-size // block)
 
@@ -64,11 +78,12 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any,
 
 
 @contextlib.contextmanager
-def observed(observer: Observer) -> Iterator[None]:
-    """Shows every launch inside the block to `observer` first."""
-    global _observer
-    outer, _observer = _observer, observer
+def observed(observer: Observer, architecture: str | None = None) -> Iterator[None]:
+    """Shows every launch inside the block to `observer` first; launchers on a CPU see the given architecture."""
+    global _observer, _assumed
+    outer, outer_architecture = _observer, _assumed
+    _observer, _assumed = observer, architecture or _assumed
     try:
         yield
     finally:
-        _observer = outer
+        _observer, _assumed = outer, outer_architecture

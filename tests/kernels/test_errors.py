@@ -9,7 +9,10 @@ import torch
 from torch import full, int32, ones, zeros
 
 from keylock_kernels import localized_attention, rank_one_coefficients, rank_one_linear, rank_one_update
-from tests.kernels.helpers import ATTENTION_BACKENDS, RANK_ONE_BACKENDS, attention_case, rank_one_case
+from tests.kernels.helpers import ATTENTION_BACKENDS, INTERPRETED, RANK_ONE_BACKENDS, attention_case, rank_one_case
+
+if INTERPRETED:
+    pytest.skip("Triton's interpreter runs on the CPU, which other processes refuse", allow_module_level=True)
 
 LINEAR = {
     "x list": (dict(x=[1.0]), "x must be a tensor [B, T, K], got list"),
@@ -102,7 +105,8 @@ ATTENTION = {
     ),
     "read nothing": (dict(readout_tokens=None), "readout_weights need readout_tokens, got none"),
     "last dim": (dict(key=ones(3, 7, 5, 2).mT), "key's last dimension must be contiguous, got stride 2"),
-    "native": (dict(backend="native"), "backend 'native' has no implementation of this op; it has sdpa, eager"),
+    "triton": (dict(backend="triton"), "backend 'triton' cannot run on cpu tensors: it runs on cuda tensors only"),
+    "native": (dict(backend="native"), "backend 'native' has no implementation of this op; it has triton, sdpa, eager"),
 }
 NO_IMAGES = {"image_key": None, "image_value": None}
 ATTENTION |= {

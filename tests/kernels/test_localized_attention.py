@@ -18,7 +18,7 @@ from keylock_kernels.testing import (
     cast,
     localization_weights,
 )
-from tests.kernels.helpers import ATTENTION_BACKENDS, ATTENTION_CASES, attention_case, floating, run
+from tests.kernels.helpers import ATTENTION_BACKENDS, ATTENTION_CASES, INTERPRETED, attention_case, floating, run
 
 cases = pytest.mark.parametrize("case", ATTENTION_CASES)
 backends = pytest.mark.parametrize("backend", ATTENTION_BACKENDS)
@@ -105,12 +105,16 @@ def test_a_bias_has_its_derivative(backend):
 @halves
 @backends
 def test_each_dtype_errs_at_most_twice_what_eager_errs(case, dtype, backend):
-    judge(attention_inputs(2, 48, 77, 2, 40, dtype=dtype, **ATTENTION_CASES[case]), backend)
+    options = dict(ATTENTION_CASES[case])
+    if "read" in options:
+        options["read"] = 40  # the largest error of a handful of elements says little
+    judge(attention_inputs(2, 48, 77, 2, 40, dtype=dtype, **options), backend)
 
 
 @pytest.mark.parametrize("head_dim", sorted({shape.head_dim for shape in SHAPES}) + [1, 3, 255, 256])
-def test_the_head_dims_of_real_models_and_the_extremes_work(head_dim):
-    judge(attention_inputs(1, 64, 77, 2, head_dim, dtype=torch.float32, images=(4,), regions=True), "sdpa")
+@backends
+def test_the_head_dims_of_real_models_and_the_extremes_work(head_dim, backend):
+    judge(attention_inputs(1, 64, 77, 2, head_dim, dtype=torch.float32, images=(4,), regions=True), backend)
 
 
 @backends
@@ -311,6 +315,10 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
+torch_alone = pytest.mark.skipif(INTERPRETED, reason="about torch's own attention; nothing here is Triton's")
+
+
+@torch_alone
 @pytest.mark.parametrize("read", [0, 2])
 def test_sdpa_never_holds_a_whole_attention_map(read, monkeypatch):
     monkeypatch.setattr(sdpa, "CHUNK_SCORES", 1 << 10)
@@ -327,6 +335,7 @@ def test_sdpa_never_holds_a_whole_attention_map(read, monkeypatch):
     assert largest.elements <= 512 * 4 * 16  # the padded queries
 
 
+@torch_alone
 def test_columns_read_in_blocks_are_the_whole_columns(monkeypatch):
     inputs = attention_inputs(2, 70, 7, 2, 5, images=(4,), bias=True, regions=True, weights="row", read=3, sums=True)
     whole, whole_grads = run(localized_attention, inputs, backend="sdpa")
@@ -347,7 +356,7 @@ def test_columns_read_in_blocks_are_the_whole_columns(monkeypatch):
     backend=st.sampled_from(ATTENTION_BACKENDS),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25 if INTERPRETED else 60, deadline=None)
 def test_any_sizes_and_options_agree_with_the_reference(
     sizes, images, bias, regions, weights, read, sums, backend, seed
 ):

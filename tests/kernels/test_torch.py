@@ -193,7 +193,8 @@ def test_float32_products_ignore_a_lower_matmul_precision(op):
 
 
 def test_precision_set_per_backend_is_ignored_and_put_back():
-    function, inputs, backend = OPS["linear", "eager"]
+    function, inputs, _ = OPS["linear", RANK_ONE_BACKENDS[0]]
+    backend = "eager"
     wanted = function(**inputs, backend=backend)
     holders = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
     before = [holder.fp32_precision for holder in holders]

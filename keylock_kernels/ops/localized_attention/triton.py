@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import NamedTuple
+import math
+import struct
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..launching import accumulator, ceil_div, launch, processors
+from ..launching import accumulator, architecture, ceil_div, launch, processors
 from ..precision import accumulate_dtype
 from .triton_backward import (
     Reads,
@@ -83,24 +85,67 @@ def parts(head_dim: int) -> tuple[int, ...]:
 
 
 class Tile(NamedTuple):
-    """How one program runs."""
+    """How one program of the passes over the pixels runs."""
 
     pixels: int
     warps: int
     stages: int
     short: int  # a stream of more keys is taken in blocks
     block: int  # keys of a block
+    resident: int  # bytes of keys and values that a program keeps for all its pixels
 
 
-# By the element's bytes and the padded head dimension: the first whose limit holds.
-TILES = {
-    2: ((128, Tile(64, 4, 2, 80, 32)), (256, Tile(64, 4, 1, 80, 32))),
-    4: ((64, Tile(32, 4, 1, 16, 32)), (256, Tile(16, 4, 1, 16, 16))),
-    8: ((256, Tile(16, 4, 1, 16, 16)),),
-}
-RESIDENT_BYTES = 62 << 10  # of keys and values that a program keeps
+class KeyTile(NamedTuple):
+    """How one program of the pass over the keys runs."""
+
+    keys: int  # at most, of a chunk of text
+    image_keys: int  # at most, of a chunk of images
+    pixels: int
+    warps: int
+    stages: int
+
+
+class Rule(NamedTuple):
+    """A line of a table of configurations; the first that fits is taken."""
+
+    where: str  # an architecture's name begins so
+    size: int  # bytes of an element
+    width: int  # the widest padded head dimension
+    load: int  # the most that a call may ask for: TEXT, IMAGES, or ALL
+    tile: Any
+
+
+TEXT, IMAGES, ALL = 0, 1, 2  # plain text; images too; regions, biases and read-outs too
+
+FORWARD = (
+    Rule("sm_9", 2, 96, IMAGES, Tile(64, 4, 2, 80, 32, 62 << 10)),
+    Rule("sm_9", 2, 96, ALL, Tile(64, 4, 1, 80, 32, 62 << 10)),
+    Rule("sm_9", 2, 256, ALL, Tile(64, 4, 1, 80, 16, 96 << 10)),
+    Rule("sm_1", 2, 96, TEXT, Tile(64, 4, 2, 80, 32, 62 << 10)),
+    Rule("sm_1", 2, 256, ALL, Tile(64, 8, 1, 80, 32, 62 << 10)),
+    Rule("", 2, 96, IMAGES, Tile(64, 4, 2, 80, 32, 62 << 10)),
+    Rule("", 2, 256, ALL, Tile(64, 4, 1, 80, 16, 62 << 10)),
+    Rule("", 8, 256, ALL, Tile(16, 4, 1, 16, 16, 0)),
+)
+BACKWARD = (
+    Rule("", 2, 96, TEXT, Tile(64, 4, 1, 80, 32, 0)),
+    Rule("", 2, 96, ALL, Tile(64, 4, 1, 16, 16, 0)),
+    Rule("", 2, 256, TEXT, Tile(64, 4, 1, 16, 16, 0)),
+    Rule("", 8, 256, ALL, Tile(16, 4, 1, 16, 16, 0)),
+)
+KEYS = (
+    Rule("", 2, 64, IMAGES, KeyTile(80, 64, 32, 4, 1)),
+    Rule("", 2, 96, ALL, KeyTile(48, 32, 32, 4, 1)),
+    Rule("", 2, 256, ALL, KeyTile(32, 16, 32, 4, 1)),
+    Rule("", 8, 256, ALL, KeyTile(16, 16, 16, 4, 1)),
+)
 PROGRAMS = 4  # per multiprocessor, before a program takes another tile of pixels
 MOST_TILES = 16
+SUM_TILE = (8, 256)  # summands, columns
+
+
+def configuration(rules: tuple[Rule, ...], where: str, size: int, width: int, load: int) -> Any:
+    return next(r.tile for r in rules if where.startswith(r.where) and size <= r.size and width <= r.width and load <= r.load)
 
 
 def _heads(x: Tensor, unit: int) -> Heads:
@@ -134,8 +179,9 @@ def _token_weights(x: Tensor | None) -> Columns | None:
 
 
 def _split(scale: float) -> tuple[float, float]:
-    """A float64 as two float32, which is what a kernel's float arguments are."""
-    high = torch.tensor(scale, dtype=torch.float32).item()
+    """The scale of scores in powers of two: a float64 as two float32, which is what a kernel's floats are."""
+    scale *= math.log2(math.e)
+    (high,) = struct.unpack("f", struct.pack("f", scale))
     return high, scale - high
 
 
@@ -151,19 +197,25 @@ class Plan(NamedTuple):
     tile: Tile
 
 
-@functools.lru_cache(maxsize=256)
-def plan(size: int, head_dim: int, keys: int, lengths: tuple[int, ...]) -> Plan:
+@functools.lru_cache(maxsize=512)
+def plan(
+    rules: tuple[Rule, ...], where: str, size: int, head_dim: int, keys: int, lengths: tuple[int, ...], load: int
+) -> Plan:
     """The cut of one call's shapes; `size` is an element's bytes."""
     wide = parts(head_dim)
-    tile = next(tile for limit, tile in TILES[size] if sum(wide) <= limit)
+    tile = configuration(rules, where, size, sum(wide), load)
     text = "none" if keys == 0 else "short" if keys <= tile.short else "long"
     groups = pack(lengths, tile.short)
     bytes_per_key = 2 * sum(wide) * size
     of_text = sum(cut(keys)) * bytes_per_key if text == "short" else 0
     of_images = sum(g.first + g.second for g in groups) * bytes_per_key
-    text_resident = text == "short" and of_text <= RESIDENT_BYTES
-    images_resident = not any(g.long for g in groups) and of_text + of_images <= RESIDENT_BYTES
-    return Plan(wide, text, cut(keys), groups, text_resident, images_resident, tile)
+    text_resident = text == "short" and of_text <= tile.resident
+    images_resident = not any(g.long for g in groups) and of_text + of_images <= tile.resident
+    return Plan(wide, text, cut(keys) if text == "short" else (16, 0), groups, text_resident, images_resident, tile)
+
+
+def _load(images: Tensor | None, *rest: Tensor | None) -> int:
+    return ALL if any(x is not None for x in rest) else IMAGES if images is not None else TEXT
 
 
 def per_program(tiles: int, others: int, device: torch.device) -> int:
@@ -189,7 +241,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # [B, N, H, D], and [B, H, N, M] or [B, H, M]
     rows, pixels, heads, width = query.shape
     keys, lengths = key.shape[1], tuple(image_lengths)
-    cuts = plan(query.element_size(), width, keys, lengths)
+    where, load = architecture(query.device), _load(image_key, key_bias, query_regions, image_key_bias, readout_tokens)
+    cuts = plan(FORWARD, where, query.element_size(), width, keys, lengths, load)
     unit = _unit(query, key, value, image_key, image_value)
     tiles = ceil_div(pixels, cuts.tile.pixels)
     each = per_program(tiles, rows * heads, query.device)
@@ -211,6 +264,7 @@ def forward(
         B=cuts.cut[1], IMAGES=() if equal else tuple(map(tuple, cuts.groups)), EQUAL=equal,
         STREAMS=() if equal else _streams(cuts.groups), IMAGE_KEYS=0 if equal else sum(lengths),
         TEXT_RESIDENT=cuts.text_resident, IMAGES_RESIDENT=cuts.images_resident, ONE_READ=0 < read <= READ.value,
+        EXACT=read > 0 or query.element_size() > 2,
         ACC=accumulator(query.dtype), num_warps=cuts.tile.warps, num_stages=cuts.tile.stages,
     )  # fmt: skip
     if readout_tokens is not None and readout_weights is not None:
@@ -218,29 +272,12 @@ def forward(
     return out, readout
 
 
-class KeyTile(NamedTuple):
-    """How one program of the pass over the keys runs."""
-
-    keys: int  # at most, of a chunk
-    pixels: int
-    warps: int
-    stages: int
-
-
-# As TILES.
-KEY_TILES = {
-    2: ((48, KeyTile(80, 64, 4, 1)), (80, KeyTile(80, 32, 4, 1)), (256, KeyTile(32, 32, 4, 1))),
-    4: ((64, KeyTile(16, 32, 4, 1)), (256, KeyTile(16, 16, 4, 1))),
-    8: ((256, KeyTile(16, 16, 4, 1)),),
-}
-SUM_TILE = (8, 256)  # summands, columns
-
-
 def _chunk(keys: int, most: int) -> tuple[int, int]:
-    """The one or two tiles of a chunk of keys that, repeated, cover all with the least padding."""
+    """The one or two tiles of a chunk of keys that cover a stream at the least cost."""
     choices = [sizes for sizes in ((80, (64, 16)), (64, (64, 0)), (48, (32, 16)), (32, (32, 0)), (16, (16, 0)))
                if sizes[0] <= most]  # fmt: skip
-    return min(choices, key=lambda choice: ceil_div(keys, choice[0]) * choice[0])[1]
+    # What is padded, and that each further chunk reads the pixels again.
+    return min(choices, key=lambda choice: ceil_div(keys, choice[0]) * (choice[0] + 16))[1]
 
 
 def backward(
@@ -276,7 +313,8 @@ def backward(
     ]
     dquery, dkey, dvalue, dbias, dimage_key, dimage_value, dimage_bias, dweights, dtoken_weights = grads
     wide = accumulate_dtype(query.dtype)
-    cuts = plan(query.element_size(), width, keys, lengths)
+    where, load = architecture(query.device), _load(image_key, key_bias, query_regions, image_key_bias, grad_readout)
+    cuts = plan(BACKWARD, where, query.element_size(), width, keys, lengths, load)
     unit = _unit(query, key, value, image_key, image_value, grad_out)
     kind = 0 if read == 0 else 1 if readout_weights is None else 2
     reads = Reads(
@@ -324,9 +362,9 @@ def backward(
         **constants, num_warps=cuts.tile.warps, num_stages=cuts.tile.stages,
     )  # fmt: skip
     of_text, of_images = (dkey, dvalue, dbias), (dimage_key, dimage_value, dimage_bias)
-    tile = next(tile for limit, tile in KEY_TILES[query.element_size()] if sum(cuts.parts) <= limit)
+    tile = configuration(KEYS, where, query.element_size(), sum(cuts.parts), load)
     a, b = _chunk(keys, tile.keys)
-    image = max(16, min(1 << (tile.keys.bit_length() - 1), 1 << max(total - 1, 1).bit_length()))
+    image = max(16, min(tile.image_keys, 1 << max(total - 1, 1).bit_length()))
     text_chunks = ceil_div(keys, a + b) if any(t is not None for t in of_text) else 0
     chunks = text_chunks + (ceil_div(total, image) if any(t is not None for t in of_images) else 0)
     if chunks:

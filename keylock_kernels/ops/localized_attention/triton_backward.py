@@ -19,7 +19,7 @@ import triton.language as tl
 
 from ..launching import dot
 from .triton_tiles import (
-    LOG2E,
+    LN2,
     READ,
     asked_tokens,
     columns,
@@ -31,6 +31,8 @@ from .triton_tiles import (
     load_rows,
     place,
     product,
+    scale_of,
+    times,
     read_tokens,
     scaled,
     scores,
@@ -339,8 +341,8 @@ def localized_attention_bwd_pixel_kernel(
     """The queries' gradient, each head's share of the weights', and the slopes."""
     row, head, group = place(groups, heads)
     REGIONS: tl.constexpr = query_regions is not None
-    plain_scale = tl.cast(scale_high, ACC) + tl.cast(scale_low, ACC)
-    scale = plain_scale * LOG2E
+    scale = scale_of(scale_high, scale_low, True, ACC)
+    plain_scale = (tl.cast(scale_high, ACC) + tl.cast(scale_low, ACC)) * LN2
     blocks = tl.cdiv(pixels, BM)
     for block in range(group * per_group, tl.minimum(blocks, (group + 1) * per_group)):
         pixel = (block * BM + tl.arange(0, BM)).to(tl.int64)
@@ -389,13 +391,6 @@ def localized_attention_bwd_pixel_kernel(
 
 
 @triton.jit
-def _gather(table, row, head, heads, streams, stream, pixel, pixels, inside, known, other):
-    """[KT, BM] of a [B, H, 1 + I, N]: each key's own stream."""
-    at = ((row * heads + head) * streams + stream[:, None]) * pixels + pixel[None]
-    return tl.load(table + at, mask=known[:, None] & inside[None], other=other)
-
-
-@triton.jit
 def _gain(state, tile, q, g, lse, delta, w, scale, pixel_regions, reads, row, head, pixel, inside, number,
           REGIONS: tl.constexpr, WEIGHED: tl.constexpr, GRAD: tl.constexpr, KIND: tl.constexpr,
           ONE_READ: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
@@ -404,7 +399,7 @@ def _gain(state, tile, q, g, lse, delta, w, scale, pixel_regions, reads, row, he
     keys, values, bias, seen_from = tile
     SIZE: tl.constexpr = keys[0].shape[0]
     BM: tl.constexpr = pixel.shape[0]
-    s = product(keys, q, tl.zeros([SIZE, BM], ACC)) * scale + bias[:, None]
+    s = times(product(keys, q, tl.zeros([SIZE, BM], ACC)), scale) + bias[:, None]
     if REGIONS:
         s = tl.where((seen_from[:, None] & pixel_regions[None]) == 0, float("-inf"), s)
     # A key that is not seen, or a stream that plays no part, is selected away: the slopes of the pixel may be NaN.
@@ -438,6 +433,75 @@ def _store_gain(state, dkey, dvalue, dbias, share, row, rows, head, heads, first
         store_rows(dvalue, share * rows + row, keys, head, heads, t, inside, dv, D, PARTS)
     if dbias is not None:
         tl.store(dbias + ((share * rows + row) * heads + head) * keys + t, db.to(dbias.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _text_chunk(query, key, value, key_bias, query_regions, key_regions, grad, reads, slopes, dkey, dvalue, dbias, row,
+                head, rows, heads, pixels, keys, first, share, low, high, scale, plain_scale, D: tl.constexpr,
+                PARTS: tl.constexpr, UNIT: tl.constexpr, BM: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+                GRAD: tl.constexpr, KIND: tl.constexpr, ONE_READ: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    REGIONS: tl.constexpr = query_regions is not None
+    a = key_tile(key, value, key_bias, key_regions, row, head, first, keys, A, REGIONS, D, PARTS, UNIT, ACC)
+    gains = (zeros(A, PARTS, ACC), zeros(A, PARTS, ACC), tl.zeros([A], ACC))
+    if B > 0:
+        b = key_tile(key, value, key_bias, key_regions, row, head, first + A, keys, B, REGIONS, D, PARTS, UNIT, ACC)
+        more = (zeros(B, PARTS, ACC), zeros(B, PARTS, ACC), tl.zeros([B], ACC))
+    for block in range(low, high):
+        pixel = (block * BM + tl.arange(0, BM)).to(tl.int64)
+        inside = pixel < pixels
+        q = load_rows(query, row, head, pixel, inside, D, PARTS, UNIT)
+        g = q
+        if GRAD:
+            g = load_rows(grad, row, head, pixel, inside, D, PARTS, UNIT)
+        pixel_regions = pixel
+        if REGIONS:
+            pixel_regions = vector(query_regions, row, pixel, inside, 0)
+        at = (row * heads + head) * slopes.streams * pixels + pixel
+        lse = tl.load(slopes.lse + at, mask=inside, other=float("inf"))[None]
+        delta = tl.load(slopes.delta + at, mask=inside, other=0.0)[None]
+        gains = _gain(gains, a, q, g, lse, delta, lse, scale, pixel_regions, reads, row, head, pixel, inside, first,
+                      REGIONS, False, GRAD, KIND, ONE_READ, ACC)  # fmt: skip
+        if B > 0:
+            more = _gain(more, b, q, g, lse, delta, lse, scale, pixel_regions, reads, row, head, pixel, inside,
+                         first + A, REGIONS, False, GRAD, KIND, ONE_READ, ACC)  # fmt: skip
+    _store_gain(gains, dkey, dvalue, dbias, share, row, rows, head, heads, first, keys, plain_scale, D, PARTS, ACC)
+    if B > 0:
+        _store_gain(more, dkey, dvalue, dbias, share, row, rows, head, heads, first + A, keys, plain_scale, D, PARTS,
+                    ACC)  # fmt: skip
+
+
+@triton.jit
+def _image_chunk(query, key, value, bias, weights, grad, reads, slopes, dkey, dvalue, dbias, row, head, rows, heads,
+                 pixels, keys, number, first, share, low, high, scale, plain_scale, D: tl.constexpr,
+                 PARTS: tl.constexpr, UNIT: tl.constexpr, BM: tl.constexpr, SIZE: tl.constexpr, ENDS: tl.constexpr,
+                 GRAD: tl.constexpr, KIND: tl.constexpr, ONE_READ: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    """Keys of several streams, perhaps: each finds its own stream's slopes and weight."""
+    WEIGHED: tl.constexpr = weights is not None
+    tile = key_tile(key, value, bias, None, row, head, first, keys, SIZE, WEIGHED, D, PARTS, UNIT, ACC)
+    t = first + tl.arange(0, SIZE)
+    known = t < keys
+    stream = tl.zeros([SIZE], tl.int32)
+    for j in tl.static_range(len(ENDS)):
+        stream += (t >= ENDS[j]).to(tl.int32)
+    own = (((row * heads + head) * slopes.streams + 1 + stream) * pixels)[:, None]
+    gains = (zeros(SIZE, PARTS, ACC), zeros(SIZE, PARTS, ACC), tl.zeros([SIZE], ACC))
+    for block in range(low, high):
+        pixel = (block * BM + tl.arange(0, BM)).to(tl.int64)
+        inside = pixel < pixels
+        q = load_rows(query, row, head, pixel, inside, D, PARTS, UNIT)
+        g = q
+        if GRAD:
+            g = load_rows(grad, row, head, pixel, inside, D, PARTS, UNIT)
+        both = known[:, None] & inside[None]
+        lse = tl.load(slopes.lse + own + pixel[None], mask=both, other=float("inf"))
+        delta = tl.load(slopes.delta + own + pixel[None], mask=both, other=0.0)
+        w = lse
+        if WEIGHED:
+            at = weights.data + row * weights.b + stream[:, None].to(tl.int64) * weights.i + pixel[None] * weights.n
+            w = tl.load(at, mask=both, other=0.0).to(ACC)
+        gains = _gain(gains, tile, q, g, lse, delta, w, scale, pixel, reads, row, head, pixel, inside, number + first,
+                      False, WEIGHED, GRAD, KIND, ONE_READ, ACC)  # fmt: skip
+    _store_gain(gains, dkey, dvalue, dbias, share, row, rows, head, heads, first, keys, plain_scale, D, PARTS, ACC)
 
 
 @triton.jit
@@ -488,71 +552,19 @@ def localized_attention_bwd_key_kernel(
     chunk, share = tl.program_id(0) % chunks, tl.program_id(1)
     both = tl.program_id(0) // chunks
     row, head = (both // heads).to(tl.int64), (both % heads).to(tl.int64)
-    plain_scale = tl.cast(scale_high, ACC) + tl.cast(scale_low, ACC)
-    scale = plain_scale * LOG2E
+    scale = scale_of(scale_high, scale_low, True, ACC)
+    plain_scale = (tl.cast(scale_high, ACC) + tl.cast(scale_low, ACC)) * LN2
     blocks = tl.cdiv(pixels, BM)
     low, high = share * per_share, tl.minimum(blocks, (share + 1) * per_share)
     if chunk < text_chunks:
-        REGIONS: tl.constexpr = query_regions is not None
-        first = chunk * (A + B)
-        a = key_tile(key, value, key_bias, key_regions, row, head, first, keys, A, REGIONS, D, PARTS, UNIT, ACC)
-        gains = (zeros(A, PARTS, ACC), zeros(A, PARTS, ACC), tl.zeros([A], ACC))
-        if B > 0:
-            b = key_tile(key, value, key_bias, key_regions, row, head, first + A, keys, B, REGIONS, D, PARTS, UNIT, ACC)
-            more = (zeros(B, PARTS, ACC), zeros(B, PARTS, ACC), tl.zeros([B], ACC))
-        for block in range(low, high):
-            pixel = (block * BM + tl.arange(0, BM)).to(tl.int64)
-            inside = pixel < pixels
-            q = load_rows(query, row, head, pixel, inside, D, PARTS, UNIT)
-            g = q
-            if GRAD:
-                g = load_rows(grad, row, head, pixel, inside, D, PARTS, UNIT)
-            pixel_regions = pixel
-            if REGIONS:
-                pixel_regions = vector(query_regions, row, pixel, inside, 0)
-            at = (row * heads + head) * slopes.streams * pixels + pixel
-            lse = tl.load(slopes.lse + at, mask=inside, other=float("inf"))[None]
-            delta = tl.load(slopes.delta + at, mask=inside, other=0.0)[None]
-            gains = _gain(gains, a, q, g, lse, delta, lse, scale, pixel_regions, reads, row, head, pixel, inside, first,
-                          REGIONS, False, GRAD, KIND, ONE_READ, ACC)  # fmt: skip
-            if B > 0:
-                more = _gain(more, b, q, g, lse, delta, lse, scale, pixel_regions, reads, row, head, pixel, inside,
-                             first + A, REGIONS, False, GRAD, KIND, ONE_READ, ACC)  # fmt: skip
-        _store_gain(gains, dkey, dvalue, dbias, share, row, rows, head, heads, first, keys, plain_scale, D, PARTS,
-                    ACC)  # fmt: skip
-        if B > 0:
-            _store_gain(more, dkey, dvalue, dbias, share, row, rows, head, heads, first + A, keys, plain_scale, D,
-                        PARTS, ACC)  # fmt: skip
+        _text_chunk(query, key, value, key_bias, query_regions, key_regions, grad, reads, slopes, dkey, dvalue, dbias,
+                    row, head, rows, heads, pixels, keys, chunk * (A + B), share, low, high, scale, plain_scale, D,
+                    PARTS, UNIT, BM, A, B, GRAD, KIND, ONE_READ, ACC)  # fmt: skip
     elif IMAGE > 0:
-        WEIGHED: tl.constexpr = image_weights is not None
-        first = (chunk - text_chunks) * IMAGE
-        tile = key_tile(image_key, image_value, image_key_bias, None, row, head, first, image_keys, IMAGE, WEIGHED, D,
-                        PARTS, UNIT, ACC)  # fmt: skip
-        t = first + tl.arange(0, IMAGE)
-        stream = tl.zeros([IMAGE], tl.int32)
-        for j in tl.static_range(len(ENDS)):
-            stream += (t >= ENDS[j]).to(tl.int32)
-        known = t < image_keys
-        gains = (zeros(IMAGE, PARTS, ACC), zeros(IMAGE, PARTS, ACC), tl.zeros([IMAGE], ACC))
-        for block in range(low, high):
-            pixel = (block * BM + tl.arange(0, BM)).to(tl.int64)
-            inside = pixel < pixels
-            q = load_rows(query, row, head, pixel, inside, D, PARTS, UNIT)
-            g = q
-            if GRAD:
-                g = load_rows(grad, row, head, pixel, inside, D, PARTS, UNIT)
-            lse = _gather(slopes.lse, row, head, heads, slopes.streams, 1 + stream, pixel, pixels, inside, known,
-                          float("inf"))  # fmt: skip
-            delta = _gather(slopes.delta, row, head, heads, slopes.streams, 1 + stream, pixel, pixels, inside, known,
-                            0.0)  # fmt: skip
-            w = lse
-            if WEIGHED:
-                at = image_weights.data + row * image_weights.b + stream[:, None].to(tl.int64) * image_weights.i
-                w = tl.load(at + pixel[None] * image_weights.n, mask=known[:, None] & inside[None], other=0.0).to(ACC)
-            gains = _gain(gains, tile, q, g, lse, delta, w, scale, pixel, reads, row, head, pixel, inside, keys + first,
-                          False, WEIGHED, GRAD, KIND, ONE_READ, ACC)  # fmt: skip
-        _store_gain(gains, dimage_key, dimage_value, dimage_bias, share, row, rows, head, heads, first, image_keys,
-                    plain_scale, D, PARTS, ACC)  # fmt: skip
+        _image_chunk(query, image_key, image_value, image_key_bias, image_weights, grad, reads, slopes, dimage_key,
+                     dimage_value, dimage_bias, row, head, rows, heads, pixels, image_keys, keys,
+                     (chunk - text_chunks) * IMAGE, share, low, high, scale, plain_scale, D, PARTS, UNIT, BM, IMAGE,
+                     ENDS, GRAD, KIND, ONE_READ, ACC)  # fmt: skip
 
 
 @triton.jit

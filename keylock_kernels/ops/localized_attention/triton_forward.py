@@ -14,7 +14,6 @@ import triton.language as tl
 from .triton_tiles import (
     asked_tokens,
     columns,
-    LOG2E,
     READ,
     finite,
     group_tiles,
@@ -25,6 +24,7 @@ from .triton_tiles import (
     place,
     plus,
     resident_images,
+    scale_of,
     scaled,
     scores,
     segment,
@@ -196,7 +196,7 @@ def localized_attention_fwd_kernel(
     groups,
     per_group,
     equal_groups,
-    scale_high,
+    scale_high,  # with scale_low the scale of scores in powers of two
     scale_low,
     D: tl.constexpr,
     PARTS: tl.constexpr,
@@ -213,12 +213,13 @@ def localized_attention_fwd_kernel(
     TEXT_RESIDENT: tl.constexpr,
     IMAGES_RESIDENT: tl.constexpr,
     ONE_READ: tl.constexpr,
+    EXACT: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """out = P V + sum_i w_i P_i V_i, and columns of P or their sums."""
     row, head, group = place(groups, heads)
     REGIONS: tl.constexpr = query_regions is not None
-    scale = (tl.cast(scale_high, ACC) + tl.cast(scale_low, ACC)) * LOG2E
+    scale = scale_of(scale_high, scale_low, EXACT, ACC)
     text, images, asked = (), (), ()
     if ONE_READ:
         asked = asked_tokens(key, image_key, key_bias, image_key_bias, key_regions, tokens, row, head, keys, 0, read,

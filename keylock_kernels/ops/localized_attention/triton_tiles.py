@@ -15,6 +15,7 @@ import triton.language as tl
 from ..launching import dot
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 READ = tl.constexpr(16)  # read-out tokens handled at once
 
 
@@ -239,13 +240,35 @@ def weighed(parts, w):
 
 
 @triton.jit
+def scale_of(high, low, EXACT: tl.constexpr, ACC: tl.constexpr):
+    """The factor of scores in powers of two, as one number, or two that are its exact sum.
+
+    A factor that is rounded errs the same way in every score, which shows in float32 results.
+    """
+    if ACC == tl.float64:
+        return (tl.cast(high, ACC) + tl.cast(low, ACC),)
+    elif EXACT:
+        return tl.cast(high, ACC), tl.cast(low, ACC)
+    else:
+        return (tl.cast(high, ACC),)
+
+
+@triton.jit
+def times(s, scale):
+    if len(scale) == 1:
+        return s * scale[0]
+    else:
+        return s * scale[0] + s * scale[1]
+
+
+@triton.jit
 def scores(q, tile, scale, pixel_regions, BIASED: tl.constexpr, REGIONS: tl.constexpr, ACC: tl.constexpr):
     """Scores in powers of two [BM, KT]; -inf where a key is not seen, NaN where a broken one is.
 
     BIASED: the tile's bias may be other than 0.
     """
     keys, _, bias, seen_from = tile
-    s = product(q, keys, tl.zeros([q[0].shape[0], keys[0].shape[0]], ACC)) * scale
+    s = times(product(q, keys, tl.zeros([q[0].shape[0], keys[0].shape[0]], ACC)), scale)
     if BIASED:
         s += bias[None]
     if REGIONS:
@@ -332,7 +355,7 @@ def columns(q, text_stats, stats, asked, pixel_regions, scale, REGIONS: tl.const
         mine = segment(index, STREAMS[j][0], STREAMS[j][1])
         tops = tl.where(mine, stats[j][0][:, None], tops)
         shares = tl.where(mine, stats[j][1][:, None], shares)
-    p = tl.exp2(s * scale + (bias[None] - tops)) * shares
+    p = tl.exp2(times(s, scale) + (bias[None] - tops)) * shares
     if REGIONS:
         p = tl.where(of_text[None] & ((pixel_regions[:, None] & seen_from[None]) == 0), 0.0, p)
     return p
