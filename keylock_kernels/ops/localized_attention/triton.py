@@ -328,8 +328,7 @@ def backward(
     blocks = ceil_div(pixels, cuts.tile.pixels)
     each = per_program(blocks, rows * heads, query.device)
     groups = ceil_div(blocks, each)
-    lse, delta = query.new_empty(2, rows, heads, 1 + len(lengths), pixels, dtype=wide)
-    slopes = Slopes(lse, delta, 1 + len(lengths))
+    slopes = Slopes(*query.new_empty(3, rows, heads, 1 + len(lengths), pixels, dtype=wide), 1 + len(lengths))
     jobs: list[Sum] = []
     per_pixel = image_weights is not None and image_weights.dim() == 3
     weight_parts = token_parts = None

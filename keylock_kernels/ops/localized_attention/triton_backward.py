@@ -55,9 +55,10 @@ class Reads(NamedTuple):
 
 
 class Slopes(NamedTuple):
-    """What the first pass tells the second, float32 [B, H, 1 + I, N]: log-sum-exp, inf where a stream plays no part."""
+    """What the first pass tells the second, [B, H, 1 + I, N] in the accumulation dtype."""
 
-    lse: Any
+    top: Any  # the largest score
+    share: Any  # 1 / sum, 0 where a stream plays no part
     delta: Any
     streams: int  # 1 + I
 
@@ -127,11 +128,11 @@ def _live(w, reads, row, first, end, KIND: tl.constexpr):
 
 
 @triton.jit
-def _keep(slopes, row, head, heads, stream, pixel, pixels, inside, live, top, total, slope):
+def _keep(slopes, row, head, heads, stream, pixel, pixels, inside, live, top, share, slope):
     at = ((row * heads + head) * slopes.streams + stream) * pixels + pixel
-    seen = live & (total != 0)
-    tl.store(slopes.lse + at, tl.where(seen, top + tl.log2(tl.where(seen, total, 1.0)), float("inf")), mask=inside)
-    tl.store(slopes.delta + at, tl.where(seen, slope, 0.0), mask=inside)
+    tl.store(slopes.top + at, top, mask=inside)
+    tl.store(slopes.share + at, tl.where(live, share, 0.0), mask=inside)
+    tl.store(slopes.delta + at, slope, mask=inside)
 
 
 @triton.jit
@@ -180,7 +181,7 @@ def _stream(dq, q, g, key, value, bias, regions, tiles, scale, pixel_regions, w,
             first, end, number, LONG: tl.constexpr, BLOCK: tl.constexpr, WEIGHED: tl.constexpr,
             GRAD: tl.constexpr, KIND: tl.constexpr, ONE_READ: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr,
             UNIT: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    """One stream: dq / scale with it, and its (largest score, sum, g . (P V), delta)."""
+    """One stream: dq / scale with it, and its (largest score, 1 / sum, g . (P V), delta)."""
     REGIONS: tl.constexpr = regions is not None
     TAINT: tl.constexpr = REGIONS or WEIGHED
     BIASED: tl.constexpr = TAINT or bias is not None
@@ -215,7 +216,7 @@ def _stream(dq, q, g, key, value, bias, regions, tiles, scale, pixel_regions, w,
             dq = _descend(dq, q, g, tiles[1], scale, pixel_regions, w, live, top, share, slope, reads, row, head,
                           pixel, inside, number + first + tiles[0][2].shape[0], True, REGIONS, WEIGHED, GRAD, KIND,
                           ONE_READ, ACC)  # fmt: skip
-    return dq, (top, total, plain, slope)
+    return dq, (top, share, plain, slope)
 
 
 @triton.jit
@@ -245,8 +246,7 @@ def _packed(dq, q, g, tile, weights, dweights, slopes, scale, reads, row, head, 
     stats = ()
     for j in tl.static_range(len(LENGTHS)):
         mine = segment(t, start, LENGTHS[j])
-        total = tl.sum(tl.where(mine, p, 0.0), 1)
-        share = inverse(total)
+        share = inverse(tl.sum(tl.where(mine, p, 0.0), 1))
         stats = stats + ((found[j], share),)
         slope = tl.sum(tl.where(mine, p * dp, 0.0), 1) * share
         live = inside
@@ -257,7 +257,7 @@ def _packed(dq, q, g, tile, weights, dweights, slopes, scale, reads, row, head, 
                 plain = tl.sum(tl.where(mine, p * gv, 0.0), 1) * share
                 _keep_weight(dweights, row, head, heads, images, stream + j, block, blocks, pixel, pixels, inside, w,
                              plain, PER_PIXEL)  # fmt: skip
-        _keep(slopes, row, head, heads, 1 + stream + j, pixel, pixels, inside, live, found[j], total, slope)
+        _keep(slopes, row, head, heads, 1 + stream + j, pixel, pixels, inside, live, found[j], share, slope)
         shares = tl.where(mine, tl.where(live, share, 0.0)[:, None], shares)
         slope_of = tl.where(mine, slope[:, None], slope_of)
         start += LENGTHS[j]
@@ -288,12 +288,12 @@ def _images(dq, q, g, key, value, bias, weights, dweights, slopes, scale, reads,
         dq, found = _stream(dq, q, g, key, value, bias, None, tiles, scale, pixel, w, live, reads, row, head, pixel,
                             inside, START, START + LENGTHS[0], number, LONG, BLOCK, WEIGHED, GRAD, KIND, ONE_READ, D,
                             PARTS, UNIT, ACC)  # fmt: skip
-        top, total, plain, slope = found
-        _keep(slopes, row, head, heads, 1 + STREAM, pixel, pixels, inside, live, top, total, slope)
+        top, share, plain, slope = found
+        _keep(slopes, row, head, heads, 1 + STREAM, pixel, pixels, inside, live, top, share, slope)
         if dweights is not None:
             _keep_weight(dweights, row, head, heads, images, STREAM, block, blocks, pixel, pixels, inside, w, plain,
                          PER_PIXEL)  # fmt: skip
-        return dq, ((top, inverse(total)),)
+        return dq, ((top, share),)
 
 
 @triton.jit
@@ -365,9 +365,9 @@ def localized_attention_bwd_pixel_kernel(
             dq, found = _stream(dq, q, g, key, value, key_bias, key_regions, tiles, scale, pixel_regions, pixel, inside,
                                 reads, row, head, pixel, inside, 0, keys, 0, TEXT == "long", BLOCK, False, GRAD, KIND,
                                 ONE_READ, D, PARTS, UNIT, ACC)  # fmt: skip
-            top, total, _, slope = found
-            _keep(slopes, row, head, heads, 0, pixel, pixels, inside, inside, top, total, slope)
-            text_stats = (top, inverse(total))
+            top, share, _, slope = found
+            _keep(slopes, row, head, heads, 0, pixel, pixels, inside, inside, top, share, slope)
+            text_stats = (top, share)
         for i in tl.static_range(len(IMAGES)):
             dq, more = _images(dq, q, g, image_key, image_value, image_key_bias, image_weights, dweights, slopes, scale, reads,
                          row, head, heads, pixel, pixels, inside, block, blocks, slopes.streams - 1, keys,
@@ -391,7 +391,7 @@ def localized_attention_bwd_pixel_kernel(
 
 
 @triton.jit
-def _gain(state, tile, q, g, lse, delta, w, scale, pixel_regions, reads, row, head, pixel, inside, number,
+def _gain(state, tile, q, g, top, share, delta, w, scale, pixel_regions, reads, row, head, pixel, inside, number,
           REGIONS: tl.constexpr, WEIGHED: tl.constexpr, GRAD: tl.constexpr, KIND: tl.constexpr,
           ONE_READ: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """(dK / scale, dV, dbias) of one tile of keys with what comes from one tile of pixels; scores are [KT, BM]."""
@@ -403,8 +403,8 @@ def _gain(state, tile, q, g, lse, delta, w, scale, pixel_regions, reads, row, he
     if REGIONS:
         s = tl.where((seen_from[:, None] & pixel_regions[None]) == 0, float("-inf"), s)
     # A key that is not seen, or a stream that plays no part, is selected away: the slopes of the pixel may be NaN.
-    shown = (s != float("-inf")) & (lse != float("inf"))
-    p = tl.where(shown, tl.exp2(s - lse), 0.0)
+    shown = (s != float("-inf")) & (share != 0)
+    p = tl.where(shown, tl.exp2(s - top) * share, 0.0)
     dp = tl.zeros([SIZE, BM], ACC)
     if GRAD:
         dp = product(values, g, dp)
@@ -457,12 +457,13 @@ def _text_chunk(query, key, value, key_bias, query_regions, key_regions, grad, r
         if REGIONS:
             pixel_regions = vector(query_regions, row, pixel, inside, 0)
         at = (row * heads + head) * slopes.streams * pixels + pixel
-        lse = tl.load(slopes.lse + at, mask=inside, other=float("inf"))[None]
+        top = tl.load(slopes.top + at, mask=inside, other=0.0)[None]
+        part = tl.load(slopes.share + at, mask=inside, other=0.0)[None]
         delta = tl.load(slopes.delta + at, mask=inside, other=0.0)[None]
-        gains = _gain(gains, a, q, g, lse, delta, lse, scale, pixel_regions, reads, row, head, pixel, inside, first,
-                      REGIONS, False, GRAD, KIND, ONE_READ, ACC)  # fmt: skip
+        gains = _gain(gains, a, q, g, top, part, delta, top, scale, pixel_regions, reads, row, head, pixel, inside,
+                      first, REGIONS, False, GRAD, KIND, ONE_READ, ACC)  # fmt: skip
         if B > 0:
-            more = _gain(more, b, q, g, lse, delta, lse, scale, pixel_regions, reads, row, head, pixel, inside,
+            more = _gain(more, b, q, g, top, part, delta, top, scale, pixel_regions, reads, row, head, pixel, inside,
                          first + A, REGIONS, False, GRAD, KIND, ONE_READ, ACC)  # fmt: skip
     _store_gain(gains, dkey, dvalue, dbias, share, row, rows, head, heads, first, keys, plain_scale, D, PARTS, ACC)
     if B > 0:
@@ -493,14 +494,15 @@ def _image_chunk(query, key, value, bias, weights, grad, reads, slopes, dkey, dv
         if GRAD:
             g = load_rows(grad, row, head, pixel, inside, D, PARTS, UNIT)
         both = known[:, None] & inside[None]
-        lse = tl.load(slopes.lse + own + pixel[None], mask=both, other=float("inf"))
+        top = tl.load(slopes.top + own + pixel[None], mask=both, other=0.0)
+        part = tl.load(slopes.share + own + pixel[None], mask=both, other=0.0)
         delta = tl.load(slopes.delta + own + pixel[None], mask=both, other=0.0)
-        w = lse
+        w = part
         if WEIGHED:
             at = weights.data + row * weights.b + stream[:, None].to(tl.int64) * weights.i + pixel[None] * weights.n
             w = tl.load(at, mask=both, other=0.0).to(ACC)
-        gains = _gain(gains, tile, q, g, lse, delta, w, scale, pixel, reads, row, head, pixel, inside, number + first,
-                      False, WEIGHED, GRAD, KIND, ONE_READ, ACC)  # fmt: skip
+        gains = _gain(gains, tile, q, g, top, part, delta, w, scale, pixel, reads, row, head, pixel, inside,
+                      number + first, False, WEIGHED, GRAD, KIND, ONE_READ, ACC)  # fmt: skip
     _store_gain(gains, dkey, dvalue, dbias, share, row, rows, head, heads, first, keys, plain_scale, D, PARTS, ACC)
 
 
