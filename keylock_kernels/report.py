@@ -1,7 +1,7 @@
 """``python -m keylock_kernels.report``: what the Triton kernels compile to, read from the machine code.
 
-No GPU is needed: the launchers run on CPU tensors, and each launch is compiled for a target instead,
-specialised for the alignment of pointers and strides exactly as it would be on that GPU.
+No GPU is needed. The report fails where a kernel spills, misses the matrix unit, moves what it should move wide in
+narrow pieces, multiplies more padding than allowed, or has become worse than recorded.
 """
 
 from __future__ import annotations
@@ -9,10 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,161 +17,150 @@ from typing import Any
 
 import torch
 
-from .testing import SHAPES, rank_one_inputs
+from .machine_code import PROCESSORS, TARGETS, Compiled, compile_launches
+from .testing import SHAPES, Shape, attention_inputs, rank_one_inputs
 
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-# A block's registers and shared memory must leave room for 8 warps on a multiprocessor of this size.
-_REGISTERS, _SHARED = 65536, {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+RECORD = Path(__file__).resolve().parents[1] / "benchmarks" / "data" / "compiled.json"
+WORSE = 1.03  # how much of a recorded number a new one may be
+PORTABLE = 99 << 10  # bytes of shared memory that every GPU since Ampere gives a block
+ROWS = 8  # of the batch that launchers are asked about
+WITHOUT_MATRIX = ("table_sum", "gate_part", "localized_attention_bwd_sum")
 
 
 @dataclass(frozen=True)
-class Compiled:
-    """One kernel of one case on one target."""
+class Case:
+    """A call of launchers at a real model's shape."""
 
-    case: str
-    kernel: str
-    target: str
-    registers: int  # per thread
-    stack: int  # bytes per thread
-    spills: int  # instructions that store to or load from local memory
-    shared: int  # bytes per block
-    warps: int  # per block
-    matrix: int  # matrix-unit instructions
-    wide: int  # 128-bit accesses to global memory
-    narrow: int  # narrower ones
-
-    def failures(self) -> list[str]:
-        """What a kernel must not do."""
-        found = []
-        if self.spills or self.stack:
-            found.append(f"{self.spills} spills, {self.stack} bytes of stack")
-        if self.shared > _SHARED[self.target]:
-            found.append(f"{self.shared} bytes of shared memory, {_SHARED[self.target]} there are")
-        if self.matrix == 0 and not self.kernel.startswith(("table_sum", "gate_part")):
-            found.append("no matrix unit")
-        return found
+    name: str
+    call: Callable[[], Any]
+    quick: bool = False  # among those that the tests compile
+    padding: float = 1.0  # matrix products issued over useful, forward
+    allowed: float = 0.0  # and the most they may be; 0: not gated
+    moved: int = 0  # bytes of queries and outputs of one tile of pixels
 
 
-class _Target:
-    """Stands in for the driver of a GPU that is not there."""
-
-    def __init__(self, name: str) -> None:
-        from triton.backends.compiler import GPUTarget
-
-        is_amd = name.startswith("gfx")
-        self.target = GPUTarget("hip", name, 64) if is_amd else GPUTarget("cuda", int(name[3:]), 32)
-        self.device = TARGETS.index(name)  # Triton keeps compiled kernels by device
-
-    def get_current_target(self) -> Any:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return self.device
-
-    def get_current_stream(self, device: int = 0) -> int:
-        return 0
-
-
-def compile_launches(call: Callable[[], Any], target: str, case: str) -> list[Compiled]:
-    """Every kernel that `call` would launch, compiled for a target; what `call` returns is meaningless.
-
-    Args:
-        call: calls launchers on CPU tensors.
-        target: one of TARGETS.
-        case: names the rows.
-    """
-    from triton.runtime.driver import driver
-
-    from .ops import launching
-
-    found: list[Compiled] = []
-
-    def record(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> bool:
-        compiled = kernel.warmup(*args, grid=grid, **options)
-        warps = options.get("num_warps", 4)
-        found.append(Compiled(case, kernel.fn.__name__, target, warps=warps, **_read(compiled, target)))
-        return True
-
-    outer = driver._active  # reading `driver.active` would look for a GPU
-    driver.set_active(_Target(target))  # type: ignore[arg-type]
-    try:
-        with launching.observed(record, target):
-            call()
-    finally:
-        driver._active = outer
+def failures(row: Compiled, case: Case) -> list[str]:
+    """What a kernel must not do."""
+    found = []
+    nvidia_today = row.target in ("sm_90", "sm_100")
+    forward = "_fwd_" in row.kernel
+    if nvidia_today and (row.spills or row.stack):
+        found.append(f"{row.spills} spills, {row.stack} bytes of stack")
+    shared = {"sm_80": PORTABLE, "gfx942": 64 << 10}.get(row.target, PROCESSORS[row.target].shared)
+    if row.shared > shared:
+        found.append(f"{row.shared} bytes of shared memory, {shared} allowed")
+    if row.matrix == 0 and not row.kernel.startswith(WITHOUT_MATRIX):
+        found.append("no matrix unit")
+    if forward and not row.target.startswith("gfx") and row.wide < 0.95:
+        found.append(f"{row.wide:.0%} of the bytes of queries, keys, values and outputs in 128-bit accesses")
+    if forward and case.allowed and case.padding > case.allowed:
+        found.append(f"{case.padding:.2f} times the useful products, {case.allowed} allowed")
+    if row.target == "sm_90" and row.resident < 8:
+        bound = max(row.clocks.values())
+        if not forward or bound > 1.1 * case.moved / PROCESSORS["sm_90"].memory:
+            found.append(f"{row.resident} resident warps")
     return found
 
 
-def _read(compiled: Any, target: str) -> dict[str, int]:
-    return _read_amd(compiled) if target.startswith("gfx") else _read_nvidia(compiled)
-
-
-def _read_nvidia(compiled: Any) -> dict[str, int]:
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage, code = (
-            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("-res-usage", "-sass")
-        )
-    opcodes = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code, re.M)
-
-    def count(pattern: str) -> int:
-        return sum(1 for opcode in opcodes if re.match(pattern, opcode))
-
-    def used(name: str) -> int:
-        return max((int(number) for number in re.findall(rf"{name}:(\d+)", usage)), default=0)
-
-    wide = count(r"(LDG|LDGSTS|STG).*\.128")
+def _blank(inputs: dict[str, Any], rows: int) -> dict[str, Any]:
+    """The same call for more rows, of unfilled memory: only shapes and alignment are looked at."""
     return {
-        "registers": used("REG"),
-        "stack": used("STACK"),
-        "spills": count("LDL|STL"),
-        "shared": compiled.metadata.shared,
-        "matrix": count(r"HMMA|HGMMA|UTC\w*MMA|DMMA"),
-        "wide": wide,
-        "narrow": count("LDG|LDGSTS|STG") - wide,
-    }
+        k: v.new_empty(rows, *v.shape[1:]) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()
+    }  # fmt: skip
 
 
-def _read_amd(compiled: Any) -> dict[str, int]:
-    code = compiled.asm["amdgcn"]
+FEATURES: dict[str, dict[str, Any]] = {
+    "text": {},
+    "1x4": dict(images=(4,), weights="pixel"),
+    "4x4": dict(images=(4,) * 4, weights="pixel"),
+    "8x4": dict(images=(4,) * 8, weights="pixel"),
+    "4x16": dict(images=(16,) * 4, weights="pixel"),
+    "regions": dict(regions=True),
+    "maps": dict(read=4),
+    "sums": dict(read=4, sums=True),
+}
+# At one width each: an image stream of many tokens, a long prompt, and everything at once.
+MORE: dict[str, dict[str, Any]] = {
+    "257": dict(images=(257,), weights="row"),
+    "everything": dict(images=(4, 4), bias=True, regions=True, weights="pixel", read=4),
+}
+QUICK = {
+    ("sd1.5", 4096): ("text", "4x4", "regions"),
+    ("sd1.5", 1024): ("4x4",),
+    ("sd1.5", 256): ("4x16",),
+    ("sdxl", 4096): ("text", "4x16", "maps", "everything"),
+}
 
-    def field(name: str) -> int:
-        return int((re.findall(rf"\.{name}:\s*(\d+)", code) or ["0"])[-1])
 
-    def count(pattern: str) -> int:
-        return len(re.findall(rf"^\s+{pattern}", code, re.M))
-
-    wide = count(r"(?:global|buffer)_(?:load|store)_dwordx4")
-    return {
-        "registers": field("vgpr_count"),
-        "stack": field("private_segment_fixed_size"),
-        "spills": field("vgpr_spill_count") + field("sgpr_spill_count"),
-        "shared": compiled.metadata.shared,
-        "matrix": count("v_mfma"),
-        "wide": wide,
-        "narrow": count(r"(?:global|buffer)_(?:load|store)_") - wide,
-    }
+def cases() -> Iterator[Case]:
+    """Launcher calls at the shapes of Stable Diffusion 1.5 and XL, forward and backward."""
+    yield from _attention_cases()
+    yield from _rank_one_cases()
 
 
-def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Launcher calls at the shapes of real models, forward and backward."""
-    from .ops.rank_one import triton as rank_one
+def _attention_cases() -> Iterator[Case]:
+    shapes = [s for s in SHAPES if (s.model, s.pixels) in {*QUICK, ("sdxl", 1024)}]
+    for shape in shapes:
+        features = FEATURES | (MORE if shape.model == "sdxl" and shape.pixels == 4096 else {})
+        for name, options in features.items():
+            quick = name in QUICK.get((shape.model, shape.pixels), ())
+            yield _attention_case(shape, name, options, torch.bfloat16, quick)
+    for shape in shapes[:1]:
+        for name in ("text", "4x4"):
+            yield _attention_case(shape, name, FEATURES[name], torch.float32, False)
 
+
+def _attention_case(shape: Shape, feature: str, options: dict[str, Any], dtype: torch.dtype, quick: bool) -> Case:
+    from .ops.localized_attention import triton
+
+    sizes = (shape.pixels, shape.tokens, shape.heads, shape.head_dim)
+    inputs = _blank(attention_inputs(1, 1, *sizes[1:], dtype=dtype, **options), ROWS)
+    for name in ("query", "query_regions", "readout_weights"):
+        if name in inputs:
+            inputs[name] = inputs[name].new_empty(ROWS, shape.pixels, *inputs[name].shape[2:])
+    if options.get("weights") == "pixel":
+        inputs["image_weights"] = inputs["image_weights"].new_empty(ROWS, len(options["images"]), shape.pixels)
+    names = (
+        "query", "key", "value", "scale", "key_bias", "query_regions", "key_regions", "image_key", "image_value",
+        "image_lengths", "image_key_bias", "image_weights", "readout_tokens", "readout_weights",
+    )  # fmt: skip
+    arguments = [{"scale": 0.125, "image_lengths": [], **inputs}.get(name) for name in names]
+    grad_readout = None
+    if "read" in options:
+        size = (ROWS, shape.heads, options["read"]) if "sums" in options else (ROWS, shape.heads, shape.pixels, 4)
+        grad_readout = torch.empty(size)
+    needs = [isinstance(arguments[p], torch.Tensor) for p in (0, 1, 2, 4, 7, 8, 10, 11, 13)]
+
+    def call() -> None:
+        triton.forward(*arguments)  # type: ignore[arg-type]
+        triton.backward(torch.empty_like(inputs["query"]), grad_readout, *arguments, needs)  # type: ignore[arg-type]
+
+    images = options.get("images", ())
+    few = 0 < sum(images) <= 8 and shape.head_dim == 40
+    return Case(
+        f"{shape.name} {feature} {str(dtype)[6:]}",
+        call,
+        quick,
+        triton.padding(dtype.itemsize, shape.head_dim, shape.tokens, images),
+        (1.45 if few else 1.35 if images else 1.25) if dtype == torch.bfloat16 and not options.get("read") else 0.0,
+        2 * 64 * shape.head_dim * dtype.itemsize,
+    )
+
+
+def _rank_one_cases() -> Iterator[Case]:
     text = {(shape.text_width, shape.width): shape for shape in SHAPES if shape.model in ("sd1.5", "sdxl")}
     layers = [(f"{shape.model} to_k {width}", 77, inner, width) for (inner, width), shape in text.items()]
     layers += [("sd1.5 to_q 320", 4096, 320, 320), ("sdxl to_q 1280", 1024, 1280, 1280)]
     for name, tokens, inner, outer in layers:
         for dtype in (torch.bfloat16, torch.float32):
             inputs = rank_one_inputs(2, tokens, inner, outer, 4, 2, dtype=dtype)
-            yield f"{name} {str(dtype)[6:]}", _rank_one_calls(rank_one, inputs)
+            quick = name == "sd1.5 to_k 320" and dtype == torch.bfloat16
+            yield Case(f"{name} {str(dtype)[6:]}", _rank_one_calls(inputs), quick)
 
 
-def _rank_one_calls(rank_one: Any, inputs: dict[str, Any]) -> Callable[[], Any]:
+def _rank_one_calls(inputs: dict[str, Any]) -> Callable[[], Any]:
+    from .ops.rank_one import triton as rank_one
+
     names = ("x", "weight", "u", "v", "slots", "bias", "beta", "tau", "strength")
     x, weight, u, v, slots, _, *gate = (inputs[name] for name in names)
     grad = torch.empty(*x.shape[:2], weight.shape[0], dtype=x.dtype)
@@ -191,30 +177,83 @@ def _rank_one_calls(rank_one: Any, inputs: dict[str, Any]) -> Callable[[], Any]:
     return call
 
 
+def compare(rows: list[Compiled], path: Path = RECORD) -> list[str]:
+    """What is worse than recorded by more than 3%; nothing where another Triton made the record, or none did."""
+    import triton
+
+    record = json.loads(path.read_text()) if path.exists() else {}
+    if record.get("triton") != triton.__version__:
+        return []
+    old = {_key(row): row for row in record["rows"]}
+    found = []
+    for row in map(asdict, rows):
+        before = old.get(_key(row), row)
+        for name in ("registers", "stack", "spills", "shared", "matrix", "exponentials", "instructions", "narrow"):
+            if row[name] > WORSE * before[name]:
+                found.append(f"{_key(row)}: {name} {before[name]} -> {row[name]}")
+        for name in ("wide", "resident"):
+            if WORSE * row[name] < before[name]:
+                found.append(f"{_key(row)}: {name} {before[name]} -> {row[name]}")
+    return found
+
+
+def _key(row: dict[str, Any]) -> str:
+    return f"{row['case']} {row['kernel']} {row['target']} {row['variant']}"
+
+
+HEAD = (
+    f"{'case':36} {'kernel':12} {'target':6} regs stack spills shared warps resident unit          "
+    "128-bit others padding   matrix      exp    issue   DRAM clocks"
+)
+
+
+def line(row: Compiled, case: Case) -> str:
+    clocks = " ".join(f"{value:8.0f}" for value in row.clocks.values())
+    forward = "_fwd_" in row.kernel
+    ends = f"{case.padding:7.2f} {clocks} {case.moved / PROCESSORS[row.target].memory:6.0f}" if forward else (
+        f"{'':7} {clocks}"
+    )  # fmt: skip
+    short = row.kernel.removeprefix("localized_attention_").removesuffix("_kernel")
+    return (
+        f"{row.case:36} {short:12} {row.target:6} {row.registers:4} {row.stack:5} {row.spills:6} {row.shared:6} "
+        f"{row.warps:5} {row.resident:8} {row.unit:13} {row.wide:7.0%} {row.narrow:6} {ends}"
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m keylock_kernels.report", description=__doc__)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
-    parser.add_argument("--json", type=Path, help="write the rows here too")
+    parser.add_argument("--only", default="", help="cases whose name has this in it")
+    parser.add_argument("--record", action="store_true", help=f"write {RECORD.name}; without it, compare with it")
     arguments = parser.parse_args()
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what Triton does unset; set, it does not warn
-    rows, failed = [], 0
-    print(f"{'case':32} {'kernel':20} {'target':7} regs stack spills shared warps matrix 128-bit narrower")
-    for case, call in cases():
+    rows: list[Compiled] = []
+    failed = 0
+    print(HEAD)
+    for case in cases():
+        if arguments.only not in case.name:
+            continue
         for target in arguments.targets:
-            for row in dict.fromkeys(compile_launches(call, target, case)):
+            for row in compile_launches(case.call, target, case.name):
                 rows.append(row)
-                bad = row.failures()
+                bad = failures(row, case)
                 failed += bool(bad)
-                print(
-                    f"{row.case:32} {row.kernel:20} {row.target:7} {row.registers:4} {row.stack:5} {row.spills:6} "
-                    f"{row.shared:6} {row.warps:5} {row.matrix:6} {row.wide:7} {row.narrow:8}"
-                    + (f"  FAILS: {'; '.join(bad)}" if bad else ""),
-                    flush=True,
-                )
-    if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    print(f"{len(rows)} kernels, {failed} fail")
-    return 1 if failed else 0
+                print(line(row, case) + (f"  FAILS: {'; '.join(bad)}" if bad else ""), flush=True)
+    if arguments.record:
+        import triton
+
+        RECORD.parent.mkdir(exist_ok=True)
+        RECORD.write_text(
+            '{"triton": "' + triton.__version__ + '", "rows": [\n'
+            + ",\n".join(json.dumps(asdict(row)) for row in rows) + "\n]}\n"
+        )  # fmt: skip
+        worse = []
+    else:
+        worse = compare(rows)
+    for text in worse:
+        print(f"worse than recorded: {text}")
+    print(f"{len(rows)} kernels, {failed} fail, {len(worse)} numbers worse than recorded")
+    return 1 if failed or worse else 0
 
 
 if __name__ == "__main__":

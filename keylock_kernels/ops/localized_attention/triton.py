@@ -111,17 +111,19 @@ class Rule(NamedTuple):
     where: str  # an architecture's name begins so
     size: int  # bytes of an element
     width: int  # the widest padded head dimension
-    load: int  # the most that a call may ask for: TEXT, IMAGES, or ALL
+    load: int  # the most that a call may ask for: TEXT, IMAGES, EXTRAS or ALL
     tile: Any
 
 
-TEXT, IMAGES, ALL = 0, 1, 2  # plain text; images too; regions, biases and read-outs too
+TEXT, IMAGES, ALL = 0, 1, 3  # plain text; images too; regions, biases and read-outs too
+EXTRAS = 2  # regions, biases and read-outs without images
 
 FORWARD = (
     Rule("sm_9", 2, 96, IMAGES, Tile(64, 4, 2, 80, 32, 62 << 10)),
     Rule("sm_9", 2, 96, ALL, Tile(64, 4, 1, 80, 32, 62 << 10)),
     Rule("sm_9", 2, 256, ALL, Tile(64, 4, 1, 80, 16, 96 << 10)),
-    Rule("sm_1", 2, 96, TEXT, Tile(64, 4, 2, 80, 32, 62 << 10)),
+    Rule("sm_1", 2, 96, IMAGES, Tile(64, 4, 2, 80, 32, 62 << 10)),
+    Rule("sm_1", 2, 96, EXTRAS, Tile(64, 4, 1, 80, 32, 62 << 10)),
     Rule("sm_1", 2, 256, ALL, Tile(64, 8, 1, 80, 32, 62 << 10)),
     Rule("", 2, 96, IMAGES, Tile(64, 4, 2, 80, 32, 62 << 10)),
     Rule("", 2, 256, ALL, Tile(64, 4, 1, 80, 16, 62 << 10)),
@@ -129,14 +131,16 @@ FORWARD = (
 )
 BACKWARD = (
     Rule("", 2, 96, TEXT, Tile(64, 4, 1, 80, 32, 0)),
+    Rule("sm_1", 2, 96, ALL, Tile(64, 8, 1, 16, 16, 0)),
     Rule("", 2, 96, ALL, Tile(64, 4, 1, 16, 16, 0)),
     Rule("", 2, 256, TEXT, Tile(64, 4, 1, 16, 16, 0)),
     Rule("", 8, 256, ALL, Tile(16, 4, 1, 16, 16, 0)),
 )
 KEYS = (
     Rule("", 2, 64, IMAGES, KeyTile(80, 64, 32, 4, 1)),
-    Rule("", 2, 96, ALL, KeyTile(48, 32, 32, 4, 1)),
-    Rule("", 2, 256, ALL, KeyTile(32, 16, 32, 4, 1)),
+    Rule("", 2, 64, ALL, KeyTile(32, 16, 32, 4, 1)),
+    Rule("", 2, 96, IMAGES, KeyTile(32, 16, 32, 4, 1)),
+    Rule("", 2, 256, ALL, KeyTile(16, 16, 32, 4, 1)),
     Rule("", 8, 256, ALL, KeyTile(16, 16, 16, 4, 1)),
 )
 PROGRAMS = 4  # per multiprocessor, before a program takes another tile of pixels
@@ -145,7 +149,10 @@ SUM_TILE = (8, 256)  # summands, columns
 
 
 def configuration(rules: tuple[Rule, ...], where: str, size: int, width: int, load: int) -> Any:
-    return next(r.tile for r in rules if where.startswith(r.where) and size <= r.size and width <= r.width and load <= r.load)
+    def fits(r: Rule) -> bool:
+        return where.startswith(r.where) and size <= r.size and width <= r.width and load <= r.load
+
+    return next(rule.tile for rule in rules if fits(rule))
 
 
 def _heads(x: Tensor, unit: int) -> Heads:
@@ -214,8 +221,21 @@ def plan(
     return Plan(wide, text, cut(keys) if text == "short" else (16, 0), groups, text_resident, images_resident, tile)
 
 
+def padding(size: int, head_dim: int, keys: int, lengths: tuple[int, ...]) -> float:
+    """Products that the forward kernel issues over those that the equation needs, pixels filling their tiles."""
+    cuts = plan(FORWARD, "sm_90", size, head_dim, keys, lengths, IMAGES if lengths else TEXT)
+
+    def blocks(length: int) -> int:
+        return cuts.tile.block * ceil_div(length, cuts.tile.block)
+
+    issued = sum(cuts.cut) if cuts.text == "short" else blocks(keys)
+    issued += sum(blocks(g.lengths[0]) if g.long else g.first + g.second for g in cuts.groups)
+    return issued * sum(cuts.parts) / ((keys + sum(lengths)) * head_dim)
+
+
 def _load(images: Tensor | None, *rest: Tensor | None) -> int:
-    return ALL if any(x is not None for x in rest) else IMAGES if images is not None else TEXT
+    extras = any(x is not None for x in rest)
+    return (ALL if extras else IMAGES) if images is not None else EXTRAS if extras else TEXT
 
 
 def per_program(tiles: int, others: int, device: torch.device) -> int:
@@ -353,11 +373,14 @@ def backward(
         "D": width, "PARTS": cuts.parts, "UNIT": unit, "GRAD": grad_out is not None, "KIND": kind,
         "ONE_READ": 0 < read <= READ.value, "ACC": accumulator(query.dtype),
     }  # fmt: skip
+    equal = () if token_parts is not None else _alike(cuts.groups)
     launch(
         localized_attention_bwd_pixel_kernel, (rows * heads * groups,), query.device,
-        *shared, dquery, weight_parts, token_parts, slopes, pixels, keys, heads, groups, each, *_split(scale),
+        *shared, dquery, weight_parts, token_parts, slopes, pixels, keys, heads, groups, each,
+        len(cuts.groups) if equal else 0, *_split(scale),
         BM=cuts.tile.pixels, BLOCK=cuts.tile.block, TEXT=cuts.text, A=cuts.cut[0], B=cuts.cut[1],
-        IMAGES=tuple(map(tuple, cuts.groups)), STREAMS=_streams(cuts.groups), IMAGE_KEYS=total, PER_PIXEL=per_pixel,
+        IMAGES=() if equal else tuple(map(tuple, cuts.groups)), EQUAL=equal,
+        STREAMS=() if equal else _streams(cuts.groups), IMAGE_KEYS=total, PER_PIXEL=per_pixel,
         **constants, num_warps=cuts.tile.warps, num_stages=cuts.tile.stages,
     )  # fmt: skip
     of_text, of_images = (dkey, dvalue, dbias), (dimage_key, dimage_value, dimage_bias)

@@ -267,31 +267,30 @@ def _packed(dq, q, g, tile, weights, dweights, slopes, scale, reads, row, head, 
 
 @triton.jit
 def _images(dq, q, g, key, value, bias, weights, dweights, slopes, scale, reads, row, head, heads, pixel, pixels, inside,
-            block, blocks, images, number, LONG: tl.constexpr, START: tl.constexpr, STREAM: tl.constexpr,
-            A: tl.constexpr, B: tl.constexpr, LENGTHS: tl.constexpr, PER_PIXEL: tl.constexpr, BLOCK: tl.constexpr,
+            block, blocks, images, number, start, stream, LONG: tl.constexpr, A: tl.constexpr, B: tl.constexpr, LENGTHS: tl.constexpr, PER_PIXEL: tl.constexpr, BLOCK: tl.constexpr,
             GRAD: tl.constexpr, KIND: tl.constexpr, ONE_READ: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr,
             UNIT: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """dq / scale with one group of image streams, and each one's (largest score, 1 / sum)."""
     WEIGHED: tl.constexpr = weights is not None
     tiles = ()
     if not LONG:
-        tiles = group_tiles(key, value, bias, None, row, head, START, LENGTHS, A, B, WEIGHED, D, PARTS, UNIT, ACC)
+        tiles = group_tiles(key, value, bias, None, row, head, start, LENGTHS, A, B, WEIGHED, D, PARTS, UNIT, ACC)
     if len(LENGTHS) > 1:
         return _packed(dq, q, g, tiles[0], weights, dweights, slopes, scale, reads, row, head, heads, pixel, pixels,
-                       inside, block, blocks, START, STREAM, images, number + START, LENGTHS, PER_PIXEL, GRAD, KIND,
+                       inside, block, blocks, start, stream, images, number + start, LENGTHS, PER_PIXEL, GRAD, KIND,
                        ONE_READ, ACC)  # fmt: skip
     else:
         w, live = pixel, inside
         if WEIGHED:
-            w = stream_weight(weights, row, STREAM, pixel, inside, ACC)
-            live = _live(w, reads, row, number + START, number + START + LENGTHS[0], KIND)
+            w = stream_weight(weights, row, stream, pixel, inside, ACC)
+            live = _live(w, reads, row, number + start, number + start + LENGTHS[0], KIND)
         dq, found = _stream(dq, q, g, key, value, bias, None, tiles, scale, pixel, w, live, reads, row, head, pixel,
-                            inside, START, START + LENGTHS[0], number, LONG, BLOCK, WEIGHED, GRAD, KIND, ONE_READ, D,
+                            inside, start, start + LENGTHS[0], number, LONG, BLOCK, WEIGHED, GRAD, KIND, ONE_READ, D,
                             PARTS, UNIT, ACC)  # fmt: skip
         top, share, plain, slope = found
-        _keep(slopes, row, head, heads, 1 + STREAM, pixel, pixels, inside, live, top, share, slope)
+        _keep(slopes, row, head, heads, 1 + stream, pixel, pixels, inside, live, top, share, slope)
         if dweights is not None:
-            _keep_weight(dweights, row, head, heads, images, STREAM, block, blocks, pixel, pixels, inside, w, plain,
+            _keep_weight(dweights, row, head, heads, images, stream, block, blocks, pixel, pixels, inside, w, plain,
                          PER_PIXEL)  # fmt: skip
         return dq, ((top, share),)
 
@@ -319,6 +318,7 @@ def localized_attention_bwd_pixel_kernel(
     heads,
     groups,
     per_group,
+    equal_groups,
     scale_high,
     scale_low,
     D: tl.constexpr,
@@ -330,6 +330,7 @@ def localized_attention_bwd_pixel_kernel(
     A: tl.constexpr,
     B: tl.constexpr,
     IMAGES: tl.constexpr,
+    EQUAL: tl.constexpr,
     STREAMS: tl.constexpr,
     IMAGE_KEYS: tl.constexpr,
     PER_PIXEL: tl.constexpr,
@@ -368,11 +369,17 @@ def localized_attention_bwd_pixel_kernel(
             top, share, _, slope = found
             _keep(slopes, row, head, heads, 0, pixel, pixels, inside, inside, top, share, slope)
             text_stats = (top, share)
+        if len(EQUAL) > 0:
+            for i in range(0, equal_groups):
+                dq, unread = _images(dq, q, g, image_key, image_value, image_key_bias, image_weights, dweights, slopes, scale,
+                                reads, row, head, heads, pixel, pixels, inside, block, blocks, slopes.streams - 1, keys,
+                                i * len(EQUAL) * EQUAL[0], i * len(EQUAL), False, 16, 0, EQUAL, PER_PIXEL, BLOCK, GRAD,
+                                KIND, ONE_READ, D, PARTS, UNIT, ACC)  # fmt: skip
         for i in tl.static_range(len(IMAGES)):
-            dq, more = _images(dq, q, g, image_key, image_value, image_key_bias, image_weights, dweights, slopes, scale, reads,
-                         row, head, heads, pixel, pixels, inside, block, blocks, slopes.streams - 1, keys,
-                         IMAGES[i][0], IMAGES[i][1], IMAGES[i][2], IMAGES[i][3], IMAGES[i][4], IMAGES[i][5], PER_PIXEL,
-                         BLOCK, GRAD, KIND, ONE_READ, D, PARTS, UNIT, ACC)  # fmt: skip
+            dq, more = _images(dq, q, g, image_key, image_value, image_key_bias, image_weights, dweights, slopes, scale,
+                               reads, row, head, heads, pixel, pixels, inside, block, blocks, slopes.streams - 1, keys,
+                               IMAGES[i][1], IMAGES[i][2], IMAGES[i][0], IMAGES[i][3], IMAGES[i][4], IMAGES[i][5],
+                               PER_PIXEL, BLOCK, GRAD, KIND, ONE_READ, D, PARTS, UNIT, ACC)  # fmt: skip
             stats = stats + more
         if dquery is not None:
             store_rows(dquery, row, pixels, head, heads, pixel, inside, scaled(dq, tl.zeros([BM], ACC) + plain_scale),

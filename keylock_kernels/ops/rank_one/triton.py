@@ -106,6 +106,20 @@ def _activations(x, row, token, tokens, c, width):
 
 
 @triton.jit
+def _load_weight(weight, o, outputs, k, width):
+    """A tile of [O, K], transposed."""
+    inside = (k < width)[:, None] & (o < outputs)[None]
+    return tl.load(weight.data + o[None] * weight.s + k[:, None] * weight.c, mask=inside, other=0.0)
+
+
+@triton.jit
+def _store_output(y, value, row, token, tokens, o, outputs):
+    """A tile of a contiguous [B, T, O]; the one rounding."""
+    at = (row * tokens + token[:, None]) * outputs + o[None]
+    tl.store(y + at, value.to(y.dtype.element_ty), mask=(token < tokens)[:, None] & (o < outputs)[None])
+
+
+@triton.jit
 def _directions(v, taken, index, c, width):
     """The chunk's rows of a table, transposed [C, 16]; zeros for what is not taken, whatever the table holds."""
     return tl.load(v.data + index[None] * v.s + c[:, None] * v.c, mask=taken[None] & (c < width)[:, None], other=0.0)
@@ -201,8 +215,7 @@ def _finish(acc, s, x, v, bias, y, row, token, tokens, width, outputs, o, slots,
                    dc)  # fmt: skip
     if bias is not None:
         acc += tl.load(bias + o, mask=o < outputs, other=0.0)[None]
-    at = (row * tokens + token[:, None]) * outputs + o[None]
-    tl.store(y + at, acc.to(y.dtype.element_ty), mask=(token < tokens)[:, None] & (o < outputs)[None])
+    _store_output(y, acc, row, token, tokens, o, outputs)
 
 
 @triton.jit
@@ -247,8 +260,7 @@ def linear_kernel(
         s_last = tl.zeros([TAIL, CHUNK], ACC)
     for start in range(0, width, BK):
         k = start + tl.arange(0, BK)
-        inside = (k < width)[:, None] & (o < outputs)[None]
-        w = tl.load(weight.data + o[None] * weight.s + k[:, None] * weight.c, mask=inside, other=0.0)
+        w = _load_weight(weight, o, outputs, k, width)
         a = _activations(x, row, token, tokens, k, width)
         acc = dot(a, w, acc)
         if v is not None:
@@ -306,8 +318,7 @@ def update_kernel(
     acc = _activations(base, row, token, tokens, o, outputs).to(ACC)
     for first in range(0, slots.updates, CHUNK):
         acc = _add(acc, None, row, token, tokens, outputs, o, first, slots, u, given, None, None, None, None, None)
-    at = (row * tokens + token[:, None]) * outputs + o[None]
-    tl.store(y + at, acc.to(y.dtype.element_ty), mask=(token < tokens)[:, None] & (o < outputs)[None])
+    _store_output(y, acc, row, token, tokens, o, outputs)
 
 
 @triton.jit
