@@ -197,6 +197,20 @@ def compare(rows: list[Compiled], path: Path = RECORD) -> list[str]:
     return found
 
 
+def record(rows: list[Compiled], path: Path = RECORD) -> None:
+    """Writes the rows, in the place of older ones of the same cases and targets."""
+    import triton
+
+    old = json.loads(path.read_text()) if path.exists() else {}
+    kept = old["rows"] if old.get("triton") == triton.__version__ else []
+    fresh = {(row.case, row.target) for row in rows}
+    every = [row for row in kept if (row["case"], row["target"]) not in fresh] + [asdict(row) for row in rows]
+    every.sort(key=lambda row: (row["case"], row["target"]))
+    lines = ",\n".join(json.dumps(row) for row in every)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n')
+
+
 def _key(row: dict[str, Any]) -> str:
     return f"{row['case']} {row['kernel']} {row['target']} {row['variant']}"
 
@@ -224,7 +238,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m keylock_kernels.report", description=__doc__)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
     parser.add_argument("--only", default="", help="cases whose name has this in it")
-    parser.add_argument("--record", action="store_true", help=f"write {RECORD.name}; without it, compare with it")
+    parser.add_argument("--record", action="store_true", help=f"write the rows to {RECORD.name}")
     arguments = parser.parse_args()
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what Triton does unset; set, it does not warn
     rows: list[Compiled] = []
@@ -240,16 +254,8 @@ def main() -> int:
                 failed += bool(bad)
                 print(line(row, case) + (f"  FAILS: {'; '.join(bad)}" if bad else ""), flush=True)
     if arguments.record:
-        import triton
-
-        RECORD.parent.mkdir(exist_ok=True)
-        RECORD.write_text(
-            '{"triton": "' + triton.__version__ + '", "rows": [\n'
-            + ",\n".join(json.dumps(asdict(row)) for row in rows) + "\n]}\n"
-        )  # fmt: skip
-        worse = []
-    else:
-        worse = compare(rows)
+        record(rows)
+    worse = compare(rows)
     for text in worse:
         print(f"worse than recorded: {text}")
     print(f"{len(rows)} kernels, {failed} fail, {len(worse)} numbers worse than recorded")

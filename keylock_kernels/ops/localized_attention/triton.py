@@ -134,6 +134,8 @@ BACKWARD = (
     Rule("sm_1", 2, 96, ALL, Tile(64, 8, 1, 16, 16, 0)),
     Rule("", 2, 96, ALL, Tile(64, 4, 1, 16, 16, 0)),
     Rule("", 2, 256, TEXT, Tile(64, 4, 1, 16, 16, 0)),
+    Rule("", 2, 256, IMAGES, Tile(16, 8, 1, 16, 16, 0)),
+    Rule("", 2, 256, ALL, Tile(16, 8, 2, 16, 16, 0)),
     Rule("", 8, 256, ALL, Tile(16, 4, 1, 16, 16, 0)),
 )
 KEYS = (
@@ -373,14 +375,14 @@ def backward(
         "D": width, "PARTS": cuts.parts, "UNIT": unit, "GRAD": grad_out is not None, "KIND": kind,
         "ONE_READ": 0 < read <= READ.value, "ACC": accumulator(query.dtype),
     }  # fmt: skip
-    equal = () if token_parts is not None else _alike(cuts.groups)
+    equal = _alike(cuts.groups)
     launch(
         localized_attention_bwd_pixel_kernel, (rows * heads * groups,), query.device,
         *shared, dquery, weight_parts, token_parts, slopes, pixels, keys, heads, groups, each,
         len(cuts.groups) if equal else 0, *_split(scale),
         BM=cuts.tile.pixels, BLOCK=cuts.tile.block, TEXT=cuts.text, A=cuts.cut[0], B=cuts.cut[1],
         IMAGES=() if equal else tuple(map(tuple, cuts.groups)), EQUAL=equal,
-        STREAMS=() if equal else _streams(cuts.groups), IMAGE_KEYS=total, PER_PIXEL=per_pixel,
+        ENDS=_ends(lengths), IMAGE_KEYS=total, PER_PIXEL=per_pixel,
         **constants, num_warps=cuts.tile.warps, num_stages=cuts.tile.stages,
     )  # fmt: skip
     of_text, of_images = (dkey, dvalue, dbias), (dimage_key, dimage_value, dimage_bias)

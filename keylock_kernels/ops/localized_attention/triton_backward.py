@@ -22,7 +22,7 @@ from .triton_tiles import (
     LN2,
     READ,
     asked_tokens,
-    columns,
+    column_values,
     finite,
     group_tiles,
     inverse,
@@ -39,6 +39,7 @@ from .triton_tiles import (
     segment,
     spread,
     store_rows,
+    stream_of,
     stream_weight,
     vector,
     zeros,
@@ -223,7 +224,7 @@ def _stream(dq, q, g, key, value, bias, regions, tiles, scale, pixel_regions, w,
 def _packed(dq, q, g, tile, weights, dweights, slopes, scale, reads, row, head, heads, pixel, pixels, inside, block,
             blocks, first, stream, images, number, LENGTHS: tl.constexpr, PER_PIXEL: tl.constexpr,
             GRAD: tl.constexpr, KIND: tl.constexpr, ONE_READ: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    """dq / scale with several short image streams in one tile, and each one's (largest score, 1 / sum)."""
+    """dq / scale with several short image streams in one tile, each under a softmax of its own."""
     s = scores(q, tile, scale, pixel, True, False, ACC)
     t = tl.arange(0, s.shape[1])
     tops, shares, slope_of, weight_of = tl.zeros_like(s), tl.zeros_like(s), tl.zeros_like(s), tl.zeros_like(s)
@@ -243,11 +244,9 @@ def _packed(dq, q, g, tile, weights, dweights, slopes, scale, reads, row, head, 
         dp = dp * weight_of
     dp = _ask(dp, reads, row, head, pixel, inside, number + t, False, KIND, ONE_READ, ACC)
     start = 0
-    stats = ()
     for j in tl.static_range(len(LENGTHS)):
         mine = segment(t, start, LENGTHS[j])
         share = inverse(tl.sum(tl.where(mine, p, 0.0), 1))
-        stats = stats + ((found[j], share),)
         slope = tl.sum(tl.where(mine, p * dp, 0.0), 1) * share
         live = inside
         if weights is not None:
@@ -262,7 +261,7 @@ def _packed(dq, q, g, tile, weights, dweights, slopes, scale, reads, row, head, 
         slope_of = tl.where(mine, slope[:, None], slope_of)
         start += LENGTHS[j]
     dz = tl.where(shares == 0, 0.0, p * shares * (dp - slope_of))
-    return spread(dz, tile[0], dq), stats
+    return spread(dz, tile[0], dq)
 
 
 @triton.jit
@@ -270,7 +269,7 @@ def _images(dq, q, g, key, value, bias, weights, dweights, slopes, scale, reads,
             block, blocks, images, number, start, stream, LONG: tl.constexpr, A: tl.constexpr, B: tl.constexpr, LENGTHS: tl.constexpr, PER_PIXEL: tl.constexpr, BLOCK: tl.constexpr,
             GRAD: tl.constexpr, KIND: tl.constexpr, ONE_READ: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr,
             UNIT: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    """dq / scale with one group of image streams, and each one's (largest score, 1 / sum)."""
+    """dq / scale with one group of image streams."""
     WEIGHED: tl.constexpr = weights is not None
     tiles = ()
     if not LONG:
@@ -292,7 +291,7 @@ def _images(dq, q, g, key, value, bias, weights, dweights, slopes, scale, reads,
         if dweights is not None:
             _keep_weight(dweights, row, head, heads, images, stream, block, blocks, pixel, pixels, inside, w, plain,
                          PER_PIXEL)  # fmt: skip
-        return dq, ((top, share),)
+        return dq
 
 
 @triton.jit
@@ -331,7 +330,7 @@ def localized_attention_bwd_pixel_kernel(
     B: tl.constexpr,
     IMAGES: tl.constexpr,
     EQUAL: tl.constexpr,
-    STREAMS: tl.constexpr,
+    ENDS: tl.constexpr,  # the number behind the last key of each image stream but the last
     IMAGE_KEYS: tl.constexpr,
     PER_PIXEL: tl.constexpr,
     GRAD: tl.constexpr,
@@ -356,8 +355,6 @@ def localized_attention_bwd_pixel_kernel(
         if REGIONS:
             pixel_regions = vector(query_regions, row, pixel, inside, 0)
         dq = zeros(BM, PARTS, ACC)
-        text_stats = (tl.zeros([BM], ACC), tl.zeros([BM], ACC))
-        stats = ()
         if TEXT != "none":
             tiles = ()
             if TEXT == "short":
@@ -368,32 +365,44 @@ def localized_attention_bwd_pixel_kernel(
                                 ONE_READ, D, PARTS, UNIT, ACC)  # fmt: skip
             top, share, _, slope = found
             _keep(slopes, row, head, heads, 0, pixel, pixels, inside, inside, top, share, slope)
-            text_stats = (top, share)
         if len(EQUAL) > 0:
             for i in range(0, equal_groups):
-                dq, unread = _images(dq, q, g, image_key, image_value, image_key_bias, image_weights, dweights, slopes, scale,
+                dq = _images(dq, q, g, image_key, image_value, image_key_bias, image_weights, dweights, slopes, scale,
                                 reads, row, head, heads, pixel, pixels, inside, block, blocks, slopes.streams - 1, keys,
                                 i * len(EQUAL) * EQUAL[0], i * len(EQUAL), False, 16, 0, EQUAL, PER_PIXEL, BLOCK, GRAD,
                                 KIND, ONE_READ, D, PARTS, UNIT, ACC)  # fmt: skip
         for i in tl.static_range(len(IMAGES)):
-            dq, more = _images(dq, q, g, image_key, image_value, image_key_bias, image_weights, dweights, slopes, scale,
+            dq = _images(dq, q, g, image_key, image_value, image_key_bias, image_weights, dweights, slopes, scale,
                                reads, row, head, heads, pixel, pixels, inside, block, blocks, slopes.streams - 1, keys,
                                IMAGES[i][1], IMAGES[i][2], IMAGES[i][0], IMAGES[i][3], IMAGES[i][4], IMAGES[i][5],
                                PER_PIXEL, BLOCK, GRAD, KIND, ONE_READ, D, PARTS, UNIT, ACC)  # fmt: skip
-            stats = stats + more
         if dquery is not None:
             store_rows(dquery, row, pixels, head, heads, pixel, inside, scaled(dq, tl.zeros([BM], ACC) + plain_scale),
                        D, PARTS)  # fmt: skip
-        if dtoken_weights is not None:
+    if dtoken_weights is not None:
+        tl.debug_barrier()  # the slopes are read again, by other threads than wrote them
+        for block in range(group * per_group, tl.minimum(blocks, (group + 1) * per_group)):
+            pixel = (block * BM + tl.arange(0, BM)).to(tl.int64)
+            inside = pixel < pixels
+            q = load_rows(query, row, head, pixel, inside, D, PARTS, UNIT)
+            pixel_regions = tl.zeros([BM], tl.int32)
+            if REGIONS:
+                pixel_regions = vector(query_regions, row, pixel, inside, 0)
             for first in range(0, READ if ONE_READ else reads.count, READ):
                 asked = asked_tokens(key, image_key, key_bias, image_key_bias, key_regions, reads.tokens, row, head,
                                      keys, first, reads.count, IMAGE_KEYS, D, PARTS, UNIT, ACC)  # fmt: skip
-                p = columns(q, text_stats, stats, asked, pixel_regions, scale, REGIONS, STREAMS, ACC)
-                m = first + tl.arange(0, READ)
+                _, bias, seen_from, of_text, index = asked
+                stream = tl.where(of_text, 0, 1 + stream_of(index, ENDS))
+                at = ((row * heads + head) * slopes.streams + stream[None]) * pixels + pixel[:, None]
+                read = (bias != float("-inf")) & (bias == bias)
+                mask = inside[:, None] & read[None]
+                top = tl.load(slopes.top + at, mask=mask, other=0.0)
+                share = tl.load(slopes.share + at, mask=mask, other=0.0)
+                p = column_values(q, asked, top, share, pixel_regions, scale, REGIONS, ACC)
                 h = load_columns(reads.grad, row, head, pixel, inside, first, reads.count, ACC)
-                none = (asked[1] == float("-inf")) | (asked[1] != asked[1])
+                m = first + tl.arange(0, READ)
                 at = ((row * heads + head) * pixels + pixel[:, None]) * reads.count + m[None]
-                tl.store(dtoken_weights + at, tl.where(none[None], 0.0, h * p),
+                tl.store(dtoken_weights + at, tl.where(read[None], h * p, 0.0),
                          mask=inside[:, None] & (m < reads.count)[None])  # fmt: skip
 
 
@@ -488,9 +497,7 @@ def _image_chunk(query, key, value, bias, weights, grad, reads, slopes, dkey, dv
     tile = key_tile(key, value, bias, None, row, head, first, keys, SIZE, WEIGHED, D, PARTS, UNIT, ACC)
     t = first + tl.arange(0, SIZE)
     known = t < keys
-    stream = tl.zeros([SIZE], tl.int32)
-    for j in tl.static_range(len(ENDS)):
-        stream += (t >= ENDS[j]).to(tl.int32)
+    stream = stream_of(t, ENDS)
     own = (((row * heads + head) * slopes.streams + 1 + stream) * pixels)[:, None]
     gains = (zeros(SIZE, PARTS, ACC), zeros(SIZE, PARTS, ACC), tl.zeros([SIZE], ACC))
     for block in range(low, high):
@@ -551,7 +558,7 @@ def localized_attention_bwd_key_kernel(
     A: tl.constexpr,
     B: tl.constexpr,
     IMAGE: tl.constexpr,
-    ENDS: tl.constexpr,  # the number behind the last key of each image stream
+    ENDS: tl.constexpr,
     GRAD: tl.constexpr,
     KIND: tl.constexpr,
     ONE_READ: tl.constexpr,

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .triton_tiles import (
     asked_tokens,
-    columns,
+    column_values,
     READ,
     finite,
     group_tiles,
@@ -174,6 +174,19 @@ def _add_equal(out, q, key, value, bias, weights, row, head, scale, pixel, insid
 
 
 @triton.jit
+def _stats_of(asked, text_stats, stats, BM: tl.constexpr, STREAMS: tl.constexpr):
+    """(largest score, 1 / sum) of the streams that a chunk of read-out tokens lies in [BM, 16]."""
+    of_text, index = asked[3], asked[4]
+    top = tl.where(of_text[None], text_stats[0][:, None], 0.0)
+    share = tl.where(of_text[None], text_stats[1][:, None], 0.0)
+    for j in tl.static_range(len(STREAMS)):
+        mine = segment(index, STREAMS[j][0], STREAMS[j][1])
+        top = tl.where(mine, stats[j][0][:, None], top)
+        share = tl.where(mine, stats[j][1][:, None], share)
+    return top, share
+
+
+@triton.jit
 def localized_attention_fwd_kernel(
     query,  # [B, N, H, D]
     key,  # [B, T, H, D]
@@ -279,7 +292,8 @@ def localized_attention_fwd_kernel(
                 else:
                     chunk = asked_tokens(key, image_key, key_bias, image_key_bias, key_regions, tokens, row, head, keys,
                                    first, read, IMAGE_KEYS, D, PARTS, UNIT, ACC)  # fmt: skip
-                p = columns(q, text_stats, stats, chunk, pixel_regions, scale, REGIONS, STREAMS, ACC)
+                top, share = _stats_of(chunk, text_stats, stats, BM, STREAMS)
+                p = column_values(q, chunk, top, share, pixel_regions, scale, REGIONS, ACC)
                 m = first + tl.arange(0, READ)
                 if token_weights is None:
                     at = ((row * heads + head) * pixels + pixel[:, None]) * read + m[None]

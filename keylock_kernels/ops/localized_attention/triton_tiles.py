@@ -344,18 +344,20 @@ def asked_tokens(key, image_key, key_bias, image_key_bias, key_regions, tokens, 
 
 
 @triton.jit
-def columns(q, text_stats, stats, asked, pixel_regions, scale, REGIONS: tl.constexpr, STREAMS: tl.constexpr,
-             ACC: tl.constexpr):  # fmt: skip
+def stream_of(index, ENDS: tl.constexpr):
+    """The number of the image stream that each image key lies in."""
+    stream = tl.zeros_like(index)
+    for j in tl.static_range(len(ENDS)):
+        stream += (index >= ENDS[j]).to(tl.int32)
+    return stream
+
+
+@triton.jit
+def column_values(q, asked, top, share, pixel_regions, scale, REGIONS: tl.constexpr, ACC: tl.constexpr):
     """A chunk of columns of P [BM, 16]: the tokens' scores once more, under the softmax of their streams."""
-    keys, bias, seen_from, of_text, index = asked
+    keys, bias, seen_from, of_text, _ = asked
     s = product(q, keys, tl.zeros([q[0].shape[0], READ], ACC))
-    tops = tl.where(of_text[None], text_stats[0][:, None], 0.0)
-    shares = tl.where(of_text[None], text_stats[1][:, None], 0.0)
-    for j in tl.static_range(len(STREAMS)):
-        mine = segment(index, STREAMS[j][0], STREAMS[j][1])
-        tops = tl.where(mine, stats[j][0][:, None], tops)
-        shares = tl.where(mine, stats[j][1][:, None], shares)
-    p = tl.exp2(times(s, scale) + (bias[None] - tops)) * shares
+    p = tl.exp2(times(s, scale) + (bias[None] - top)) * share
     if REGIONS:
         p = tl.where(of_text[None] & ((pixel_regions[:, None] & seen_from[None]) == 0), 0.0, p)
     return p
