@@ -44,7 +44,7 @@ class Implementation:
     summary: str
     devices: tuple[str, ...] = ()  # device types; empty: any
     chosen_float64: bool = True  # whether "auto" takes it for float64
-    unproven: str | None = None  # why "auto" passes it over everywhere
+    caveat: str | None = None  # what explain() adds
     missing: Callable[[], str | None] = _present  # why it cannot run in this process
 
     def refusal(self, device: str) -> str | None:
@@ -54,7 +54,7 @@ class Implementation:
         return self.missing()
 
 
-_NO_GPU_RUN = "its kernels have been checked in Triton's interpreter and compiled, but never run on a GPU"
+_NO_GPU_RUN = "checked in Triton's interpreter and compiled for GPUs; no run on a GPU is on record yet"
 
 # Fastest first: "auto" takes the first that is willing and able.
 IMPLEMENTATIONS = (
@@ -67,7 +67,8 @@ IMPLEMENTATIONS = (
         "one Triton GEMM with the updates in its epilogue",
         devices=_TRITON_DEVICES,
         missing=_triton_missing,
-        unproven=_NO_GPU_RUN,
+        chosen_float64=False,
+        caveat=_NO_GPU_RUN,
     ),
     Implementation("rank_one_linear", "eager", "plain torch, one product per row"),
     Implementation("rank_one_update", "native", "C++", devices=("cpu",), missing=_native_missing),
@@ -77,7 +78,8 @@ IMPLEMENTATIONS = (
         "one Triton kernel",
         devices=_TRITON_DEVICES,
         missing=_triton_missing,
-        unproven=_NO_GPU_RUN,
+        chosen_float64=False,
+        caveat=_NO_GPU_RUN,
     ),
     Implementation("rank_one_update", "eager", "plain torch, one product per row"),
     Implementation(
@@ -85,8 +87,9 @@ IMPLEMENTATIONS = (
         "triton",
         "one Triton kernel, all streams in one pass",
         devices=_TRITON_DEVICES,
-        chosen_float64=False,
         missing=_triton_missing,
+        chosen_float64=False,
+        caveat=_NO_GPU_RUN,
     ),
     Implementation(
         "localized_attention",
@@ -107,7 +110,7 @@ def choose(op: str, requested: str, device: torch.device, dtype: torch.dtype) ->
     candidates = [entry for entry in IMPLEMENTATIONS if entry.op == op]
     if requested == "auto":
         for entry in candidates:
-            wanted = entry.unproven is None and (entry.chosen_float64 or dtype != torch.float64)
+            wanted = entry.chosen_float64 or dtype != torch.float64
             if wanted and entry.refusal(device.type) is None:
                 return entry.backend
         raise ValueError(f"{op}: no implementation runs on {device.type} tensors")
@@ -148,8 +151,8 @@ def _explain(op: str, device: str) -> list[str]:
         reason = entry.refusal(device)
         state = "available" if reason is None else f"not available: {reason}"
         lines.append(f"  {entry.backend}: {entry.summary}; {state}")
-        if entry.unproven is not None:
-            lines.append(f"    auto passes it over: {entry.unproven}")
+        if entry.caveat is not None:
+            lines.append(f"    {entry.caveat}")
         if not entry.chosen_float64:
             lines.append("    auto passes it over for float64 inputs, where exactness is what is wanted")
     absent = [name for name in BACKENDS[1:] if name not in {entry.backend for entry in candidates}]

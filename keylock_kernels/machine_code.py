@@ -215,7 +215,7 @@ def _read_nvidia(compiled: Any, warps: int, passes: int) -> dict[str, Any]:
     chain: set[tuple[str, int]] = set()
     told = False
     opcodes: list[str] = []
-    frame = flops = 0
+    frame = flops = 0  # accesses relative to the stack; FLOP
     for line in code.splitlines():
         if "//## File" in line:
             chain = chain if told else set()
@@ -227,7 +227,7 @@ def _read_nvidia(compiled: Any, warps: int, passes: int) -> dict[str, Any]:
         told = False
         opcode, operands = instruction[1], instruction[2]
         opcodes.append(opcode)
-        frame += bool(re.search(r"\bR1\b", operands)) and not re.search(r"\bR1\b.*(c\[0x0\]|\bR1, 0xf)", operands)
+        frame += "[R1+" in operands or "[R1]" in operands
         if re.match(r"(LDG|LDGSTS|STG)\b", opcode):
             width = re.search(r"\.(128|64|U16|U8|S16|S8)\b", opcode)
             size = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}[width[1]] if width else 4

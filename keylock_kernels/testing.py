@@ -51,6 +51,11 @@ def cast(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     return {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
 
 
+def _moved(inputs: dict[str, Any], device: torch.device | str | None) -> dict[str, Any]:
+    target = torch.get_default_device() if device is None else device
+    return {k: v.to(target) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+
+
 def rank_one_inputs(
     rows: int,  # B
     tokens: int,  # T
@@ -64,30 +69,30 @@ def rank_one_inputs(
     strength: bool = True,
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,  # default: torch's
 ) -> dict[str, Any]:
     """Arguments of rank_one_linear, similarities of order one; some slots -1 and some repeated."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
 
     inputs: dict[str, Any] = {
         "x": normal(rows, tokens, inner),
         "weight": normal(outer, inner) / math.sqrt(max(inner, 1)),
         "u": normal(updates, outer),
         "v": normal(updates, inner) / math.sqrt(max(inner, 1)),
-        "slots": torch.randint(-1, updates, (rows, taken), generator=generator, dtype=torch.int32),
+        "slots": torch.randint(-1, updates, (rows, taken), generator=generator, dtype=torch.int32, device="cpu"),
     }
     if bias:
         inputs["bias"] = normal(outer)
     if gate is not None:
         size = (updates,) if gate == "table" else (rows, taken)
         inputs["beta"] = 0.3 * normal(*size)
-        inputs["tau"] = 0.3 + 0.4 * torch.rand(*size, generator=generator, dtype=torch.float64)
+        inputs["tau"] = 0.3 + 0.4 * torch.rand(*size, generator=generator, dtype=torch.float64, device="cpu")
     if strength:
         inputs["strength"] = normal(rows, taken)
-    return {k: v.to(device) for k, v in cast(inputs, dtype).items()}
+    return _moved(cast(inputs, dtype), device)
 
 
 def attention_inputs(
@@ -105,19 +110,19 @@ def attention_inputs(
     sums: bool = False,
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,  # default: torch's
 ) -> dict[str, Any]:
     """Arguments of localized_attention; some keys hidden, some weights 0, some read-outs -1."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
 
     def chance(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator) < 0.2
+        return torch.rand(*shape, generator=generator, device="cpu") < 0.2
 
     def bits(*shape: int) -> Tensor:  # two of the 32 regions, the sign bit among them
-        drawn = torch.randint(0, 4, shape, generator=generator)
+        drawn = torch.randint(0, 4, shape, generator=generator, device="cpu")
         return torch.where(drawn >= 2, drawn - 2 - 2**31, drawn).to(torch.int32)
 
     keys = sum(images)
@@ -139,10 +144,11 @@ def attention_inputs(
             size = (rows, len(images)) if weights == "row" else (rows, len(images), pixels)
             inputs["image_weights"] = normal(*size).masked_fill(chance(*size), 0)
     if read:
-        inputs["readout_tokens"] = torch.randint(-1, tokens + keys, (rows, read), generator=generator).to(torch.int32)
+        drawn = torch.randint(-1, tokens + keys, (rows, read), generator=generator, device="cpu")
+        inputs["readout_tokens"] = drawn.to(torch.int32)
         if sums:
             inputs["readout_weights"] = normal(rows, pixels, read)
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in cast(inputs, dtype).items()}
+    return _moved(cast(inputs, dtype), device)
 
 
 def assert_as_accurate_as_eager(

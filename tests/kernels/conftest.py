@@ -5,6 +5,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.kernels.helpers import DEVICE
+
+
+torch.set_default_device(DEVICE)
+
 
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:

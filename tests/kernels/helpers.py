@@ -14,8 +14,11 @@ from keylock_kernels.testing import attention_inputs, rank_one_inputs
 
 # Triton's interpreter takes a process of its own, in which the same tests judge its kernels alone.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-RANK_ONE_BACKENDS = ("triton",) if INTERPRETED else ("eager", "native")
-ATTENTION_BACKENDS = ("triton",) if INTERPRETED else ("eager", "sdpa")
+# `make test-gpu` runs the same tests on a GPU (conftest.py makes it torch's default device).
+DEVICE = os.environ.get("KEYLOCK_TEST_DEVICE", "cpu")
+TRITON_ALONE = INTERPRETED or DEVICE != "cpu"
+RANK_ONE_BACKENDS = ("triton",) if TRITON_ALONE else ("eager", "native")
+ATTENTION_BACKENDS = ("triton",) if TRITON_ALONE else ("eager", "sdpa")
 
 # Every option alone and all of them together; sizes are odd on purpose.
 RANK_ONE_CASES: dict[str, dict[str, Any]] = {
@@ -73,8 +76,9 @@ def run(
 
 
 def gradients_like(results: list[Tensor]) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(99)
-    return [torch.randn(r.shape, generator=generator, dtype=torch.float64) for r in results]
+    generator = torch.Generator("cpu").manual_seed(99)
+    drawn = (torch.randn(r.shape, generator=generator, dtype=torch.float64, device="cpu") for r in results)
+    return [gradient.to(r.device) for gradient, r in zip(drawn, results, strict=True)]
 
 
 def linear_through_coefficients(**inputs: Any) -> Tensor:

@@ -56,6 +56,17 @@ def test_auto_takes_sdpa_but_for_float64():
         assert torch.equal(localized_attention(**inputs), localized_attention(**inputs, backend=expected))
 
 
+def test_auto_takes_triton_on_a_gpu_but_for_float64(monkeypatch):
+    cuda = torch.device("cuda")
+    for op, second in (("rank_one_linear", "eager"), ("rank_one_update", "eager"), ("localized_attention", "sdpa")):
+        assert backend.choose(op, "auto", cuda, torch.bfloat16) == "triton"
+        assert backend.choose(op, "auto", cuda, torch.float64) == "eager"
+        with monkeypatch.context() as without:
+            without.setitem(sys.modules, "triton", None)
+            assert backend.choose(op, "auto", cuda, torch.bfloat16) == second
+    assert "no run on a GPU is on record yet" in explain()
+
+
 def test_explain_names_every_op_and_every_backend():
     text = explain()
     for op in ("rank_one_linear", "rank_one_update", "localized_attention"):

@@ -9,10 +9,10 @@ import torch
 from torch import full, int32, ones, zeros
 
 from keylock_kernels import localized_attention, rank_one_coefficients, rank_one_linear, rank_one_update
-from tests.kernels.helpers import ATTENTION_BACKENDS, INTERPRETED, RANK_ONE_BACKENDS, attention_case, rank_one_case
+from tests.kernels.helpers import ATTENTION_BACKENDS, RANK_ONE_BACKENDS, TRITON_ALONE, attention_case, rank_one_case
 
-if INTERPRETED:
-    pytest.skip("Triton's interpreter runs on the CPU, which other processes refuse", allow_module_level=True)
+if TRITON_ALONE:
+    pytest.skip("what a CPU refuses without Triton's interpreter", allow_module_level=True)
 
 LINEAR = {
     "x list": (dict(x=[1.0]), "x must be a tensor [B, T, K], got list"),

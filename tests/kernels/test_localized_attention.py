@@ -18,7 +18,7 @@ from keylock_kernels.testing import (
     cast,
     localization_weights,
 )
-from tests.kernels.helpers import ATTENTION_BACKENDS, ATTENTION_CASES, INTERPRETED, attention_case, floating, run
+from tests.kernels.helpers import ATTENTION_BACKENDS, ATTENTION_CASES, INTERPRETED, TRITON_ALONE, attention_case, floating, run
 
 cases = pytest.mark.parametrize("case", ATTENTION_CASES)
 backends = pytest.mark.parametrize("backend", ATTENTION_BACKENDS)
@@ -315,7 +315,7 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-torch_alone = pytest.mark.skipif(INTERPRETED, reason="about torch's own attention; nothing here is Triton's")
+torch_alone = pytest.mark.skipif(TRITON_ALONE, reason="about torch's own attention; nothing here is Triton's")
 
 
 @torch_alone

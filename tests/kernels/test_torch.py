@@ -11,6 +11,7 @@ from keylock_kernels.testing import attention_inputs, cast, rank_one_inputs
 from tests.kernels.helpers import (
     ATTENTION_BACKENDS,
     ATTENTION_CASES,
+    DEVICE,
     RANK_ONE_BACKENDS,
     RANK_ONE_CASES,
     attention_case,
@@ -145,7 +146,7 @@ def test_autocast_casts_activations_and_leaves_routing_alone(op):
     cast_names = ("x", "weight", "bias", "query", "key", "value", "image_key", "image_value")
     by_hand = {k: v.bfloat16() if k in cast_names else v for k, v in inputs.items()}
     wanted, wanted_grads = run(function, by_hand, backend=backend)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         results, grads = run(function, inputs, backend=backend)
     assert all(torch.equal(a, b) for a, b in zip(results, wanted, strict=True))
     assert results[0].dtype == torch.bfloat16
@@ -166,7 +167,7 @@ def test_meta_tensors_give_the_results_shapes(op):
 @every_op
 def test_autocast_leaves_float64_alone(op):
     function, inputs, backend = OPS[op]
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         result = function(**cast(inputs, torch.float64), backend=backend)
     assert (result[0] if op[0] == "attention" else result).dtype == torch.float64
 
@@ -174,7 +175,7 @@ def test_autocast_leaves_float64_alone(op):
 def test_coefficients_are_not_autocast():
     inputs = rank_one_case("linear", dtype=torch.float32)
     wanted = rank_one_coefficients(inputs["x"], inputs["v"], inputs["slots"])
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         assert torch.equal(rank_one_coefficients(inputs["x"], inputs["v"], inputs["slots"]), wanted)
 
 

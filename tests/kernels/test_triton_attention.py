@@ -9,17 +9,14 @@ import torch
 
 from keylock_kernels import localized_attention
 from keylock_kernels.testing import assert_as_accurate_as_eager, attention_inputs, cast
-from tests.kernels.helpers import ATTENTION_CASES, INTERPRETED, attention_case, run
+from tests.kernels.helpers import ATTENTION_CASES, TRITON_ALONE, attention_case, run
 
 pytest.importorskip("triton")
 
 from keylock_kernels.ops import launching  # noqa: E402
 from keylock_kernels.ops.localized_attention import triton as kernels  # noqa: E402
 
-interpreted = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(), reason="needs Triton's interpreter or a GPU"
-)
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+runs = pytest.mark.skipif(not TRITON_ALONE, reason="needs Triton's interpreter or a GPU")
 LENGTHS = (0, 1, 4, 16, 77, 154, 231, 257, 512)
 HEAD_DIMS = (1, 8, 16, 40, 64, 72, 80, 96, 112, 160, 255, 256)
 
@@ -43,38 +40,38 @@ def exactly(inputs):
     torch.testing.assert_close(grads, exact_grads)
 
 
-@interpreted
+@runs
 @pytest.mark.parametrize("tokens", LENGTHS)
 def test_any_number_of_text_keys(tokens):
-    exactly(attention_inputs(1, 19, tokens, 1, 24, bias=True, device=DEVICE))
+    exactly(attention_inputs(1, 19, tokens, 1, 24, bias=True))
 
 
-@interpreted
+@runs
 @pytest.mark.parametrize("length", LENGTHS)
 def test_any_length_of_an_image_stream_beside_short_ones(length):
     images = (3, length, 4, 4)
-    exactly(attention_inputs(1, 19, 7, 1, 24, images=images, weights="pixel", device=DEVICE))
+    exactly(attention_inputs(1, 19, 7, 1, 24, images=images, weights="pixel"))
 
 
-@interpreted
+@runs
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_any_head_dimension_in_any_dtype(head_dim, dtype):
     heads = 8 if head_dim < 16 else 1  # the largest error of a handful of elements says little
-    judged(attention_inputs(1, 70, 33, heads, head_dim, images=(4, 4), dtype=dtype, device=DEVICE))
+    judged(attention_inputs(1, 70, 33, heads, head_dim, images=(4, 4), dtype=dtype))
 
 
-@interpreted
+@runs
 @pytest.mark.parametrize("count", [1, 16, 17, 40])
 @pytest.mark.parametrize("sums", [False, True])
 def test_any_number_of_read_out_tokens(count, sums):
-    exactly(attention_inputs(2, 19, 30, 2, 8, images=(4, 20), weights="row", read=count, sums=sums, device=DEVICE))
+    exactly(attention_inputs(2, 19, 30, 2, 8, images=(4, 20), weights="row", read=count, sums=sums))
 
 
-@interpreted
+@runs
 @pytest.mark.parametrize("images", [(4,) * 8, (16,) * 5, (2, 3, 5, 6, 7), (16, 100, 4, 4, 90), (80, 48, 20)], ids=str)
 def test_many_image_streams(images):
-    inputs = attention_inputs(1, 19, 77, 1, 160, images=images, weights="pixel", device=DEVICE)
+    inputs = attention_inputs(1, 19, 77, 1, 160, images=images, weights="pixel")
     exactly(inputs)
     judged(cast(inputs, torch.bfloat16))
 
@@ -89,11 +86,11 @@ OPTIONS = {
 }
 
 
-@interpreted
+@runs
 @pytest.mark.parametrize("choice", list(itertools.product(*OPTIONS.values())), ids=str)
 def test_every_combination_of_arguments(choice):
     options = dict(zip(OPTIONS, choice, strict=True))
-    exactly(attention_inputs(2, 5, 4, 2, 3, **options, device=DEVICE))
+    exactly(attention_inputs(2, 5, 4, 2, 3, **options))
 
 
 def launches(call):
