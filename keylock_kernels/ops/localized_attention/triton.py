@@ -131,17 +131,21 @@ FORWARD = (
 )
 BACKWARD = (
     Rule("", 2, 96, TEXT, Tile(64, 4, 1, 80, 32, 0)),
-    Rule("sm_1", 2, 96, ALL, Tile(64, 8, 1, 16, 16, 0)),
+    Rule("sm_1", 2, 48, ALL, Tile(64, 4, 1, 16, 32, 0)),
+    Rule("sm_1", 2, 64, IMAGES, Tile(64, 4, 1, 16, 16, 0)),
+    Rule("sm_1", 2, 64, ALL, Tile(64, 8, 1, 16, 16, 0)),
     Rule("", 2, 96, ALL, Tile(64, 4, 1, 16, 16, 0)),
     Rule("", 2, 256, TEXT, Tile(64, 4, 1, 16, 16, 0)),
     Rule("", 2, 256, IMAGES, Tile(16, 8, 1, 16, 16, 0)),
+    Rule("sm_1", 2, 256, EXTRAS, Tile(64, 8, 1, 16, 16, 0)),
     Rule("", 2, 256, ALL, Tile(16, 8, 2, 16, 16, 0)),
     Rule("", 8, 256, ALL, Tile(16, 4, 1, 16, 16, 0)),
 )
 KEYS = (
     Rule("", 2, 64, IMAGES, KeyTile(80, 64, 32, 4, 1)),
     Rule("", 2, 64, ALL, KeyTile(32, 16, 32, 4, 1)),
-    Rule("", 2, 96, IMAGES, KeyTile(32, 16, 32, 4, 1)),
+    Rule("", 2, 96, IMAGES, KeyTile(32, 16, 32, 8, 1)),
+    Rule("sm_1", 2, 256, IMAGES, KeyTile(16, 16, 32, 8, 1)),
     Rule("", 2, 256, ALL, KeyTile(16, 16, 32, 4, 1)),
     Rule("", 8, 256, ALL, KeyTile(16, 16, 16, 4, 1)),
 )
