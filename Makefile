@@ -8,19 +8,24 @@ SHARD ?= 1/1
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
+RUN ?= $(BIN)/python
+TRITON_TESTS := $(addprefix tests/kernels/test_,rank_one.py localized_attention.py triton_attention.py isolation.py torch.py)
+GPU_TEST := KEYLOCK_TEST_DEVICE=cuda CUBLAS_WORKSPACE_CONFIG=:4096:8 PYTHONPATH=.:python $(RUN) -m pytest
 # What an editable install depends on; Python files are read from the checkout as they are.
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt keylock_kernels/_version.py $(shell find csrc -type f)
 
-.PHONY: help demo test test-gpu lint bench clean
+.PHONY: help demo test test-gpu lint bench report clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
+SHELL := /bin/bash
 
 help:
 	@echo "make demo      three users' concepts, taught and drawn in one batch (outputs/demo)"
 	@echo "make test      every test that needs no GPU"
 	@echo "make test-gpu  the tests that need one; SHARD=2/4 runs the second quarter"
 	@echo "make lint      ruff, mypy, clang-format"
-	@echo "make bench     the benchmarks"
+	@echo "make bench     the benchmarks; SHARD=2/4 runs every fourth, BENCH=--write-data keeps the numbers"
+	@echo "make report    what the Triton kernels compile to for four GPUs"
 	@echo "make clean     removes .venv and everything built"
 	@echo "PYTHON=$(PYTHON) and TORCH=$(TORCH) choose the interpreter and the torch that .venv gets"
 
@@ -30,16 +35,23 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-test
 	env -u OMP_NUM_THREADS $(BIN)/python -m pytest tests -q -m "not gpu"
 # Triton's kernels, in its interpreter: a process of its own, since the mode is fixed on import.
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels/test_rank_one.py -q -m "not gpu" -k triton
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TRITON_TESTS) -q -m "not gpu" -k triton
 
-# Every n-th test, so that slow files spread over the shards.
-test-gpu: $(VENV)/installed-test
+# What needs a GPU, and the numeric tests on it. RUN=python3 takes an interpreter that has what is needed (torch,
+# triton, pytest, hypothesis, numpy; no diffusers), and builds the native module in place. Every n-th test, so that
+# slow files spread over the shards; results are in build/test-gpu-*.log as they come.
+test-gpu: $(if $(filter $(BIN)/python,$(RUN)),$(VENV)/installed-test,native-in-place)
 	@mkdir -p build
-	$(BIN)/python -m pytest tests -q -m gpu --collect-only > build/collected || test $$? -eq 5
+	$(GPU_TEST) $(TRITON_TESTS) tests/kernels/test_gpu.py -q --collect-only > build/collected || test $$? -eq 5
 	@awk -v shard=$(SHARD) 'BEGIN { split(shard, s, "/") } /::/ { if (n++ % s[2] == s[1] - 1) print }' \
 	  build/collected > build/shard
-	@if test -s build/shard; then $(BIN)/python -m pytest -q -m gpu @build/shard; \
+	@if test -s build/shard; then set -o pipefail; \
+	  $(GPU_TEST) -v @build/shard | tee build/test-gpu-$(subst /,-of-,$(SHARD)).log; \
 	  else echo "shard $(SHARD) has no tests"; fi
+
+.PHONY: native-in-place
+native-in-place:
+	$(RUN) setup.py -q build_ext --inplace
 
 lint: $(VENV)/installed-lint
 	$(BIN)/ruff check .
@@ -47,8 +59,11 @@ lint: $(VENV)/installed-lint
 	$(BIN)/mypy
 	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 
-bench: $(VENV)/installed-test
-	$(BIN)/python -m pytest benchmarks -q
+bench: $(if $(filter $(BIN)/python,$(RUN)),$(VENV)/installed-test,native-in-place)
+	SHARD=$(SHARD) PYTHONPATH=.:python $(RUN) -m pytest benchmarks -q $(BENCH)
+
+report: $(VENV)/installed-test
+	$(BIN)/python -m keylock_kernels.report
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

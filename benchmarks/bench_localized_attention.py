@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,13 +27,13 @@ from benchmarks.harness import (
 )
 from keylock_kernels import localized_attention
 from keylock_kernels.ops.localized_attention import reference
-from keylock_kernels.testing import SHAPES, attention_inputs
+from keylock_kernels.testing import SHAPES, assert_as_accurate_as_eager, attention_inputs, cast
 
-IMAGE_TOKENS = 16  # of one image, as IP-Adapter Plus has them
 SCALE = 0.6  # of an image prompt
-LEVELS = [s for s in SHAPES if s.model in ("sd1.5", "sdxl") and s.pixels >= 256]
+GPU = DEVICE.type == "cuda"
+LEVELS = [s for s in SHAPES if GPU or s.model in ("sd1.5", "sdxl") and s.pixels >= 256]
 LEVELS = [s for s in SHAPES if s.model == "sd1.5" and s.pixels == 64] if QUICK else LEVELS
-BATCHES = (2, 8) if DEVICE.type == "cuda" and not QUICK else (2,)
+BATCHES = (1, 8, 32) if GPU and not QUICK else (2,)
 
 over_dtypes = pytest.mark.parametrize("dtype", dtypes(), ids=dtype_name)
 over_rows = pytest.mark.parametrize("rows", BATCHES, ids="B{}".format)
@@ -121,6 +123,27 @@ def diffusers_sequence(views: dict[str, Any]) -> Tensor:  # [B, N, H, D]
     return out.unflatten(-1, (heads, -1))
 
 
+def picture_masks(inputs: dict[str, Any]) -> dict[str, Any]:
+    """As diffusers' documentation has them: one mask the size of the picture an image, on the CPU."""
+    views = heads_first(inputs)
+    side = math.isqrt(inputs["query"].shape[1])
+    small = inputs["image_weights"][:1].cpu().float().unflatten(2, (side, side)).transpose(0, 1)  # [I, 1, h, w]
+    views["pictures"] = F.interpolate(small, scale_factor=8).unbind(0)
+    return views
+
+
+def diffusers_resizing(views: dict[str, Any]) -> Tensor:  # [B, N, H, D]
+    """The same with each mask resized, repeated over channels and moved in the call, which is what happens in a step."""
+    query = views["query"]
+    rows, heads, pixels, width = query.shape
+    side = math.isqrt(pixels)
+    masks = []
+    for picture in views["pictures"]:
+        small = F.interpolate(picture[None], size=(side, side), mode="bicubic")[0].flatten(1)  # [1, N]
+        masks.append(small.repeat(rows, 1)[..., None].repeat(1, 1, heads * width).to(query))
+    return diffusers_sequence({**views, "masks": masks})
+
+
 def stacked(inputs: dict[str, Any]) -> dict[str, Any]:
     lengths, images = inputs["image_lengths"], len(inputs["image_lengths"])
     views = heads_first(inputs)
@@ -203,7 +226,7 @@ def each_sdpa(run: Any, prepare: Any) -> list[Contestant]:
         return Contestant(f"SDPA, {backend.name.lower().replace('_', ' ')}", "peer", call, prepare)
 
     names = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION")
-    return [forced(getattr(SDPBackend, name)) for name in names] if DEVICE.type == "cuda" else []
+    return [forced(getattr(SDPBackend, name)) for name in names] if GPU else []
 
 
 @over_dtypes
@@ -220,15 +243,19 @@ def test_text_only(level, rows, dtype, compare):
 @over_dtypes
 @over_rows
 @over_levels
-@pytest.mark.parametrize("images", [2, 4], ids="{}-images".format)
-def test_image_streams(images, level, rows, dtype, compare):
+@pytest.mark.parametrize(
+    ("images", "tokens"), [(1, 4), (2, 16), (4, 4), (4, 16), (8, 4)] if GPU else [(2, 16), (4, 16)], ids=str
+)
+def test_image_streams(images, tokens, level, rows, dtype, compare):
     peers = [
         Contestant("diffusers' sequence", "peer", diffusers_sequence, heads_first),
+        # Resizing interpolates at the masks' edges: the table says so instead of a time where that is too much.
+        Contestant("diffusers' sequence, masks resized in the call", "peer", diffusers_resizing, picture_masks),
         Contestant("images stacked, two SDPAs", "peer", stacked_images, stacked),
         Contestant("one SDPA, log-sum-exp re-weighted", "peer", one_softmax, concatenated),
         *compiled("torch.compile of diffusers' sequence", diffusers_sequence, prepare=heads_first),
     ]
-    compare(case(f"{images}-images", level, rows, dtype, peers, images=(IMAGE_TOKENS,) * images))
+    compare(case(f"{images}-images-of-{tokens}", level, rows, dtype, peers, images=(tokens,) * images))
 
 
 @over_dtypes
@@ -248,3 +275,90 @@ def test_regions(level, rows, dtype, compare):
         *compiled("FlexAttention", flex, prepare=flex_views),
     ]
     compare(case("regions", level, rows, dtype, peers, regions=True))
+
+
+@over_dtypes
+@over_rows
+@over_levels
+def test_columns_read_out(level, rows, dtype, compare):
+    """Four columns beside the attention itself."""
+
+    def attention_alone(inputs: dict[str, Any]) -> Tensor:
+        return localized_attention(**{k: v for k, v in inputs.items() if not k.startswith("readout")})
+
+    def make(seed: int) -> dict[str, Any]:
+        sizes = (rows, level.pixels, level.tokens, level.heads, level.head_dim)
+        return attention_inputs(*sizes, seed=seed, dtype=dtype, device=DEVICE, read=4)
+
+    compare(
+        Case(
+            f"localized_attention/4-columns/{level.name}/B{rows}/{dtype_name(dtype)}",
+            make_sets(make),
+            [
+                *library("localized_attention", localized_attention),
+                Contestant("without columns", "floor", attention_alone),
+            ],
+            judge_of(localized_attention),
+            moved_bytes=dtype.itemsize * 2 * rows * level.width * (level.pixels + level.tokens)
+            + 4 * rows * level.heads * level.pixels * 4,
+            flops=4 * rows * level.pixels * level.tokens * level.width,
+        )
+    )
+
+
+@over_dtypes
+@over_rows
+@over_levels
+@pytest.mark.parametrize("images", [0, 4], ids="{}-images".format)
+def test_backward(images, level, rows, dtype, compare):
+    """Gradients of queries, keys and values, through a forward pass that was made beforehand."""
+    names = ("query", "key", "value", "image_key", "image_value")[: 5 if images else 3]
+
+    def make(seed: int) -> dict[str, Any]:
+        sizes = (rows, level.pixels, level.tokens, level.heads, level.head_dim)
+        inputs = attention_inputs(*sizes, images=(4,) * images, seed=seed, dtype=dtype, device=DEVICE)
+        if images:
+            inputs["image_weights"] = masks(rows, images, level.pixels, seed).to(DEVICE, dtype)
+        return inputs
+
+    def recorded(attend: Callable[[dict[str, Any]], Tensor]) -> Callable[[dict[str, Any]], Any]:
+        def prepare(inputs: dict[str, Any]) -> Any:
+            with torch.enable_grad():
+                leaves = {name: inputs[name].detach().requires_grad_() for name in names}
+                out = attend({**inputs, **leaves})
+            return out, tuple(leaves.values()), torch.ones_like(out)
+
+        return prepare
+
+    def gradients(made: Any) -> tuple[Tensor, ...]:
+        out, leaves, upstream = made
+        return torch.autograd.grad(out, leaves, upstream, retain_graph=True)
+
+    def through(backend: str) -> Callable[[dict[str, Any]], Any]:
+        return recorded(lambda inputs: localized_attention(**inputs, backend=backend))
+
+    def judge(inputs: dict[str, Any]) -> Callable[[tuple[Tensor, ...]], None]:
+        exact = gradients(through("eager")(cast(inputs, torch.float64)))
+        eager = gradients(through("eager")(inputs))
+
+        def accept(actual: tuple[Tensor, ...]) -> None:
+            for name, found, near, true in zip(names, actual, eager, exact, strict=True):
+                assert_as_accurate_as_eager(found, near, true, name)
+
+        return accept
+
+    own = [c.name for c in library("localized_attention", localized_attention) if c.kind == "library"]
+    contestants = [Contestant(name, "library", gradients, through(name)) for name in own]
+    peers = [Contestant("SDPA", "peer", gradients, recorded(lambda inputs: diffusers_sequence(heads_first(inputs))))]
+    width = dtype.itemsize * rows * level.width
+    compare(
+        Case(
+            f"localized_attention/backward-{images}-images/{level.name}/B{rows}/{dtype_name(dtype)}",
+            make_sets(make),
+            [*contestants, replace(contestants[0], name=f"{own[0]}, again", kind="again"), *peers],
+            judge,
+            moved_bytes=width * (3 * level.pixels + 4 * (level.tokens + 4 * images)),
+            flops=10 * rows * level.pixels * (level.tokens + 4 * images) * level.width,
+            graph=False,
+        )
+    )

@@ -32,7 +32,7 @@ from keylock_kernels.testing import SHAPES, rank_one_inputs
 TAKEN = 2  # R
 TOKENS = 77
 WIDTHS = list(dict.fromkeys((s.model, s.text_width, s.width) for s in SHAPES if s.model in ("sd1.5", "sdxl")))
-WIDTHS, BATCHES = (WIDTHS[:1], (2,)) if QUICK else (WIDTHS, (2, 8))
+WIDTHS, BATCHES = (WIDTHS[:1], (2,)) if QUICK else (WIDTHS, (2, 8, 32) if DEVICE.type == "cuda" else (2, 8))
 
 over_dtypes = pytest.mark.parametrize("dtype", dtypes(), ids=dtype_name)
 over_rows = pytest.mark.parametrize("rows", BATCHES, ids="B{}".format)

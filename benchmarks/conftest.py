@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.benchmark_quiet = True
     if config.getoption("write_data") and harness.QUICK:
         raise pytest.UsageError("--write-data: numbers of KEYLOCK_BENCH_QUICK=1 are not worth keeping")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """SHARD=2/4 in the environment keeps the second of every four, so that slow cases spread over the shards."""
+    part, _, parts = os.environ.get("SHARD", "1/1").partition("/")
+    kept = items[int(part) - 1 :: int(parts)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
 
 
 def _machine(config: pytest.Config) -> dict[str, Any]:

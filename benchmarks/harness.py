@@ -112,13 +112,22 @@ def compiled(name: str, function: Callable[[Any], Any], **more: Any) -> list[Con
     return [] if QUICK else [Contestant(name, "peer", torch.compile(function, dynamic=False, fullgraph=True), **more)]
 
 
-def judge_of(call: Callable[..., Tensor]) -> Judge:
+def _listed(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def judge_of(call: Callable[..., Any]) -> Judge:
     """At most twice the error that eager makes in the same dtype against float64, plus one rounding."""
 
     def judge(inputs: dict[str, Any]) -> Callable[[Tensor], None]:
-        exact = call(**cast(inputs, torch.float64), backend="eager")
-        eager = call(**inputs, backend="eager")
-        return lambda actual: assert_as_accurate_as_eager(actual, eager, exact)
+        exact = _listed(call(**cast(inputs, torch.float64), backend="eager"))
+        eager = _listed(call(**inputs, backend="eager"))
+
+        def accept(actual: Any) -> None:
+            for found, near, true in zip(_listed(actual), eager, exact, strict=True):
+                assert_as_accurate_as_eager(found, near, true)
+
+        return accept
 
     return judge
 

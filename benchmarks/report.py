@@ -94,11 +94,19 @@ def table(results: list[dict[str, Any]], machine: dict[str, Any]) -> list[str]:
         "x peer, x floor: time over the strongest peer's and over the floor's; below 1 is faster",
     ]
     for result in results:
-        lines += ["", *_block(result)]
+        lines += ["", *_block(result, machine["rates"])]
     return lines
 
 
-def _block(result: dict[str, Any]) -> list[str]:
+def _counted_floor(result: dict[str, Any], rates: dict[str, float]) -> float | None:
+    """Seconds that moving the counted bytes, or computing the counted FLOPs, takes at the machine's best rates."""
+    matmul = rates.get(f"matmul_{result['case'].rsplit('/', 1)[-1]}_flops_per_second")
+    counted = ((result["bytes"], rates.get("copy_bytes_per_second")), (result["flops"], matmul))
+    times = [count / rate for count, rate in counted if count is not None and rate]
+    return max(times, default=None)
+
+
+def _block(result: dict[str, Any], rates: dict[str, float]) -> list[str]:
     rows = result["rows"]
     times = {row["contestant"]: row["seconds"] for row in rows if row["seconds"] is not None}
     peers = [row["contestant"] for row in rows if row["kind"] == "peer" and row["contestant"] in times]
@@ -109,6 +117,9 @@ def _block(result: dict[str, Any]) -> list[str]:
         title.append(f"{result['bytes'] / 1e6:.1f} MB")
     if result["flops"] is not None:
         title.append(f"{result['flops'] / 1e9:.2f} GFLOP")
+    counted = _counted_floor(result, rates)
+    if counted is not None:
+        title.append(f"counted floor {_time(counted)}")
     title += [f"{result['input_sets']} input sets", f"{result['rounds']} rounds"]
     for row in rows:
         first = row["contestant"].removesuffix(", again")
