@@ -133,7 +133,7 @@ def picture_masks(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def diffusers_resizing(views: dict[str, Any]) -> Tensor:  # [B, N, H, D]
-    """The same with each mask resized, repeated over channels and moved in the call, which is what happens in a step."""
+    """The same with each mask resized, repeated over channels and moved in the call, as happens in a step."""
     query = views["query"]
     rows, heads, pixels, width = query.shape
     side = math.isqrt(pixels)

@@ -113,8 +113,8 @@ def compile_launches(call: Callable[[], Any], target: str, case: str) -> list[Co
     def record(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> bool:
         compiled = kernel.warmup(*args, grid=grid, **options)
         warps = options.get("num_warps", 4)
-        named = dict(zip(kernel.arg_names, args, strict=False))
-        passes = named.get("per_group", named.get("per_share", 1))
+        named: dict[str, Any] = dict(zip(kernel.arg_names, args, strict=False))
+        passes = named["per_group"] if "per_group" in named else named.get("per_share", 1)
         facts = (_read_amd if target.startswith("gfx") else _read_nvidia)(compiled, warps, passes)
         resident = _resident(PROCESSORS[target], facts["registers"], facts["shared"], warps, target)
         row = Compiled(case, kernel.fn.__name__, target, 0, warps=warps, resident=resident, **facts)
@@ -243,8 +243,8 @@ def _read_nvidia(compiled: Any, warps: int, passes: int) -> dict[str, Any]:
     def used(name: str) -> int:
         return max((int(number) for number in re.findall(rf"{name}:(\d+)", usage)), default=0)
 
-    units = [unit for unit, pattern in (("HMMA", "HMMA"), ("HGMMA", "HGMMA"), ("tcgen05", r"UTC\w*MMA"), ("DMMA", "DMMA"))
-             if count(pattern)]  # fmt: skip
+    names = {"HMMA": "HMMA", "HGMMA": "HGMMA", "tcgen05": r"UTC\w*MMA", "DMMA": "DMMA"}
+    units = [unit for unit, pattern in names.items() if count(pattern)]
     spills = count("LDL|STL")
     return {
         "registers": used("REG"),

@@ -37,6 +37,7 @@ class Case:
     padding: float = 1.0  # matrix products issued over useful, forward
     allowed: float = 0.0  # and the most they may be; 0: not gated
     moved: int = 0  # bytes of queries and outputs of one tile of pixels
+    backward: bool = True  # whether spills of its backward kernels fail
 
 
 def failures(row: Compiled, case: Case) -> list[str]:
@@ -44,7 +45,7 @@ def failures(row: Compiled, case: Case) -> list[str]:
     found = []
     nvidia_today = row.target in ("sm_90", "sm_100")
     forward = "_fwd_" in row.kernel
-    if nvidia_today and (row.spills or row.stack):
+    if nvidia_today and (row.spills or row.stack) and (case.backward or "_bwd_" not in row.kernel):
         found.append(f"{row.spills} spills, {row.stack} bytes of stack")
     shared = {"sm_80": PORTABLE, "gfx942": 64 << 10}.get(row.target, PROCESSORS[row.target].shared)
     if row.shared > shared:
@@ -133,7 +134,8 @@ def _attention_case(shape: Shape, feature: str, options: dict[str, Any], dtype: 
 
     def call() -> None:
         triton.forward(*arguments)  # type: ignore[arg-type]
-        triton.backward(torch.empty_like(inputs["query"]), grad_readout, *arguments, needs)  # type: ignore[arg-type]
+        grad = torch.empty_like(inputs["query"])
+        triton.backward(grad, grad_readout, *arguments, needs=needs)  # type: ignore[arg-type,misc]
 
     images = options.get("images", ())
     few = 0 < sum(images) <= 8 and shape.head_dim == 40
@@ -144,6 +146,7 @@ def _attention_case(shape: Shape, feature: str, options: dict[str, Any], dtype: 
         triton.padding(dtype.itemsize, shape.head_dim, shape.tokens, images),
         (1.45 if few else 1.35 if images else 1.25) if dtype == torch.bfloat16 and not options.get("read") else 0.0,
         2 * 64 * shape.head_dim * dtype.itemsize,
+        dtype != torch.float32,  # six products of 16-bit parts for one of 32 bits leave no room in registers
     )
 
 
@@ -168,8 +171,10 @@ def _rank_one_calls(inputs: dict[str, Any]) -> Callable[[], Any]:
     needs = dict.fromkeys(("x", "u", "v", "beta", "tau", "strength"), True) | {"coefficients": False}
 
     def call() -> None:
-        rank_one.linear(*(inputs[name] for name in names), None)
-        rank_one.linear_backward(grad, x, weight, u, v, slots, *gate, None, needs)
+        rank_one.linear(*(inputs[name] for name in names), coefficients=None)  # type: ignore[misc]
+        rank_one.linear_backward(  # type: ignore[misc]
+            grad, x, weight, u, v, slots, *gate, coefficients=None, needs=needs
+        )
         rank_one.linear(x, weight, u, None, slots, inputs["bias"], None, None, None, given)
         rank_one.update(grad, u, slots, given)
         rank_one.update_backward(grad, u, slots, given, True, True)

@@ -7,7 +7,6 @@ import torch
 
 from tests.kernels.helpers import DEVICE
 
-
 torch.set_default_device(DEVICE)
 
 

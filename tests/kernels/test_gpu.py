@@ -110,8 +110,12 @@ def test_a_captured_graph_serves_other_inputs():
     """Forward and backward of both ops in one graph: replayed, it gives what the ops give on what lies there now."""
     options = dict(images=(4, 4), weights="row", read=2)
     layers = [rank_one_inputs(2, 77, 64, 80, 4, 2, seed=s, dtype=torch.bfloat16, device="cuda") for s in (0, 1)]
-    pictures = [attention_inputs(2, 256, 77, 2, 40, seed=s, dtype=torch.bfloat16, device="cuda", **options) for s in (0, 1)]
-    held, shown = ({k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in x[0].items()} for x in (layers, pictures))
+    pictures = [
+        attention_inputs(2, 256, 77, 2, 40, seed=s, dtype=torch.bfloat16, device="cuda", **options) for s in (0, 1)
+    ]
+    held, shown = (
+        {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in x[0].items()} for x in (layers, pictures)
+    )
 
     def step(layer, picture):
         results, grads = run(rank_one_linear, layer, backend="triton")

@@ -18,7 +18,15 @@ from keylock_kernels.testing import (
     cast,
     localization_weights,
 )
-from tests.kernels.helpers import ATTENTION_BACKENDS, ATTENTION_CASES, INTERPRETED, TRITON_ALONE, attention_case, floating, run
+from tests.kernels.helpers import (
+    ATTENTION_BACKENDS,
+    ATTENTION_CASES,
+    INTERPRETED,
+    TRITON_ALONE,
+    attention_case,
+    floating,
+    run,
+)
 
 cases = pytest.mark.parametrize("case", ATTENTION_CASES)
 backends = pytest.mark.parametrize("backend", ATTENTION_BACKENDS)

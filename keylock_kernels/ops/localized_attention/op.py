@@ -95,7 +95,7 @@ def _backward(
     if inputs[-1] == "triton":
         from . import triton
 
-        return triton.backward(grad_out, grad_readout, *inputs[:-1], needs)
+        return triton.backward(grad_out, grad_readout, *inputs[:-1], needs=needs)  # type: ignore[misc]
     leaves = []
     for position, need in zip(_DIFFERENTIABLE, needs, strict=True):
         if need:

@@ -24,6 +24,7 @@ from .triton_backward import (
 from .triton_forward import localized_attention_fwd_kernel
 from .triton_tiles import READ, Columns, Heads, Vectors, Weights
 
+
 class Group(NamedTuple):
     """Image streams handled together: short ones share a tile, a long one is alone."""
 
@@ -123,16 +124,18 @@ FORWARD = (
     Rule("sm_9", 2, 96, ALL, Tile(64, 4, 1, 80, 32, 62 << 10)),
     Rule("sm_9", 2, 256, ALL, Tile(64, 4, 1, 80, 16, 96 << 10)),
     Rule("sm_1", 2, 96, IMAGES, Tile(64, 4, 2, 80, 32, 62 << 10)),
-    Rule("sm_1", 2, 96, EXTRAS, Tile(64, 4, 1, 80, 32, 62 << 10)),
+    Rule("sm_1", 2, 96, EXTRAS, Tile(64, 4, 2, 80, 32, 62 << 10)),
     Rule("sm_1", 2, 256, ALL, Tile(64, 8, 1, 80, 32, 62 << 10)),
     Rule("", 2, 96, IMAGES, Tile(64, 4, 2, 80, 32, 62 << 10)),
     Rule("", 2, 256, ALL, Tile(64, 4, 1, 80, 16, 62 << 10)),
+    Rule("", 4, 64, ALL, Tile(32, 4, 1, 16, 16, 0)),
     Rule("", 8, 256, ALL, Tile(16, 4, 1, 16, 16, 0)),
 )
 BACKWARD = (
     Rule("", 2, 96, TEXT, Tile(64, 4, 1, 80, 32, 0)),
+    Rule("sm_1", 2, 48, IMAGES, Tile(64, 4, 2, 16, 32, 0)),
     Rule("sm_1", 2, 48, ALL, Tile(64, 4, 1, 16, 32, 0)),
-    Rule("sm_1", 2, 64, IMAGES, Tile(64, 4, 1, 16, 16, 0)),
+    Rule("sm_1", 2, 64, IMAGES, Tile(64, 4, 3, 16, 16, 0)),
     Rule("sm_1", 2, 64, ALL, Tile(64, 8, 1, 16, 16, 0)),
     Rule("", 2, 96, ALL, Tile(64, 4, 1, 16, 16, 0)),
     Rule("", 2, 256, TEXT, Tile(64, 4, 1, 16, 16, 0)),
@@ -143,8 +146,9 @@ BACKWARD = (
 )
 KEYS = (
     Rule("", 2, 64, IMAGES, KeyTile(80, 64, 32, 4, 1)),
+    Rule("sm_1", 2, 64, ALL, KeyTile(32, 16, 32, 8, 1)),
     Rule("", 2, 64, ALL, KeyTile(32, 16, 32, 4, 1)),
-    Rule("", 2, 96, IMAGES, KeyTile(32, 16, 32, 8, 1)),
+    Rule("", 2, 96, ALL, KeyTile(32, 16, 16, 4, 1)),
     Rule("sm_1", 2, 256, IMAGES, KeyTile(16, 16, 32, 8, 1)),
     Rule("", 2, 256, ALL, KeyTile(16, 16, 32, 4, 1)),
     Rule("", 8, 256, ALL, KeyTile(16, 16, 16, 4, 1)),
@@ -354,15 +358,16 @@ def backward(
     blocks = ceil_div(pixels, cuts.tile.pixels)
     each = per_program(blocks, rows * heads, query.device)
     groups = ceil_div(blocks, each)
-    slopes = Slopes(*query.new_empty(3, rows, heads, 1 + len(lengths), pixels, dtype=wide), 1 + len(lengths))
+    top, share, delta = query.new_empty(3, rows, heads, 1 + len(lengths), pixels, dtype=wide)
+    slopes = Slopes(top, share, delta, 1 + len(lengths))
     jobs: list[Sum] = []
     per_pixel = image_weights is not None and image_weights.dim() == 3
     weight_parts = token_parts = None
     if dweights is not None:
         last = pixels if per_pixel else blocks
         weight_parts = query.new_empty(rows, len(lengths), heads, last, dtype=wide)
-        sizes = (heads, last) if per_pixel else (heads * last, 1)
-        jobs.append(Sum(weight_parts, dweights, 1, rows * len(lengths), *sizes))
+        summed, columns = (heads, last) if per_pixel else (heads * last, 1)
+        jobs.append(Sum(weight_parts, dweights, 1, rows * len(lengths), summed, columns))
     if dtoken_weights is not None:
         if kind != 2:
             dtoken_weights.zero_()
@@ -405,10 +410,12 @@ def backward(
             part = gradient
             if gradient is not None and (shares > 1 or gradient.dim() == 2):
                 # A bias is shared by the heads, so even one share of it has something to sum.
-                size = (rows, heads, gradient.shape[1]) if gradient.dim() == 2 else gradient.shape
-                part = query.new_empty(shares, *size, dtype=wide)
-                sizes = (rows, heads, gradient.shape[1]) if gradient.dim() == 2 else (1, 1, gradient.numel())
-                jobs.append(Sum(part, gradient, shares, *sizes))
+                if gradient.dim() == 2:
+                    part = query.new_empty(shares, rows, heads, gradient.shape[1], dtype=wide)
+                    jobs.append(Sum(part, gradient, shares, rows, heads, gradient.shape[1]))
+                else:
+                    part = query.new_empty(shares, *gradient.shape, dtype=wide)
+                    jobs.append(Sum(part, gradient, shares, 1, 1, gradient.numel()))
             parts_of.append(part)
         launch(
             localized_attention_bwd_key_kernel, (rows * heads * chunks, shares), query.device,

@@ -10,6 +10,9 @@ With g the gradient of out, w = 1 for text, and r h the gradient of a read-out c
     dq = scale dz K,   dK = scale dz^T q,   dV = (w P)^T g,   dw = g . (P V)
 """
 
+# mypy: ignore-errors
+# Kernels are written in Triton's language, whose types are not Python's.
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -31,9 +34,8 @@ from .triton_tiles import (
     load_rows,
     place,
     product,
-    scale_of,
-    times,
     read_tokens,
+    scale_of,
     scaled,
     scores,
     segment,
@@ -41,6 +43,7 @@ from .triton_tiles import (
     store_rows,
     stream_of,
     stream_weight,
+    times,
     vector,
     zeros,
 )
@@ -52,7 +55,7 @@ class Reads(NamedTuple):
     grad: Any
     weights: Any  # [B, N, M]
     tokens: Any  # [B, M]
-    count: int  # M
+    size: int  # M
 
 
 class Slopes(NamedTuple):
@@ -78,9 +81,9 @@ class Sum(NamedTuple):
 @triton.jit
 def _wanted(reads, row, head, pixel, inside, first, KIND: tl.constexpr, ACC: tl.constexpr):
     """r h of a chunk of read-out columns [BM, 16]."""
-    found = load_columns(reads.grad, row, head, pixel, inside, first, reads.count, ACC)
+    found = load_columns(reads.grad, row, head, pixel, inside, first, reads.size, ACC)
     if KIND == 2:
-        found *= load_columns(reads.weights, row, head, pixel, inside, first, reads.count, ACC)
+        found *= load_columns(reads.weights, row, head, pixel, inside, first, reads.size, ACC)
     return found
 
 
@@ -89,8 +92,8 @@ def _ask(dp, reads, row, head, pixel, inside, key, FLIPPED: tl.constexpr, KIND: 
          ONE_READ: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """dP with what is asked of the read-out columns among the keys `key`; FLIPPED: dP is [KT, BM]."""
     if KIND != 0:
-        for first in range(0, READ if ONE_READ else reads.count, READ):
-            token = read_tokens(reads.tokens, row, first, reads.count)
+        for first in range(0, READ if ONE_READ else reads.size, READ):
+            token = read_tokens(reads.tokens, row, first, reads.size)
             wanted = _wanted(reads, row, head, pixel, inside, first, KIND, ACC)
             if FLIPPED:
                 dp = dot((key[:, None] == token[None]).to(ACC), tl.trans(wanted), dp)
@@ -121,8 +124,8 @@ def _live(w, reads, row, first, end, KIND: tl.constexpr):
     live = w != 0
     if KIND != 0:
         count = 0
-        for start in range(0, reads.count, READ):
-            token = read_tokens(reads.tokens, row, start, reads.count)
+        for start in range(0, reads.size, READ):
+            token = read_tokens(reads.tokens, row, start, reads.size)
             count += tl.sum(((token >= first) & (token < end)).to(tl.int32), 0)
         live = live | (count > 0)
     return live
@@ -265,8 +268,9 @@ def _packed(dq, q, g, tile, weights, dweights, slopes, scale, reads, row, head, 
 
 
 @triton.jit
-def _images(dq, q, g, key, value, bias, weights, dweights, slopes, scale, reads, row, head, heads, pixel, pixels, inside,
-            block, blocks, images, number, start, stream, LONG: tl.constexpr, A: tl.constexpr, B: tl.constexpr, LENGTHS: tl.constexpr, PER_PIXEL: tl.constexpr, BLOCK: tl.constexpr,
+def _images(dq, q, g, key, value, bias, weights, dweights, slopes, scale, reads, row, head, heads, pixel, pixels,
+            inside, block, blocks, images, number, start, stream, LONG: tl.constexpr, A: tl.constexpr,
+            B: tl.constexpr, LENGTHS: tl.constexpr, PER_PIXEL: tl.constexpr, BLOCK: tl.constexpr,
             GRAD: tl.constexpr, KIND: tl.constexpr, ONE_READ: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr,
             UNIT: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """dq / scale with one group of image streams."""
@@ -388,9 +392,9 @@ def localized_attention_bwd_pixel_kernel(
             pixel_regions = tl.zeros([BM], tl.int32)
             if REGIONS:
                 pixel_regions = vector(query_regions, row, pixel, inside, 0)
-            for first in range(0, READ if ONE_READ else reads.count, READ):
+            for first in range(0, READ if ONE_READ else reads.size, READ):
                 asked = asked_tokens(key, image_key, key_bias, image_key_bias, key_regions, reads.tokens, row, head,
-                                     keys, first, reads.count, IMAGE_KEYS, D, PARTS, UNIT, ACC)  # fmt: skip
+                                     keys, first, reads.size, IMAGE_KEYS, D, PARTS, UNIT, ACC)  # fmt: skip
                 _, bias, seen_from, of_text, index = asked
                 stream = tl.where(of_text, 0, 1 + stream_of(index, ENDS))
                 at = ((row * heads + head) * slopes.streams + stream[None]) * pixels + pixel[:, None]
@@ -399,11 +403,11 @@ def localized_attention_bwd_pixel_kernel(
                 top = tl.load(slopes.top + at, mask=mask, other=0.0)
                 share = tl.load(slopes.share + at, mask=mask, other=0.0)
                 p = column_values(q, asked, top, share, pixel_regions, scale, REGIONS, ACC)
-                h = load_columns(reads.grad, row, head, pixel, inside, first, reads.count, ACC)
+                h = load_columns(reads.grad, row, head, pixel, inside, first, reads.size, ACC)
                 m = first + tl.arange(0, READ)
-                at = ((row * heads + head) * pixels + pixel[:, None]) * reads.count + m[None]
+                at = ((row * heads + head) * pixels + pixel[:, None]) * reads.size + m[None]
                 tl.store(dtoken_weights + at, tl.where(read[None], h * p, 0.0),
-                         mask=inside[:, None] & (m < reads.count)[None])  # fmt: skip
+                         mask=inside[:, None] & (m < reads.size)[None])  # fmt: skip
 
 
 @triton.jit

@@ -6,15 +6,18 @@ streams of at most 16 keys several in one tile, each with a softmax of its own i
 running softmax.
 """
 
+# mypy: ignore-errors
+# Kernels are written in Triton's language, whose types are not Python's.
+
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
 from .triton_tiles import (
+    READ,
     asked_tokens,
     column_values,
-    READ,
     finite,
     group_tiles,
     inverse,

@@ -5,6 +5,9 @@ dimension: 40 is 32 and 16, since tiles are powers of two. The bias is in powers
 no key or a hidden one, and NaN where a key or its value is broken, that is, not finite.
 """
 
+# mypy: ignore-errors
+# Kernels are written in Triton's language, whose types are not Python's.
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple

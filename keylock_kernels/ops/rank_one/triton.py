@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launching import accumulator, ceil_div, dot, launch
+from ..launching import accumulator, architecture, ceil_div, dot, launch
 from ..precision import accumulate_dtype
 
 CHUNK = tl.constexpr(16)  # updates handled at once: the narrowest tile of a matrix unit
@@ -454,7 +454,9 @@ def _per(table: Tensor | None) -> PerUpdate | None:
 
 
 def _tile(x: Tensor) -> Tile:
-    return TILES[x.element_size(), "prompt" if x.shape[1] <= PROMPT_TOKENS else "pixels"]
+    tile = TILES[x.element_size(), "prompt" if x.shape[1] <= PROMPT_TOKENS else "pixels"]
+    # AMD's multiprocessors have 64 KiB of shared memory.
+    return tile._replace(stages=min(tile.stages, 2)) if architecture(x.device).startswith("gfx") else tile
 
 
 def _gemm(
