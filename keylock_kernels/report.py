@@ -112,7 +112,7 @@ def _attention_cases() -> Iterator[Case]:
 
 
 def _attention_case(shape: Shape, feature: str, options: dict[str, Any], dtype: torch.dtype, quick: bool) -> Case:
-    from .ops.localized_attention import triton
+    from .ops.localized_attention import triton, triton_plan
 
     sizes = (shape.pixels, shape.tokens, shape.heads, shape.head_dim)
     inputs = _blank(attention_inputs(1, 1, *sizes[1:], dtype=dtype, **options), ROWS)
@@ -143,7 +143,7 @@ def _attention_case(shape: Shape, feature: str, options: dict[str, Any], dtype: 
         f"{shape.name} {feature} {str(dtype)[6:]}",
         call,
         quick,
-        triton.padding(dtype.itemsize, shape.head_dim, shape.tokens, images),
+        triton_plan.padding(dtype.itemsize, shape.head_dim, shape.tokens, images),
         (1.45 if few else 1.35 if images else 1.25) if dtype == torch.bfloat16 and not options.get("read") else 0.0,
         2 * 64 * shape.head_dim * dtype.itemsize,
         dtype != torch.float32,  # six products of 16-bit parts for one of 32 bits leave no room in registers

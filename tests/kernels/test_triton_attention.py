@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 
 from keylock_kernels.ops import launching  # noqa: E402
 from keylock_kernels.ops.localized_attention import triton as kernels  # noqa: E402
+from keylock_kernels.ops.localized_attention import triton_plan  # noqa: E402
 
 runs = pytest.mark.skipif(not TRITON_ALONE, reason="needs Triton's interpreter or a GPU")
 LENGTHS = (0, 1, 4, 16, 77, 154, 231, 257, 512)
@@ -153,21 +154,21 @@ def test_inputs_go_to_the_kernels_as_they_are():
 
 @pytest.mark.parametrize("length", range(1, 81))
 def test_a_short_streams_tiles_hold_it_with_at_most_15_to_spare(length):
-    first, second = kernels.cut(length)
+    first, second = triton_plan.cut(length)
     assert 0 <= first + second - length <= 15 or first == 64 and second == 0
     assert all(size & (size - 1) == 0 for size in (first, second))
 
 
 @pytest.mark.parametrize("head_dim", range(1, 257))
 def test_the_parts_of_a_head_hold_it(head_dim):
-    wide = kernels.parts(head_dim)
+    wide = triton_plan.parts(head_dim)
     assert sum(wide) >= head_dim and len(wide) <= 2 and all(size & (size - 1) == 0 and size >= 16 for size in wide)
     known = {40: (32, 16), 64: (64,), 72: (64, 16), 80: (64, 16), 112: (128,), 160: (128, 32)}
     assert wide == known.get(head_dim, wide)
 
 
 def test_image_streams_of_few_keys_share_a_tile():
-    groups = kernels.pack((4, 4, 4, 4, 4, 20, 90, 0), 80)
+    groups = triton_plan.pack((4, 4, 4, 4, 4, 20, 90, 0), 80)
     assert [(g.long, g.start, g.stream, g.first, g.lengths) for g in groups] == [
         (True, 40, 6, 0, (90,)),
         (False, 0, 0, 16, (4, 4, 4, 4)),
@@ -181,8 +182,8 @@ def test_image_streams_of_few_keys_share_a_tile():
 @pytest.mark.parametrize("others", [1, 80, 4000])
 def test_programs_take_all_tiles_and_leave_no_multiprocessor_idle_for_it(pixels, others):
     tiles = -(-pixels // 64)
-    each = kernels.per_program(tiles, others, torch.device("cpu"))
-    assert 1 <= each <= kernels.MOST_TILES
+    each = triton_plan.per_program(tiles, others, torch.device("cpu"))
+    assert 1 <= each <= triton_plan.MOST_TILES
     assert each == 1 or tiles * others // each >= launching.processors(torch.device("cpu"))
 
 
