@@ -110,6 +110,7 @@ FORWARD = (
     Rule("sm_9", 2, 96, ALL, Tile(64, 4, 1, 80, 32, 62 << 10)),
     Rule("sm_9", 2, 256, ALL, Tile(64, 4, 1, 80, 16, 96 << 10)),
     Rule("sm_1", 2, 96, IMAGES, Tile(64, 4, 2, 80, 32, 62 << 10)),
+    Rule("sm_1", 2, 48, EXTRAS, Tile(64, 4, 1, 80, 32, 62 << 10)),
     Rule("sm_1", 2, 96, EXTRAS, Tile(64, 4, 2, 80, 32, 62 << 10)),
     Rule("sm_1", 2, 256, ALL, Tile(64, 8, 1, 80, 32, 62 << 10)),
     Rule("", 2, 96, IMAGES, Tile(64, 4, 2, 80, 32, 62 << 10)),
@@ -132,7 +133,7 @@ BACKWARD = (
 )
 KEYS = (
     Rule("", 2, 64, IMAGES, KeyTile(80, 64, 32, 4, 1)),
-    Rule("sm_1", 2, 64, ALL, KeyTile(32, 16, 32, 8, 1)),
+    Rule("sm_1", 2, 48, ALL, KeyTile(32, 16, 32, 8, 1)),
     Rule("", 2, 64, ALL, KeyTile(32, 16, 32, 4, 1)),
     Rule("", 2, 96, ALL, KeyTile(32, 16, 16, 4, 1)),
     Rule("sm_1", 2, 256, IMAGES, KeyTile(16, 16, 32, 8, 1)),
