@@ -88,7 +88,7 @@ def test_the_tables_ratios_are_to_the_strongest_peer_and_the_floor():
     found = {line.split("  ")[1]: line.split() for line in lines if line.startswith("  ")}
     assert found["native"] == ["native", "2.00", "ms", "0.50", "2.00", "1.0"]
     assert found["strong (peer)"][-2:] == ["strongest", "peer"]
-    assert any(line == "op, 2.0 MB, 2 input sets, 3 rounds, noise 10%" for line in lines)
+    assert any(line == "op, 2.0 MB, counted floor 2.00 ms, 2 input sets, 3 rounds, noise 10%" for line in lines)
 
 
 def test_data_of_one_environment_is_kept_together(tmp_path):

@@ -257,7 +257,7 @@ def _packed(dq, q, g, tile, weights, dweights, slopes, scale, reads, row, head, 
 
 @triton.jit
 def _images(dq, q, g, key, value, bias, weights, dweights, slopes, scale, reads, row, head, heads, pixel, pixels,
-            inside, block, blocks, images, number, start, stream, LONG: tl.constexpr, A: tl.constexpr,
+            inside, block, blocks, images, number, start, end, stream, LONG: tl.constexpr, A: tl.constexpr,
             B: tl.constexpr, LENGTHS: tl.constexpr, PER_PIXEL: tl.constexpr, BLOCK: tl.constexpr,
             GRAD: tl.constexpr, KIND: tl.constexpr, ONE_READ: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr,
             UNIT: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
@@ -265,7 +265,7 @@ def _images(dq, q, g, key, value, bias, weights, dweights, slopes, scale, reads,
     WEIGHED: tl.constexpr = weights is not None
     tiles = ()
     if not LONG:
-        tiles = group_tiles(key, value, bias, None, row, head, start, LENGTHS, A, B, WEIGHED, D, PARTS, UNIT, ACC)
+        tiles = group_tiles(key, value, bias, None, row, head, start, end, A, B, WEIGHED, D, PARTS, UNIT, ACC)
     if len(LENGTHS) > 1:
         return _packed(dq, q, g, tiles[0], weights, dweights, slopes, scale, reads, row, head, heads, pixel, pixels,
                        inside, block, blocks, start, stream, images, number + start, LENGTHS, PER_PIXEL, GRAD, KIND,
@@ -274,9 +274,9 @@ def _images(dq, q, g, key, value, bias, weights, dweights, slopes, scale, reads,
         w, live = pixel, inside
         if WEIGHED:
             w = stream_weight(weights, row, stream, pixel, inside, ACC)
-            live = _live(w, reads, row, number + start, number + start + LENGTHS[0], KIND)
+            live = _live(w, reads, row, number + start, number + end, KIND)
         dq, found = _stream(dq, q, g, key, value, bias, None, tiles, scale, pixel, w, live, reads, row, head, pixel,
-                            inside, start, start + LENGTHS[0], number, LONG, BLOCK, WEIGHED, GRAD, KIND, ONE_READ, D,
+                            inside, start, end, number, LONG, BLOCK, WEIGHED, GRAD, KIND, ONE_READ, D,
                             PARTS, UNIT, ACC)  # fmt: skip
         top, share, plain, slope = found
         _keep(slopes, row, head, heads, 1 + stream, pixel, pixels, inside, live, top, share, slope)
@@ -350,7 +350,7 @@ def localized_attention_bwd_pixel_kernel(
         if TEXT != "none":
             tiles = ()
             if TEXT == "short":
-                tiles = group_tiles(key, value, key_bias, key_regions, row, head, 0, (keys,), A, B, REGIONS, D, PARTS,
+                tiles = group_tiles(key, value, key_bias, key_regions, row, head, 0, keys, A, B, REGIONS, D, PARTS,
                                     UNIT, ACC)  # fmt: skip
             dq, found = _stream(dq, q, g, key, value, key_bias, key_regions, tiles, scale, pixel_regions, pixel, inside,
                                 reads, row, head, pixel, inside, 0, keys, 0, TEXT == "long", BLOCK, False, GRAD, KIND,
@@ -361,12 +361,13 @@ def localized_attention_bwd_pixel_kernel(
             for i in range(0, equal_groups):
                 dq = _images(dq, q, g, image_key, image_value, image_key_bias, image_weights, dweights, slopes, scale,
                                 reads, row, head, heads, pixel, pixels, inside, block, blocks, slopes.streams - 1, keys,
-                                i * len(EQUAL) * EQUAL[0], i * len(EQUAL), False, 16, 0, EQUAL, PER_PIXEL, BLOCK, GRAD,
+                                i * len(EQUAL) * EQUAL[0], (i + 1) * len(EQUAL) * EQUAL[0],
+                             i * len(EQUAL), False, 16, 0, EQUAL, PER_PIXEL, BLOCK, GRAD,
                                 KIND, ONE_READ, D, PARTS, UNIT, ACC)  # fmt: skip
         for i in tl.static_range(len(IMAGES)):
             dq = _images(dq, q, g, image_key, image_value, image_key_bias, image_weights, dweights, slopes, scale,
                                reads, row, head, heads, pixel, pixels, inside, block, blocks, slopes.streams - 1, keys,
-                               IMAGES[i][1], IMAGES[i][2], IMAGES[i][0], IMAGES[i][3], IMAGES[i][4], IMAGES[i][5],
+                               IMAGES[i][1], IMAGES[i][6], IMAGES[i][2], IMAGES[i][0], IMAGES[i][3], IMAGES[i][4], IMAGES[i][5],
                                PER_PIXEL, BLOCK, GRAD, KIND, ONE_READ, D, PARTS, UNIT, ACC)  # fmt: skip
         if dquery is not None:
             store_rows(dquery, row, pixels, head, heads, pixel, inside, scaled(dq, tl.zeros([BM], ACC) + plain_scale),

@@ -151,13 +151,13 @@ def _add_long(out, q, key, value, bias, weights, row, head, scale, pixel, inside
 @triton.jit
 def _add_group(out, stats, q, key, value, bias, weights, row, head, scale, pixel, inside, kept, RESIDENT: tl.constexpr,
                START: tl.constexpr, STREAM: tl.constexpr, A: tl.constexpr, B: tl.constexpr, LENGTHS: tl.constexpr,
-               D: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+               END: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """out and stats with one group of short image streams."""
     TAINT: tl.constexpr = weights is not None
     if RESIDENT:
         tiles = kept
     else:
-        tiles = group_tiles(key, value, bias, None, row, head, START, LENGTHS, A, B, TAINT, D, PARTS, UNIT, ACC)
+        tiles = group_tiles(key, value, bias, None, row, head, START, END, A, B, TAINT, D, PARTS, UNIT, ACC)
     return _add_short(out, stats, q, tiles, weights, row, scale, pixel, pixel, inside, STREAM, LENGTHS,
                       TAINT or bias is not None, False, ACC)  # fmt: skip
 
@@ -241,7 +241,7 @@ def localized_attention_fwd_kernel(
         asked = asked_tokens(key, image_key, key_bias, image_key_bias, key_regions, tokens, row, head, keys, 0, read,
                        IMAGE_KEYS, D, PARTS, UNIT, ACC)  # fmt: skip
     if TEXT_RESIDENT:
-        text = group_tiles(key, value, key_bias, key_regions, row, head, 0, (keys,), A, B, REGIONS, D, PARTS, UNIT,
+        text = group_tiles(key, value, key_bias, key_regions, row, head, 0, keys, A, B, REGIONS, D, PARTS, UNIT,
                            ACC)  # fmt: skip
     if IMAGES_RESIDENT:
         images = resident_images(image_key, image_value, image_key_bias, row, head, IMAGES, image_weights is not None,
@@ -271,7 +271,7 @@ def localized_attention_fwd_kernel(
         if TEXT == "short":
             shown = text
             if not TEXT_RESIDENT:
-                shown = group_tiles(key, value, key_bias, key_regions, row, head, 0, (keys,), A, B, REGIONS, D, PARTS,
+                shown = group_tiles(key, value, key_bias, key_regions, row, head, 0, keys, A, B, REGIONS, D, PARTS,
                                     UNIT, ACC)  # fmt: skip
             acc, found = _add_short(acc, (), q, shown, None, row, scale, pixel_regions, pixel, inside, 0, (0,),
                                     REGIONS or key_bias is not None, REGIONS, ACC)  # fmt: skip
@@ -285,7 +285,7 @@ def localized_attention_fwd_kernel(
                     acc, stats = _add_group(
                         acc, stats, q, image_key, image_value, image_key_bias, image_weights, row, head, scale, pixel,
                         inside, images[g] if IMAGES_RESIDENT else images, IMAGES_RESIDENT, IMAGES[g][1], IMAGES[g][2],
-                        IMAGES[g][3], IMAGES[g][4], IMAGES[g][5], D, PARTS, UNIT, ACC,
+                        IMAGES[g][3], IMAGES[g][4], IMAGES[g][5], IMAGES[g][6], D, PARTS, UNIT, ACC,
                     )  # fmt: skip
         store_rows(out, row, pixels, head, heads, pixel, inside, acc, D, PARTS)
         if readout is not None:

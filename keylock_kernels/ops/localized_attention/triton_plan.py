@@ -20,6 +20,7 @@ class Group(NamedTuple):
     first: int  # keys of its tiles: one, or two
     second: int
     lengths: tuple[int, ...]
+    end: int  # the number behind the last key
 
 
 def cut(length: int) -> tuple[int, int]:
@@ -36,11 +37,11 @@ def pack(lengths: tuple[int, ...], short: int) -> tuple[Group, ...]:
     for stream, length in enumerate(lengths):
         last = groups[-1] if groups else None
         if last is not None and last.first == 16 and not last.second and sum(last.lengths) + length <= 16:
-            groups[-1] = last._replace(lengths=(*last.lengths, length))
+            groups[-1] = last._replace(lengths=(*last.lengths, length), end=start + length)
         elif length > short:
-            groups.append(Group(True, start, stream, 0, 0, (length,)))
+            groups.append(Group(True, start, stream, 0, 0, (length,), start + length))
         else:
-            groups.append(Group(False, start, stream, *cut(length), (length,)))
+            groups.append(Group(False, start, stream, *cut(length), (length,), start + length))
         start += length
     return tuple(sorted(groups, key=lambda group: not group.long))
 

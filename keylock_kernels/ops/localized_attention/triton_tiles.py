@@ -108,12 +108,17 @@ def store_rows(x, row, rows, head, heads, n, inside, values, D: tl.constexpr, PA
 
 
 @triton.jit
-def zeros(BM: tl.constexpr, PARTS: tl.constexpr, ACC: tl.constexpr):
-    first = tl.zeros([BM, PARTS[0]], ACC)
+def _zeros(ROWS: tl.constexpr, WIDTH: tl.constexpr, ACC: tl.constexpr):
+    return tl.zeros([ROWS, WIDTH], ACC)
+
+
+@triton.jit
+def zeros(ROWS: tl.constexpr, PARTS: tl.constexpr, ACC: tl.constexpr):
+    first = _zeros(ROWS, PARTS[0], ACC)
     if len(PARTS) == 1:
         return (first,)
     else:
-        return first, tl.zeros([BM, PARTS[1]], ACC)
+        return first, _zeros(ROWS, PARTS[1], ACC)
 
 
 @triton.jit
@@ -168,13 +173,10 @@ def key_tile(key, value, bias, regions, row, head, first, end, SIZE: tl.constexp
 
 
 @triton.jit
-def group_tiles(key, value, bias, regions, row, head, first, LENGTHS, A: tl.constexpr, B: tl.constexpr,
-                TAINT: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr,
+def group_tiles(key, value, bias, regions, row, head, first, end, A: tl.constexpr, B: tl.constexpr, TAINT: tl.constexpr,
+                D: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr,
                 ACC: tl.constexpr):  # fmt: skip
-    """All keys of a group of short streams, which lie side by side from `first` on: one tile, or two."""
-    end = first
-    for j in tl.static_range(len(LENGTHS)):
-        end += LENGTHS[j]
+    """All keys of a group of short streams, which lie side by side from `first` to `end`: one tile, or two."""
     a = key_tile(key, value, bias, regions, row, head, first, end, A, TAINT, D, PARTS, UNIT, ACC)
     if B == 0:
         return (a,)
@@ -188,7 +190,7 @@ def resident_images(key, value, bias, row, head, IMAGES: tl.constexpr, TAINT: tl
     """The tiles of all groups of image streams, none of which is long."""
     found = ()
     for g in tl.static_range(len(IMAGES)):
-        found = found + (group_tiles(key, value, bias, None, row, head, IMAGES[g][1], IMAGES[g][5], IMAGES[g][3],
+        found = found + (group_tiles(key, value, bias, None, row, head, IMAGES[g][1], IMAGES[g][6], IMAGES[g][3],
                                      IMAGES[g][4], TAINT, D, PARTS, UNIT, ACC),)  # fmt: skip
     return found
 
