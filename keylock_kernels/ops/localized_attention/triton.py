@@ -27,6 +27,8 @@ from .triton_plan import (
     chunk_of,
     configuration,
     ends,
+    flat,
+    lengths_of,
     per_program,
     plan,
     streams,
@@ -62,6 +64,11 @@ def _weights(x: Tensor | None) -> Weights | None:
 
 def _token_weights(x: Tensor | None) -> Columns | None:
     return None if x is None else Columns(x, x.stride(0), 0, x.stride(1), x.stride(2))
+
+
+def _columns_of(grad: Tensor, whole: bool) -> tuple[Tensor, int, int, int, int]:
+    """The gradient of maps [B, H, N, M] or of sums [B, H, M], which have no stride along pixels."""
+    return grad, grad.stride(0), grad.stride(1), grad.stride(2) if whole else 0, grad.stride(-1)
 
 
 def _split(scale: float) -> tuple[float, float]:
@@ -114,7 +121,8 @@ def forward(
         out, readout if read else None, pixels, keys, read, heads, groups, each, len(cuts.groups) if equal else 0,
         *_split(scale),
         D=width, PARTS=cuts.parts, UNIT=unit, BM=cuts.tile.pixels, BLOCK=cuts.tile.block, TEXT=cuts.text, A=cuts.cut[0],
-        B=cuts.cut[1], IMAGES=() if equal else tuple(map(tuple, cuts.groups)), EQUAL=equal,
+        B=cuts.cut[1], IMAGES=() if equal else flat(cuts.groups), EQUAL=len(equal),
+        LENGTHS=equal or lengths_of(cuts.groups),
         STREAMS=() if equal else streams(cuts.groups), IMAGE_KEYS=0 if equal else sum(lengths),
         TEXT_RESIDENT=cuts.text_resident, IMAGES_RESIDENT=cuts.images_resident, ONE_READ=0 < read <= READ.value,
         EXACT=read > 0 or query.element_size() > 2,
@@ -162,14 +170,12 @@ def backward(
     cuts = plan(BACKWARD, where, query.element_size(), width, keys, lengths, load)
     unit = _unit(query, key, value, image_key, image_value, grad_out)
     kind = 0 if read == 0 else 1 if readout_weights is None else 2
-    reads = Reads(
-        Columns(query, 0, 0, 0, 0) if grad_readout is None or kind == 0
-        else Columns(grad_readout, grad_readout.stride(0), grad_readout.stride(1),
-                     grad_readout.stride(2) if kind == 1 else 0, grad_readout.stride(-1)),
-        Columns(query, 0, 0, 0, 0) if readout_weights is None else _token_weights(readout_weights),
-        Vectors(query, 0, 0) if readout_tokens is None else _vectors(readout_tokens),
+    reads = Reads(  # type: ignore[call-arg]
+        *(_columns_of(grad_readout, kind == 1) if kind and grad_readout is not None else (query, 0, 0, 0, 0)),
+        *((query, 0, 0, 0) if readout_weights is None else (readout_weights, *readout_weights.stride())),  # type: ignore[arg-type]
+        *((query, 0, 0) if readout_tokens is None else (readout_tokens, *readout_tokens.stride())),
         read,
-    )  # fmt: skip
+    )
     blocks = ceil_div(pixels, cuts.tile.pixels)
     each = per_program(blocks, rows * heads, query.device)
     groups = ceil_div(blocks, each)
@@ -205,7 +211,8 @@ def backward(
         *shared, dquery, weight_parts, token_parts, slopes, pixels, keys, heads, groups, each,
         len(cuts.groups) if equal else 0, *_split(scale),
         BM=cuts.tile.pixels, BLOCK=cuts.tile.block, TEXT=cuts.text, A=cuts.cut[0], B=cuts.cut[1],
-        IMAGES=() if equal else tuple(map(tuple, cuts.groups)), EQUAL=equal,
+        IMAGES=() if equal else flat(cuts.groups), EQUAL=len(equal),
+        LENGTHS=equal or lengths_of(cuts.groups),
         ENDS=ends(lengths), IMAGE_KEYS=total, PER_PIXEL=per_pixel,
         **constants, num_warps=cuts.tile.warps, num_stages=cuts.tile.stages,
     )  # fmt: skip

@@ -30,11 +30,9 @@ from .triton_tiles import (
     group_tiles,
     inverse,
     key_tile,
-    load_columns,
     load_rows,
     place,
     product,
-    read_tokens,
     scale_of,
     scaled,
     scores,
@@ -49,11 +47,24 @@ from .triton_tiles import (
 
 
 class Reads(NamedTuple):
-    """The gradient of what was read out. KIND: 0 nothing, 1 columns [B, H, N, M], 2 sums [B, H, M]."""
+    """The gradient of what was read out, each tensor with its strides.
+
+    KIND: 0 nothing, 1 columns [B, H, N, M], 2 sums [B, H, M], whose `grad_n` is 0. One level deep, since Triton 3.6
+    loses a stride of 1 in a tuple in a tuple.
+    """
 
     grad: Any
+    grad_b: int
+    grad_h: int
+    grad_n: int
+    grad_m: int
     weights: Any  # [B, N, M]
+    weights_b: int
+    weights_n: int
+    weights_m: int
     tokens: Any  # [B, M]
+    tokens_b: int
+    tokens_m: int
     size: int  # M
 
 
@@ -67,11 +78,27 @@ class Slopes(NamedTuple):
 
 
 @triton.jit
+def _upstream(reads, row, head, pixel, inside, first, ACC: tl.constexpr):
+    """h of a chunk of read-out columns [BM, 16]."""
+    m = first + tl.arange(0, READ)
+    at = row * reads.grad_b + head * reads.grad_h + pixel[:, None] * reads.grad_n + m[None] * reads.grad_m
+    return tl.load(reads.grad + at, mask=inside[:, None] & (m < reads.size)[None], other=0.0).to(ACC)
+
+
+@triton.jit
+def _tokens(reads, row, first):
+    m = first + tl.arange(0, READ)
+    return tl.load(reads.tokens + row * reads.tokens_b + m * reads.tokens_m, mask=m < reads.size, other=-1)
+
+
+@triton.jit
 def _wanted(reads, row, head, pixel, inside, first, KIND: tl.constexpr, ACC: tl.constexpr):
     """r h of a chunk of read-out columns [BM, 16]."""
-    found = load_columns(reads.grad, row, head, pixel, inside, first, reads.size, ACC)
+    found = _upstream(reads, row, head, pixel, inside, first, ACC)
     if KIND == 2:
-        found *= load_columns(reads.weights, row, head, pixel, inside, first, reads.size, ACC)
+        m = first + tl.arange(0, READ)
+        at = row * reads.weights_b + pixel[:, None] * reads.weights_n + m[None] * reads.weights_m
+        found *= tl.load(reads.weights + at, mask=inside[:, None] & (m < reads.size)[None], other=0.0).to(ACC)
     return found
 
 
@@ -81,7 +108,7 @@ def ask(dp, reads, row, head, pixel, inside, key, FLIPPED: tl.constexpr, KIND: t
     """dP with what is asked of the read-out columns among the keys `key`; FLIPPED: dP is [KT, BM]."""
     if KIND != 0:
         for first in range(0, READ if ONE_READ else reads.size, READ):
-            token = read_tokens(reads.tokens, row, first, reads.size)
+            token = _tokens(reads, row, first)
             wanted = _wanted(reads, row, head, pixel, inside, first, KIND, ACC)
             if FLIPPED:
                 dp = dot((key[:, None] == token[None]).to(ACC), tl.trans(wanted), dp)
@@ -113,7 +140,7 @@ def _live(w, reads, row, first, end, KIND: tl.constexpr):
     if KIND != 0:
         count = 0
         for start in range(0, reads.size, READ):
-            token = read_tokens(reads.tokens, row, start, reads.size)
+            token = _tokens(reads, row, start)
             count += tl.sum(((token >= first) & (token < end)).to(tl.int32), 0)
         live = live | (count > 0)
     return live
@@ -213,7 +240,8 @@ def _stream(dq, q, g, key, value, bias, regions, tiles, scale, pixel_regions, w,
 
 @triton.jit
 def _packed(dq, q, g, tile, weights, dweights, slopes, scale, reads, row, head, heads, pixel, pixels, inside, block,
-            blocks, first, stream, images, number, LENGTHS: tl.constexpr, PER_PIXEL: tl.constexpr,
+            blocks, first, stream, images, number, LENGTHS: tl.constexpr, OFFSET: tl.constexpr, COUNT: tl.constexpr,
+            PER_PIXEL: tl.constexpr,
             GRAD: tl.constexpr, KIND: tl.constexpr, ONE_READ: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """dq / scale with several short image streams in one tile, each under a softmax of its own."""
     s = scores(q, tile, scale, pixel, True, False, ACC)
@@ -221,13 +249,13 @@ def _packed(dq, q, g, tile, weights, dweights, slopes, scale, reads, row, head, 
     tops, shares, slope_of, weight_of = tl.zeros_like(s), tl.zeros_like(s), tl.zeros_like(s), tl.zeros_like(s)
     found = ()
     start = 0
-    for j in tl.static_range(len(LENGTHS)):
-        mine = segment(t, start, LENGTHS[j])
+    for j in tl.static_range(COUNT):
+        mine = segment(t, start, LENGTHS[OFFSET + j])
         found = found + (finite(tl.max(tl.where(mine, s, float("-inf")), 1)),)
         tops = tl.where(mine, found[j][:, None], tops)
         if weights is not None:
             weight_of = tl.where(mine, stream_weight(weights, row, stream + j, pixel, inside, ACC)[:, None], weight_of)
-        start += LENGTHS[j]
+        start += LENGTHS[OFFSET + j]
     p = tl.exp2(s - tops)
     gv, _ = _pull(g, tile, pixel, reads, row, head, pixel, inside, number, False, GRAD, 0, ONE_READ, ACC)
     dp = gv
@@ -235,14 +263,14 @@ def _packed(dq, q, g, tile, weights, dweights, slopes, scale, reads, row, head, 
         dp = dp * weight_of
     dp = ask(dp, reads, row, head, pixel, inside, number + t, False, KIND, ONE_READ, ACC)
     start = 0
-    for j in tl.static_range(len(LENGTHS)):
-        mine = segment(t, start, LENGTHS[j])
+    for j in tl.static_range(COUNT):
+        mine = segment(t, start, LENGTHS[OFFSET + j])
         share = inverse(tl.sum(tl.where(mine, p, 0.0), 1))
         slope = tl.sum(tl.where(mine, p * dp, 0.0), 1) * share
         live = inside
         if weights is not None:
             w = stream_weight(weights, row, stream + j, pixel, inside, ACC)
-            live = _live(w, reads, row, number + start, number + start + LENGTHS[j], KIND)
+            live = _live(w, reads, row, number + start, number + start + LENGTHS[OFFSET + j], KIND)
             if dweights is not None:
                 plain = tl.sum(tl.where(mine, p * gv, 0.0), 1) * share
                 _keep_weight(dweights, row, head, heads, images, stream + j, block, blocks, pixel, pixels, inside, w,
@@ -250,7 +278,7 @@ def _packed(dq, q, g, tile, weights, dweights, slopes, scale, reads, row, head, 
         _keep(slopes, row, head, heads, 1 + stream + j, pixel, pixels, inside, live, found[j], share, slope)
         shares = tl.where(mine, tl.where(live, share, 0.0)[:, None], shares)
         slope_of = tl.where(mine, slope[:, None], slope_of)
-        start += LENGTHS[j]
+        start += LENGTHS[OFFSET + j]
     dz = tl.where(shares == 0, 0.0, p * shares * (dp - slope_of))
     return spread(dz, tile[0], dq)
 
@@ -258,7 +286,8 @@ def _packed(dq, q, g, tile, weights, dweights, slopes, scale, reads, row, head, 
 @triton.jit
 def _images(dq, q, g, key, value, bias, weights, dweights, slopes, scale, reads, row, head, heads, pixel, pixels,
             inside, block, blocks, images, number, start, end, stream, LONG: tl.constexpr, A: tl.constexpr,
-            B: tl.constexpr, LENGTHS: tl.constexpr, PER_PIXEL: tl.constexpr, BLOCK: tl.constexpr,
+            B: tl.constexpr, LENGTHS: tl.constexpr, OFFSET: tl.constexpr, COUNT: tl.constexpr,
+            PER_PIXEL: tl.constexpr, BLOCK: tl.constexpr,
             GRAD: tl.constexpr, KIND: tl.constexpr, ONE_READ: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr,
             UNIT: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """dq / scale with one group of image streams."""
@@ -266,9 +295,10 @@ def _images(dq, q, g, key, value, bias, weights, dweights, slopes, scale, reads,
     tiles = ()
     if not LONG:
         tiles = group_tiles(key, value, bias, None, row, head, start, end, A, B, WEIGHED, D, PARTS, UNIT, ACC)
-    if len(LENGTHS) > 1:
+    if COUNT > 1:
         return _packed(dq, q, g, tiles[0], weights, dweights, slopes, scale, reads, row, head, heads, pixel, pixels,
-                       inside, block, blocks, start, stream, images, number + start, LENGTHS, PER_PIXEL, GRAD, KIND,
+                       inside, block, blocks, start, stream, images, number + start, LENGTHS, OFFSET, COUNT,
+                       PER_PIXEL, GRAD, KIND,
                        ONE_READ, ACC)  # fmt: skip
     else:
         w, live = pixel, inside
@@ -321,6 +351,7 @@ def localized_attention_bwd_pixel_kernel(
     A: tl.constexpr,
     B: tl.constexpr,
     IMAGES: tl.constexpr,
+    LENGTHS: tl.constexpr,
     EQUAL: tl.constexpr,
     ENDS: tl.constexpr,  # the number behind the last key of each image stream but the last
     IMAGE_KEYS: tl.constexpr,
@@ -357,18 +388,19 @@ def localized_attention_bwd_pixel_kernel(
                                 ONE_READ, D, PARTS, UNIT, ACC)  # fmt: skip
             top, share, _, slope = found
             _keep(slopes, row, head, heads, 0, pixel, pixels, inside, inside, top, share, slope)
-        if len(EQUAL) > 0:
+        if EQUAL > 0:
+            keys_of = EQUAL * LENGTHS[0]
             for i in range(0, equal_groups):
                 dq = _images(dq, q, g, image_key, image_value, image_key_bias, image_weights, dweights, slopes, scale,
-                                reads, row, head, heads, pixel, pixels, inside, block, blocks, slopes.streams - 1, keys,
-                                i * len(EQUAL) * EQUAL[0], (i + 1) * len(EQUAL) * EQUAL[0],
-                             i * len(EQUAL), False, 16, 0, EQUAL, PER_PIXEL, BLOCK, GRAD,
-                                KIND, ONE_READ, D, PARTS, UNIT, ACC)  # fmt: skip
+                             reads, row, head, heads, pixel, pixels, inside, block, blocks, slopes.streams - 1, keys,
+                             i * keys_of, (i + 1) * keys_of, i * EQUAL, False, 16, 0, LENGTHS, 0, EQUAL, PER_PIXEL,
+                             BLOCK, GRAD, KIND, ONE_READ, D, PARTS, UNIT, ACC)  # fmt: skip
         for i in tl.static_range(len(IMAGES)):
             dq = _images(dq, q, g, image_key, image_value, image_key_bias, image_weights, dweights, slopes, scale,
-                               reads, row, head, heads, pixel, pixels, inside, block, blocks, slopes.streams - 1, keys,
-                               IMAGES[i][1], IMAGES[i][6], IMAGES[i][2], IMAGES[i][0], IMAGES[i][3], IMAGES[i][4], IMAGES[i][5],
-                               PER_PIXEL, BLOCK, GRAD, KIND, ONE_READ, D, PARTS, UNIT, ACC)  # fmt: skip
+                         reads, row, head, heads, pixel, pixels, inside, block, blocks, slopes.streams - 1, keys,
+                         IMAGES[i][1], IMAGES[i][6], IMAGES[i][2], IMAGES[i][0], IMAGES[i][3], IMAGES[i][4], LENGTHS,
+                         IMAGES[i][5], IMAGES[i][7], PER_PIXEL, BLOCK, GRAD, KIND, ONE_READ, D, PARTS, UNIT,
+                         ACC)  # fmt: skip
         if dquery is not None:
             store_rows(dquery, row, pixels, head, heads, pixel, inside, scaled(dq, tl.zeros([BM], ACC) + plain_scale),
                        D, PARTS)  # fmt: skip
@@ -382,8 +414,8 @@ def localized_attention_bwd_pixel_kernel(
             if REGIONS:
                 pixel_regions = vector(query_regions, row, pixel, inside, 0)
             for first in range(0, READ if ONE_READ else reads.size, READ):
-                asked = asked_tokens(key, image_key, key_bias, image_key_bias, key_regions, reads.tokens, row, head,
-                                     keys, first, reads.size, IMAGE_KEYS, D, PARTS, UNIT, ACC)  # fmt: skip
+                asked = asked_tokens(_tokens(reads, row, first), key, image_key, key_bias, image_key_bias, key_regions,
+                                     row, head, keys, IMAGE_KEYS, D, PARTS, UNIT, ACC)  # fmt: skip
                 _, bias, seen_from, of_text, index = asked
                 stream = tl.where(of_text, 0, 1 + stream_of(index, ENDS))
                 at = ((row * heads + head) * slopes.streams + stream[None]) * pixels + pixel[:, None]
@@ -392,7 +424,7 @@ def localized_attention_bwd_pixel_kernel(
                 top = tl.load(slopes.top + at, mask=mask, other=0.0)
                 share = tl.load(slopes.share + at, mask=mask, other=0.0)
                 p = column_values(q, asked, top, share, pixel_regions, scale, REGIONS, ACC)
-                h = load_columns(reads.grad, row, head, pixel, inside, first, reads.size, ACC)
+                h = _upstream(reads, row, head, pixel, inside, first, ACC)
                 m = first + tl.arange(0, READ)
                 at = ((row * heads + head) * pixels + pixel[:, None]) * reads.size + m[None]
                 tl.store(dtoken_weights + at, tl.where(read[None], h * p, 0.0),

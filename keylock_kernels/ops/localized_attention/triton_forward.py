@@ -26,6 +26,7 @@ from .triton_tiles import (
     load_rows,
     place,
     plus,
+    read_tokens,
     resident_images,
     scale_of,
     scaled,
@@ -76,6 +77,7 @@ def _weigh(share, p):
 
 @triton.jit
 def _soften(q, tiles, weights, row, scale, pixel_regions, pixel, inside, stream, LENGTHS: tl.constexpr,
+OFFSET: tl.constexpr, COUNT: tl.constexpr,
             BIASED: tl.constexpr, REGIONS: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """A group of short streams: probabilities times w, tile by tile, and each stream's (largest score, 1 / sum)."""
     if len(tiles) == 2:
@@ -92,7 +94,7 @@ def _soften(q, tiles, weights, row, scale, pixel_regions, pixel, inside, stream,
         return (_weigh(share, p), _weigh(share, r)), stats
     else:
         s = scores(q, tiles[0], scale, pixel_regions, True, REGIONS, ACC)
-        if len(LENGTHS) == 1:
+        if COUNT == 1:
             top = finite(tl.max(s, 1))
             p = tl.exp2(s - top[:, None])
             share = inverse(tl.sum(p, 1))
@@ -106,29 +108,31 @@ def _soften(q, tiles, weights, row, scale, pixel_regions, pixel, inside, stream,
             tops, shares = tl.zeros_like(s), tl.zeros_like(s)
             found, stats = (), ()
             start = 0
-            for j in tl.static_range(len(LENGTHS)):
-                mine = segment(t, start, LENGTHS[j])
+            for j in tl.static_range(COUNT):
+                mine = segment(t, start, LENGTHS[OFFSET + j])
                 found = found + (finite(tl.max(tl.where(mine, s, float("-inf")), 1)),)
                 tops = tl.where(mine, found[j][:, None], tops)
-                start += LENGTHS[j]
+                start += LENGTHS[OFFSET + j]
             p = tl.exp2(s - tops)
             start = 0
-            for j in tl.static_range(len(LENGTHS)):
-                mine = segment(t, start, LENGTHS[j])
+            for j in tl.static_range(COUNT):
+                mine = segment(t, start, LENGTHS[OFFSET + j])
                 share = inverse(tl.sum(tl.where(mine, p, 0.0), 1))
                 stats = stats + ((found[j], share),)
                 if weights is not None:
                     w = stream_weight(weights, row, stream + j, pixel, inside, ACC)
                     share = tl.where(w == 0, 0.0, w * share)
                 shares = tl.where(mine, share[:, None], shares)
-                start += LENGTHS[j]
+                start += LENGTHS[OFFSET + j]
         return (_weigh(shares, p),), stats
 
 
 @triton.jit
 def _add_short(out, stats, q, tiles, weights, row, scale, pixel_regions, pixel, inside, stream,
-               LENGTHS: tl.constexpr, BIASED: tl.constexpr, REGIONS: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    p, more = _soften(q, tiles, weights, row, scale, pixel_regions, pixel, inside, stream, LENGTHS, BIASED, REGIONS,
+               LENGTHS: tl.constexpr, OFFSET: tl.constexpr, COUNT: tl.constexpr, BIASED: tl.constexpr,
+               REGIONS: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    p, more = _soften(q, tiles, weights, row, scale, pixel_regions, pixel, inside, stream, LENGTHS, OFFSET, COUNT,
+    BIASED, REGIONS,
                       ACC)  # fmt: skip
     out = spread(p[0], tiles[0][1], out)
     if len(tiles) == 2:
@@ -138,10 +142,10 @@ def _add_short(out, stats, q, tiles, weights, row, scale, pixel_regions, pixel, 
 
 @triton.jit
 def _add_long(out, q, key, value, bias, weights, row, head, scale, pixel, inside, START: tl.constexpr,
-              STREAM: tl.constexpr, LENGTHS: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr,
+              STREAM: tl.constexpr, END: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr,
               UNIT: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """out with a long image stream, and that stream's (largest score, 1 / sum)."""
-    found, own = _attend(q, key, value, bias, None, pixel, row, head, scale, START, START + LENGTHS[0],
+    found, own = _attend(q, key, value, bias, None, pixel, row, head, scale, START, END,
                          weights is not None, BLOCK, D, PARTS, UNIT, ACC)  # fmt: skip
     if weights is not None:
         own = weighed(own, stream_weight(weights, row, STREAM, pixel, inside, ACC))
@@ -151,26 +155,30 @@ def _add_long(out, q, key, value, bias, weights, row, head, scale, pixel, inside
 @triton.jit
 def _add_group(out, stats, q, key, value, bias, weights, row, head, scale, pixel, inside, kept, RESIDENT: tl.constexpr,
                START: tl.constexpr, STREAM: tl.constexpr, A: tl.constexpr, B: tl.constexpr, LENGTHS: tl.constexpr,
-               END: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+               OFFSET: tl.constexpr, COUNT: tl.constexpr,
+               END: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr,
+               ACC: tl.constexpr):  # fmt: skip
     """out and stats with one group of short image streams."""
     TAINT: tl.constexpr = weights is not None
     if RESIDENT:
         tiles = kept
     else:
         tiles = group_tiles(key, value, bias, None, row, head, START, END, A, B, TAINT, D, PARTS, UNIT, ACC)
-    return _add_short(out, stats, q, tiles, weights, row, scale, pixel, pixel, inside, STREAM, LENGTHS,
+    return _add_short(out, stats, q, tiles, weights, row, scale, pixel, pixel, inside, STREAM, LENGTHS, OFFSET, COUNT,
                       TAINT or bias is not None, False, ACC)  # fmt: skip
 
 
 @triton.jit
 def _add_equal(out, q, key, value, bias, weights, row, head, scale, pixel, inside, count, LENGTHS: tl.constexpr,
+OFFSET: tl.constexpr, COUNT: tl.constexpr,
                D: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """out with `count` groups of short image streams that are all alike, one tile of keys each."""
     for g in range(0, count):
-        keys = LENGTHS[0] * len(LENGTHS)
+        keys = LENGTHS[OFFSET] * COUNT
         tile = key_tile(key, value, bias, None, row, head, g * keys, (g + 1) * keys, 16, weights is not None, D, PARTS,
                         UNIT, ACC)  # fmt: skip
-        p, _ = _soften(q, (tile,), weights, row, scale, pixel, pixel, inside, g * len(LENGTHS), LENGTHS, True, False,
+        p, _ = _soften(q, (tile,), weights, row, scale, pixel, pixel, inside, g * COUNT, LENGTHS, OFFSET, COUNT,
+                       True, False,
                        ACC)  # fmt: skip
         out = spread(p[0], tile[1], out)
     return out
@@ -222,8 +230,9 @@ def localized_attention_fwd_kernel(
     TEXT: tl.constexpr,  # "short", "long" or "none"
     A: tl.constexpr,
     B: tl.constexpr,
-    IMAGES: tl.constexpr,
-    EQUAL: tl.constexpr,
+    IMAGES: tl.constexpr,  # triton_plan.flat
+    LENGTHS: tl.constexpr,  # of the image streams, in the order of the groups
+    EQUAL: tl.constexpr,  # streams of a group, where all groups are alike
     STREAMS: tl.constexpr,  # the first key and the length of each image stream, in the order of the groups
     IMAGE_KEYS: tl.constexpr,
     TEXT_RESIDENT: tl.constexpr,
@@ -238,8 +247,8 @@ def localized_attention_fwd_kernel(
     scale = scale_of(scale_high, scale_low, EXACT, ACC)
     text, images, asked = (), (), ()
     if ONE_READ:
-        asked = asked_tokens(key, image_key, key_bias, image_key_bias, key_regions, tokens, row, head, keys, 0, read,
-                       IMAGE_KEYS, D, PARTS, UNIT, ACC)  # fmt: skip
+        asked = asked_tokens(read_tokens(tokens, row, 0, read), key, image_key, key_bias, image_key_bias, key_regions,
+                             row, head, keys, IMAGE_KEYS, D, PARTS, UNIT, ACC)  # fmt: skip
     if TEXT_RESIDENT:
         text = group_tiles(key, value, key_bias, key_regions, row, head, 0, keys, A, B, REGIONS, D, PARTS, UNIT,
                            ACC)  # fmt: skip
@@ -265,7 +274,7 @@ def localized_attention_fwd_kernel(
         for g in tl.static_range(len(IMAGES)):
             if IMAGES[g][0]:
                 acc, found = _add_long(acc, q, image_key, image_value, image_key_bias, image_weights, row, head, scale,
-                                       pixel, inside, IMAGES[g][1], IMAGES[g][2], IMAGES[g][5], BLOCK, D, PARTS, UNIT,
+                                       pixel, inside, IMAGES[g][1], IMAGES[g][2], IMAGES[g][6], BLOCK, D, PARTS, UNIT,
                                        ACC)  # fmt: skip
                 stats = stats + (found,)
         if TEXT == "short":
@@ -273,19 +282,20 @@ def localized_attention_fwd_kernel(
             if not TEXT_RESIDENT:
                 shown = group_tiles(key, value, key_bias, key_regions, row, head, 0, keys, A, B, REGIONS, D, PARTS,
                                     UNIT, ACC)  # fmt: skip
-            acc, found = _add_short(acc, (), q, shown, None, row, scale, pixel_regions, pixel, inside, 0, (0,),
+            acc, found = _add_short(acc, (), q, shown, None, row, scale, pixel_regions, pixel, inside, 0, LENGTHS, 0, 1,
                                     REGIONS or key_bias is not None, REGIONS, ACC)  # fmt: skip
             text_stats = found[0]
-        if len(EQUAL) > 0:
+        if EQUAL > 0:
             acc = _add_equal(acc, q, image_key, image_value, image_key_bias, image_weights, row, head, scale, pixel,
-                             inside, equal_groups, EQUAL, D, PARTS, UNIT, ACC)  # fmt: skip
+                             inside, equal_groups, LENGTHS, 0, EQUAL, D, PARTS, UNIT, ACC)  # fmt: skip
         else:
             for g in tl.static_range(len(IMAGES)):
                 if not IMAGES[g][0]:
                     acc, stats = _add_group(
                         acc, stats, q, image_key, image_value, image_key_bias, image_weights, row, head, scale, pixel,
                         inside, images[g] if IMAGES_RESIDENT else images, IMAGES_RESIDENT, IMAGES[g][1], IMAGES[g][2],
-                        IMAGES[g][3], IMAGES[g][4], IMAGES[g][5], IMAGES[g][6], D, PARTS, UNIT, ACC,
+                        IMAGES[g][3], IMAGES[g][4], LENGTHS, IMAGES[g][5], IMAGES[g][7], IMAGES[g][6], D, PARTS,
+                        UNIT, ACC,
                     )  # fmt: skip
         store_rows(out, row, pixels, head, heads, pixel, inside, acc, D, PARTS)
         if readout is not None:
@@ -293,8 +303,9 @@ def localized_attention_fwd_kernel(
                 if ONE_READ:
                     chunk = asked
                 else:
-                    chunk = asked_tokens(key, image_key, key_bias, image_key_bias, key_regions, tokens, row, head, keys,
-                                   first, read, IMAGE_KEYS, D, PARTS, UNIT, ACC)  # fmt: skip
+                    chunk = asked_tokens(read_tokens(tokens, row, first, read), key, image_key, key_bias,
+                                         image_key_bias,
+                                         key_regions, row, head, keys, IMAGE_KEYS, D, PARTS, UNIT, ACC)  # fmt: skip
                 top, share = _stats_of(chunk, text_stats, stats, BM, STREAMS)
                 p = column_values(q, chunk, top, share, pixel_regions, scale, REGIONS, ACC)
                 m = first + tl.arange(0, READ)

@@ -64,6 +64,23 @@ def alike(groups: tuple[Group, ...]) -> tuple[int, ...]:
     return lengths if len(set(lengths)) == 1 else ()
 
 
+def lengths_of(groups: tuple[Group, ...]) -> tuple[int, ...]:
+    """The streams' lengths in the order of the groups; never empty, since Triton has no empty tuple of numbers."""
+    return tuple(length for group in groups for length in group.lengths) or (0,)
+
+
+def flat(groups: tuple[Group, ...]) -> tuple[tuple[int, ...], ...]:
+    """Each group as numbers alone: long, start, stream, two sizes, where its lengths start, end, how many streams.
+
+    Triton 3.6 loses a tuple in a tuple in a tuple.
+    """
+    found, offset = [], 0
+    for g in groups:
+        found.append((int(g.long), g.start, g.stream, g.first, g.second, offset, g.end, len(g.lengths)))
+        offset += len(g.lengths)
+    return tuple(found)
+
+
 @functools.lru_cache(maxsize=256)
 def parts(head_dim: int) -> tuple[int, ...]:
     """The head dimension as one or two powers of two, at least 16, with the least padding."""

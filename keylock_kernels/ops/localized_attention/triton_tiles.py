@@ -322,14 +322,13 @@ def load_columns(x, row, head, pixel, inside, first, read, ACC: tl.constexpr):
 
 
 @triton.jit
-def asked_tokens(key, image_key, key_bias, image_key_bias, key_regions, tokens, row, head, keys, first, read,
+def asked_tokens(token, key, image_key, key_bias, image_key_bias, key_regions, row, head, keys,
            IMAGE_KEYS: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr,
            ACC: tl.constexpr):  # fmt: skip
     """A chunk of read-out tokens: their keys, bias and regions, and their numbers among text and image keys.
 
     The bias is -inf where nothing is read, and NaN where there is no such key.
     """
-    token = read_tokens(tokens, row, first, read)
     index = token - keys
     of_text, of_image = (token >= 0) & (token < keys), (token >= keys) & (index < IMAGE_KEYS)
     t = tl.where(of_text, token, 0).to(tl.int64)
