@@ -5,11 +5,12 @@
 #include <pybind11/stl.h>
 
 #include <array>
-#include <string>
+#include <optional>
 #include <tuple>
 #include <vector>
 
 #include "keylock/instruction_set.h"
+#include "keylock/localized_attention.h"
 #include "keylock/rank_one_update.h"
 #include "keylock/tensor.h"
 
@@ -34,10 +35,23 @@ Tensor<rank, Data> describe(const Description<rank>& description) {
   return tensor;
 }
 
+// An absent tensor comes as None, and goes on with null data.
+template <int rank>
+using Optional = std::optional<Description<rank>>;
+
+template <class Data, int rank>
+Tensor<rank, Data> describe(const Optional<rank>& description) {
+  return description ? describe<Data, rank>(*description) : Tensor<rank, Data>{};
+}
+
+void require_usable(InstructionSet set) {
+  if (!is_usable(set)) throw py::value_error("this machine cannot run that instruction set");
+}
+
 Status rank_one_update_of(const Description<3>& base, const Description<2>& u,
                           const Description<2>& slots, const Description<3>& coefficients,
                           const Description<3>& y, InstructionSet set, int threads) {
-  if (!is_usable(set)) throw py::value_error("this machine cannot run that instruction set");
+  require_usable(set);
   const RankOneUpdate op{describe<const void, 3>(base), describe<const void, 2>(u),
                          describe<const void, 2>(slots), describe<const void, 3>(coefficients),
                          describe<void, 3>(y)};
@@ -45,9 +59,91 @@ Status rank_one_update_of(const Description<3>& base, const Description<2>& u,
   return rank_one_update(op, set, threads);
 }
 
+Status rank_one_update_backward_of(const Description<3>& grad, const Description<2>& u,
+                                   const Description<2>& slots, const Description<3>& coefficients,
+                                   const Optional<2>& grad_u, const Optional<3>& grad_coefficients,
+                                   InstructionSet set, int threads) {
+  require_usable(set);
+  const RankOneUpdateBackward op{
+      describe<const void, 3>(grad),  describe<const void, 2>(u),
+      describe<const void, 2>(slots), describe<const void, 3>(coefficients),
+      describe<void, 2>(grad_u),      describe<void, 3>(grad_coefficients)};
+  const py::gil_scoped_release release;
+  return rank_one_update_backward(op, set, threads);
+}
+
+// LocalizedAttention's members up to the outputs, with the lengths where the op's schema has them.
+using AttentionInputs =
+    std::tuple<Description<4>, Description<4>, Description<4>, double, Optional<2>, Optional<2>,
+               Optional<2>, Optional<4>, Optional<4>, std::vector<int64_t>, Optional<2>,
+               Optional<3>, Optional<2>, Optional<3>>;
+
+// Points into `inputs`, which must outlive it.
+LocalizedAttention attention_of(const AttentionInputs& inputs) {
+  const auto& [query, key, value, scale, key_bias, query_regions, key_regions, image_key,
+               image_value, image_lengths, image_key_bias, image_weights, readout_tokens,
+               readout_weights] = inputs;
+  return {describe<const void, 4>(query),
+          describe<const void, 4>(key),
+          describe<const void, 4>(value),
+          scale,
+          describe<const void, 2>(key_bias),
+          describe<const void, 2>(query_regions),
+          describe<const void, 2>(key_regions),
+          describe<const void, 4>(image_key),
+          describe<const void, 4>(image_value),
+          image_lengths.data(),
+          static_cast<int64_t>(image_lengths.size()),
+          describe<const void, 2>(image_key_bias),
+          describe<const void, 3>(image_weights),
+          describe<const void, 2>(readout_tokens),
+          describe<const void, 3>(readout_weights),
+          {},
+          {}};
+}
+
+Status localized_attention_of(const AttentionInputs& inputs, const Description<4>& out,
+                              const Optional<4>& readout, InstructionSet set, int threads) {
+  require_usable(set);
+  LocalizedAttention op = attention_of(inputs);
+  op.out = describe<void, 4>(out);
+  op.readout = describe<void, 4>(readout);
+  const py::gil_scoped_release release;
+  return localized_attention(op, set, threads);
+}
+
+// The gradients of the floating-point inputs, in their order.
+using AttentionGradients =
+    std::tuple<Optional<4>, Optional<4>, Optional<4>, Optional<2>, Optional<4>, Optional<4>,
+               Optional<2>, Optional<3>, Optional<3>>;
+
+Status localized_attention_backward_of(const AttentionInputs& inputs, const Optional<4>& grad_out,
+                                       const Optional<4>& grad_readout,
+                                       const AttentionGradients& gradients, InstructionSet set,
+                                       int threads) {
+  require_usable(set);
+  const auto& [query, key, value, key_bias, image_key, image_value, image_key_bias, image_weights,
+               readout_weights] = gradients;
+  const LocalizedAttentionBackward op{attention_of(inputs),
+                                      describe<const void, 4>(grad_out),
+                                      describe<const void, 4>(grad_readout),
+                                      describe<void, 4>(query),
+                                      describe<void, 4>(key),
+                                      describe<void, 4>(value),
+                                      describe<void, 2>(key_bias),
+                                      describe<void, 4>(image_key),
+                                      describe<void, 4>(image_value),
+                                      describe<void, 2>(image_key_bias),
+                                      describe<void, 3>(image_weights),
+                                      describe<void, 3>(readout_weights)};
+  const py::gil_scoped_release release;
+  return localized_attention_backward(op, set, threads);
+}
+
 std::vector<InstructionSet> sets_where(bool (*holds)(InstructionSet)) {
   std::vector<InstructionSet> sets;
-  for (const auto set : {InstructionSet::portable, InstructionSet::avx2, InstructionSet::avx512}) {
+  for (const auto set : {InstructionSet::portable, InstructionSet::avx2, InstructionSet::avx512,
+                         InstructionSet::avx512_bf16}) {
     if (holds(set)) sets.push_back(set);
   }
   return sets;
@@ -69,11 +165,14 @@ PYBIND11_MODULE(_native, module) {
       .value("ok", Status::ok)
       .value("unsupported_type", Status::unsupported_type)
       .value("shape_mismatch", Status::shape_mismatch)
-      .value("slot_out_of_range", Status::slot_out_of_range);
+      .value("slot_out_of_range", Status::slot_out_of_range)
+      .value("token_out_of_range", Status::token_out_of_range)
+      .value("out_of_memory", Status::out_of_memory);
   py::enum_<InstructionSet>(module, "InstructionSet")
       .value("portable", InstructionSet::portable)
       .value("avx2", InstructionSet::avx2)
-      .value("avx512", InstructionSet::avx512);
+      .value("avx512", InstructionSet::avx512)
+      .value("avx512_bf16", InstructionSet::avx512_bf16);
 
   module.attr("compiler") = KEYLOCK_COMPILER;
 #if defined(_OPENMP)
@@ -85,5 +184,14 @@ PYBIND11_MODULE(_native, module) {
   module.def("usable_instruction_sets", [] { return sets_where(is_usable); });
   module.def("rank_one_update", &rank_one_update_of, py::arg("base"), py::arg("u"),
              py::arg("slots"), py::arg("coefficients"), py::arg("y"), py::kw_only(),
+             py::arg("instruction_set"), py::arg("threads"));
+  module.def("rank_one_update_backward", &rank_one_update_backward_of, py::arg("grad"),
+             py::arg("u"), py::arg("slots"), py::arg("coefficients"), py::arg("grad_u"),
+             py::arg("grad_coefficients"), py::kw_only(), py::arg("instruction_set"),
+             py::arg("threads"));
+  module.def("localized_attention", &localized_attention_of, py::arg("inputs"), py::arg("out"),
+             py::arg("readout"), py::kw_only(), py::arg("instruction_set"), py::arg("threads"));
+  module.def("localized_attention_backward", &localized_attention_backward_of, py::arg("inputs"),
+             py::arg("grad_out"), py::arg("grad_readout"), py::arg("gradients"), py::kw_only(),
              py::arg("instruction_set"), py::arg("threads"));
 }

@@ -62,7 +62,8 @@ def test_without_the_extension_everything_reports_and_ops_raise():
 print(json.dumps([native.available(), native.unavailable_reason()]))
 import torch
 try:
-    native.rank_one_update(torch.zeros(1, 1, 1), *[torch.zeros(1, 1)] * 2, torch.zeros(1, 1, 1))
+    from keylock_kernels.ops.rank_one import native as rank_one
+    rank_one.rank_one_update(torch.zeros(1, 1, 1), *[torch.zeros(1, 1)] * 2, torch.zeros(1, 1, 1))
 except RuntimeError as error:
     print(json.dumps(str(error)))
 """

@@ -20,6 +20,13 @@ struct Tensor {
 };
 
 // Kernels return one of these and throw nothing; nothing is written unless it is `ok`.
-enum class Status { ok, unsupported_type, shape_mismatch, slot_out_of_range };
+enum class Status {
+  ok,
+  unsupported_type,
+  shape_mismatch,
+  slot_out_of_range,
+  token_out_of_range,
+  out_of_memory
+};
 
 }  // namespace keylock

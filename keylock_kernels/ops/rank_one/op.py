@@ -51,11 +51,20 @@ def _check_slots(op: str, slots: Tensor, count: int) -> None:
 
 
 def _native_update(base: Tensor, u: Tensor, slots: Tensor, coefficients: Tensor) -> Tensor:
-    from ... import native
+    from . import native
 
     # It wants a contiguous last dimension, which anything but a transposed view already has.
     base, u = (t if t.stride(-1) == 1 else t.contiguous() for t in (base, u))
     return native.rank_one_update(base, u, slots, coefficients)
+
+
+def _native_added_backward(
+    grad: Tensor, u: Tensor, slots: Tensor, coefficients: Tensor, need_u: bool, need_coefficients: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    from . import native
+
+    grad, u = (t if t.stride(-1) == 1 else t.contiguous() for t in (grad, u))
+    return native.rank_one_update_backward(grad, u, slots, coefficients, need_u, need_coefficients)
 
 
 def _chosen(needs: list[bool], inputs: list[Tensor | None], grads: list[Tensor | None]) -> list[Tensor]:
@@ -130,16 +139,16 @@ def _linear_backward(
             found = triton.linear_backward(grad, x, weight, u, v, slots, beta, tau, strength, coefficients, wanted)
             every = {**found, "weight": dweight, "bias": dbias}
             return _chosen(needs, inputs, [every.get(name) for name in _NAMES])
-        grad = wide
+        added_backward = _native_added_backward if backend == "native" else reference.added_backward
         if need_x:
-            dx = reference.row_matmul(grad, weight.to(dtype))
+            dx = reference.row_matmul(wide, weight.to(dtype))
         if coefficients is not None:
-            du, dgiven = reference.added_backward(grad, u, slots, coefficients.to(dtype), need_u, need_given)
+            du, dgiven = added_backward(wide, u, slots, coefficients.to(dtype), need_u, need_given)
         else:
             assert v is not None
             c = reference.coefficients(x, v, slots, beta, tau, strength)
             need_c = need_x or need_v or need_beta or need_tau or need_strength
-            du, dc = reference.added_backward(grad, u, slots, c, need_u, need_c)
+            du, dc = added_backward(wide, u, slots, c, need_u, need_c)
             if dc is not None:
                 through_gate, dv, dbeta, dtau, dstrength = reference.coefficients_backward(
                     dc, x, v, slots, beta, tau, strength, need_x
@@ -209,6 +218,9 @@ def _update_backward(
         from . import triton
 
         du, dc = triton.update_backward(grad, u, slots, coefficients, needs[0], needs[2])
+        return _chosen(needs, [u, slots, coefficients], [du, None, dc])
+    if backend == "native":
+        du, dc = _native_added_backward(grad, u, slots, coefficients, needs[0], needs[2])
         return _chosen(needs, [u, slots, coefficients], [du, None, dc])
     dtype = accumulate_dtype(grad.dtype)
     with exact_products(grad.device):
