@@ -80,7 +80,7 @@ struct Lanes {
   int32_t* stream;   // [count] the image stream; -1: text, or no key
   Real* bias;        // [count] in powers of two; -inf where there is no key
   Integer* regions;  // [count] where a key is seen
-  Real* weights;     // [count] of the stream in every pixel; where pixels differ, 1
+  Real* weights;     // [count] of the stream in every pixel; 1 where pixels differ
   Integer* broken;   // [count] ones where a key or value is not finite
   bool has_broken;
   int32_t* read_at;  // [M] the lane that is read out; -1: zeros
@@ -116,12 +116,11 @@ struct Lanes {
     count += vectors * width;
   }
 
-  void put(int64_t lane, int64_t key, int64_t image, Real key_bias, Integer seen, Real weight) {
+  void put(int64_t lane, int64_t key, int64_t image, Real key_bias, Integer seen) {
     source[lane] = static_cast<int32_t>(key);
     stream[lane] = static_cast<int32_t>(image);
     bias[lane] = key_bias * static_cast<Real>(kLog2e);
     regions[lane] = seen;
-    weights[lane] = weight;
   }
 };
 
@@ -170,7 +169,7 @@ void lay_out(const LocalizedAttention& op, int64_t row, bool keeps_silent, Lanes
         regions =
             static_cast<const int32_t*>(op.key_regions.data)[row * strides[0] + key * strides[1]];
       }
-      lanes.put(lane++, key, -1, bias, regions, 1);
+      lanes.put(lane++, key, -1, bias, regions);
     }
   }
 
@@ -203,9 +202,10 @@ void lay_out(const LocalizedAttention& op, int64_t row, bool keeps_silent, Lanes
       }
       int64_t lane = room;
       room += vectors > 1 ? vectors * width : span;
+      for (int64_t i = lane; i < room; ++i) lanes.weights[i] = weight;
       for (int64_t key = start; key < end; ++key) {
         const Real bias = bias_of<Real>(op.image_key_bias, row, key - text);
-        if (bias != -kInfinity<Real>) lanes.put(lane++, key, image, bias, -1, weight);
+        if (bias != -kInfinity<Real>) lanes.put(lane++, key, image, bias, -1);
       }
     }
     start = end;
@@ -229,12 +229,16 @@ const Element* in_lane(const Tensor<4>& text, const Tensor<4>& images, const Lan
                                 : row_of<Element>(images, row, key - text.sizes[1], head);
 }
 
-// Where a key is hidden from some pixels and not from others, zeros stand in for one that is not
-// finite, and the softmax puts NaN where it is seen.
+// Whether some pixels see a key that others do not.
+inline bool hides_by_pixel(const LocalizedAttention& op) {
+  return op.key_regions.data != nullptr || has_weights_per_pixel(op);
+}
+
+// Finds keys that are not finite, or whose values are not: zeros will stand in for them, and the
+// softmax puts NaN where they are seen. For where a product with 0 would not do to silence them.
 template <class Element, class Real>
 void find_broken(const LocalizedAttention& op, int64_t row, int64_t head, Lanes<Real>& lanes) {
   lanes.has_broken = false;
-  if (op.key_regions.data == nullptr && !has_weights_per_pixel(op)) return;
   constexpr int width = kLanes<Real>;
   const int64_t dims = op.query.sizes[3], padded = round_up(dims, width);
   alignas(64) Real numbers[kMaxHeadDim];

@@ -114,7 +114,8 @@ class Forward {
   // be read out; its values are never met.
   void pack(Scratch<Step>& scratch, int64_t row, int64_t head) const {
     Lanes<Real>& lanes = scratch.lanes;
-    find_broken<Element>(op, row, head, lanes);
+    lanes.has_broken = false;
+    if (hides_by_pixel(op)) find_broken<Element>(op, row, head, lanes);
     alignas(64) Operand rows_of_keys[width][kMaxHeadDim];
     for (int64_t first = 0; first < lanes.count; first += width) {
       for (int lane = 0; lane < width; ++lane) {

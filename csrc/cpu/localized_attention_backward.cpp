@@ -133,7 +133,7 @@ class Backward {
     const Lanes<Real>& lanes = scratch.lanes;
     for (int64_t lane = 0; lane < lanes.count; ++lane) {
       const int64_t image = lanes.stream[lane];
-      scratch.is_reached[lane] = image < 0 || (reads > 0 && lanes.is_read[image]) ? -1 : 0;
+      scratch.is_reached[lane] = image >= 0 && reads > 0 && lanes.is_read[image] ? -1 : 0;
     }
   }
 

@@ -18,7 +18,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = os.environ.get("KEYLOCK_TEST_DEVICE", "cpu")
 TRITON_ALONE = INTERPRETED or DEVICE != "cpu"
 RANK_ONE_BACKENDS = ("triton",) if TRITON_ALONE else ("eager", "native")
-ATTENTION_BACKENDS = ("triton",) if TRITON_ALONE else ("eager", "sdpa")
+ATTENTION_BACKENDS = ("triton",) if TRITON_ALONE else ("eager", "sdpa", "native")
 
 # Every option alone and all of them together; sizes are odd on purpose.
 RANK_ONE_CASES: dict[str, dict[str, Any]] = {
