@@ -11,6 +11,7 @@
 
 #include "keylock/instruction_set.h"
 #include "keylock/localized_attention.h"
+#include "keylock/rank_one_linear.h"
 #include "keylock/rank_one_update.h"
 #include "keylock/tensor.h"
 
@@ -46,6 +47,22 @@ Tensor<rank, Data> describe(const Optional<rank>& description) {
 
 void require_usable(InstructionSet set) {
   if (!is_usable(set)) throw py::value_error("this machine cannot run that instruction set");
+}
+
+Status rank_one_linear_of(const Description<3>& x, const Description<2>& weight,
+                          const Optional<1>& bias, const Description<2>& u,
+                          const Description<2>& slots, const Description<3>& coefficients,
+                          const Description<3>& y, InstructionSet set, int threads) {
+  require_usable(set);
+  const RankOneLinear op{describe<const void, 3>(x),
+                         describe<const void, 2>(weight),
+                         describe<const void, 1>(bias),
+                         describe<const void, 2>(u),
+                         describe<const void, 2>(slots),
+                         describe<const void, 3>(coefficients),
+                         describe<void, 3>(y)};
+  const py::gil_scoped_release release;
+  return rank_one_linear(op, set, threads);
 }
 
 Status rank_one_update_of(const Description<3>& base, const Description<2>& u,
@@ -182,6 +199,9 @@ PYBIND11_MODULE(_native, module) {
 #endif
   module.def("compiled_instruction_sets", [] { return sets_where(is_compiled); });
   module.def("usable_instruction_sets", [] { return sets_where(is_usable); });
+  module.def("rank_one_linear", &rank_one_linear_of, py::arg("x"), py::arg("weight"),
+             py::arg("bias"), py::arg("u"), py::arg("slots"), py::arg("coefficients"), py::arg("y"),
+             py::kw_only(), py::arg("instruction_set"), py::arg("threads"));
   module.def("rank_one_update", &rank_one_update_of, py::arg("base"), py::arg("u"),
              py::arg("slots"), py::arg("coefficients"), py::arg("y"), py::kw_only(),
              py::arg("instruction_set"), py::arg("threads"));

@@ -171,6 +171,13 @@ def describe(tensor: Tensor) -> tuple[int, Any, tuple[int, ...], tuple[int, ...]
     return tensor.data_ptr(), _data_types()[tensor.dtype], tensor.shape, tensor.stride()
 
 
+def require_cpu(op: str, *tensors: Tensor) -> None:
+    """ValueError unless the kernels can read these; what else they need they check themselves."""
+    for tensor in tensors:
+        if tensor.device.type != "cpu":
+            raise ValueError(f"{op}: the native kernels read CPU tensors, got one on {tensor.device}")
+
+
 def raise_for(op: str, status: Any) -> None:
     """RuntimeError unless a kernel says that all is well."""
     if status.name == "out_of_memory":

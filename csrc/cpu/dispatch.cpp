@@ -2,11 +2,13 @@
 // for the plainest CPU: it runs before anything is known about this one.
 #include "keylock/instruction_set.h"
 #include "keylock/localized_attention.h"
+#include "keylock/rank_one_linear.h"
 #include "keylock/rank_one_update.h"
 
 // What every kernel file defines for the instruction set it is compiled for.
 #define KEYLOCK_DECLARE_KERNELS(set)                                             \
   namespace keylock::set {                                                       \
+  Status rank_one_linear(const RankOneLinear& op, int threads);                  \
   Status rank_one_update(const RankOneUpdate& op, int threads);                  \
   Status rank_one_update_backward(const RankOneUpdateBackward& op, int threads); \
   Status localized_attention(const LocalizedAttention& op, int threads);         \
@@ -81,18 +83,25 @@ bool is_usable(InstructionSet set) {
     default: return portable::call; \
   }
 
-Status rank_one_update(const RankOneUpdate& op, InstructionSet set,
-                       int threads){KEYLOCK_RUN(set, rank_one_update(op, threads))}
+Status rank_one_linear(const RankOneLinear& op, InstructionSet set, int threads) {
+  KEYLOCK_RUN(set, rank_one_linear(op, threads));
+}
 
-Status rank_one_update_backward(const RankOneUpdateBackward& op, InstructionSet set, int threads){
-    KEYLOCK_RUN(set, rank_one_update_backward(op, threads))}
+Status rank_one_update(const RankOneUpdate& op, InstructionSet set, int threads) {
+  KEYLOCK_RUN(set, rank_one_update(op, threads));
+}
 
-Status localized_attention(const LocalizedAttention& op, InstructionSet set,
-                           int threads){KEYLOCK_RUN(set, localized_attention(op, threads))}
+Status rank_one_update_backward(const RankOneUpdateBackward& op, InstructionSet set, int threads) {
+  KEYLOCK_RUN(set, rank_one_update_backward(op, threads));
+}
+
+Status localized_attention(const LocalizedAttention& op, InstructionSet set, int threads) {
+  KEYLOCK_RUN(set, localized_attention(op, threads));
+}
 
 Status localized_attention_backward(const LocalizedAttentionBackward& op, InstructionSet set,
                                     int threads) {
-  KEYLOCK_RUN(set, localized_attention_backward(op, threads))
+  KEYLOCK_RUN(set, localized_attention_backward(op, threads));
 }
 
 }  // namespace keylock

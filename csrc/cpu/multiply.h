@@ -62,7 +62,7 @@ inline void multiply_tile(const Product<Step>& product, int64_t row, int64_t col
     for (int j = 0; j < vectors; ++j) right[j] = read_bits<Operand, lanes>(b + j * lanes);
 #pragma GCC unroll 8
     for (int i = 0; i < kTileRows; ++i) {
-      const Full<Operand> left = all(a[i * product.a_row]);
+      const Full<Operand> left = all(read_one(a + i * product.a_row));
 #pragma GCC unroll 8
       for (int j = 0; j < vectors; ++j) Step::add(sums[i][j], left, right[j]);
     }

@@ -54,6 +54,14 @@ inline Vector<Scalar, lanes> read_bits(const void* from) {
   return value;
 }
 
+// Wherever it lies: two bfloat16 numbers read as one integer need not be aligned as one.
+template <class Scalar>
+inline Scalar read_one(const Scalar* from) {
+  Scalar value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+
 template <class Vector>
 inline void write_bits(void* to, Vector value) {
   std::memcpy(to, &value, sizeof value);

@@ -101,11 +101,9 @@ def _inputs(*inputs: Any) -> tuple[Any, ...]:
     described: list[Any] = []
     for value in inputs:
         if isinstance(value, Tensor):
-            if value.device.type != "cpu":
-                raise ValueError(f"{_NAME}: the native kernels read CPU tensors, got one on {value.device}")
-            described.append(native.describe(value))
-        else:
-            described.append(value)
+            native.require_cpu(_NAME, value)
+            value = native.describe(value)
+        described.append(value)
     at, _ = _WEIGHTS
     weights = inputs[at]
     if weights is not None and weights.dim() == 2:

@@ -12,6 +12,59 @@ from ..checks import check_like
 from ..precision import accumulate_dtype
 
 
+def multiplies(x: Tensor) -> bool:
+    """Whether `rank_one_linear` has a product of its own for x [B, T, K] on this CPU."""
+    best = native.instruction_set("rank_one_linear", None).name
+    if x.dtype == torch.float32:
+        return best.startswith("avx512")
+    return x.dtype == torch.bfloat16 and x.shape[2] % 2 == 0 and best == "avx512_bf16"
+
+
+def rank_one_linear(
+    x: Tensor,  # [B, T, K]
+    weight: Tensor,  # [O, K]
+    bias: Tensor | None,  # [O]
+    u: Tensor,  # [S, O]
+    slots: Tensor,  # [B, R]
+    coefficients: Tensor,  # [B, T, R]
+) -> Tensor:  # [B, T, O]
+    """The whole layer in one kernel, where `multiplies` says so: sums in float32, one rounding.
+
+    Args:
+        x: [B, T, K] float32, or bfloat16 with an even K.
+        weight: [O, K], x's dtype.
+        bias: [O] float32 or bfloat16.
+        u: [S, O] float32 or bfloat16.
+        slots: [B, R] int32, the row of u each update takes; -1 is none, exactly; duplicates add.
+        coefficients: [B, T, R] float32 or float64.
+
+    Returns:
+        [B, T, O], contiguous, of x's dtype.
+
+    Raises:
+        ValueError: a tensor is not on the CPU, or a slot does not exist.
+        RuntimeError: the compiled kernels are not available or refuse the arguments.
+    """
+    op = "rank_one_linear"
+    given = (x, weight, u, slots, coefficients) if bias is None else (x, weight, u, slots, coefficients, bias)
+    native.require_cpu(op, *given)
+    bias = None if bias is None else bias.contiguous()
+    if x.stride(2) != 1 or x.stride(1) % 2 or x.stride(0) != x.shape[1] * x.stride(1):
+        x = x.contiguous()
+    weight, u = (t if t.stride(1) == 1 else t.contiguous() for t in (weight, u))
+    y = torch.empty(*x.shape[:2], weight.shape[0], dtype=x.dtype)
+    status = native.extension().rank_one_linear(
+        native.describe(x),
+        native.describe(weight),
+        None if bias is None else native.describe(bias),
+        *(native.describe(tensor) for tensor in (u, slots, coefficients, y)),
+        instruction_set=native.instruction_set(op, None),
+        threads=native.threads()[0],
+    )
+    _raise_for(op, status, u, slots)
+    return y
+
+
 def rank_one_update(
     base: Tensor,  # [B, T, O]
     u: Tensor,  # [S, O]

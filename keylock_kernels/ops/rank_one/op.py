@@ -50,6 +50,32 @@ def _check_slots(op: str, slots: Tensor, count: int) -> None:
         raise ValueError(f"{op}: slots must lie in [-1, {count}), got {low if low < -1 else high}")
 
 
+def _native_linear(
+    x: Tensor,  # [B, T, K]
+    weight: Tensor,  # [O, K]
+    u: Tensor,  # [S, O]
+    v: Tensor | None,  # [S, K]
+    slots: Tensor,  # [B, R]
+    bias: Tensor | None,  # [O]
+    beta: Tensor | None,  # [S] or [B, R]
+    tau: Tensor | None,  # [S] or [B, R]
+    strength: Tensor | None,  # [B, R]
+    coefficients: Tensor | None,  # [B, T, R]
+) -> Tensor:  # [B, T, O]
+    from . import native
+
+    if coefficients is None:
+        assert v is not None  # the schema cannot say "one of the two"; api.py does
+        _check_slots("rank_one_linear", slots, u.shape[0])
+        coefficients = _coefficients(x, v, slots, beta, tau, strength)
+    if native.multiplies(x):
+        return native.rank_one_linear(x, weight, bias, u, slots, coefficients)
+    _check_slots("rank_one_linear", slots, u.shape[0])
+    with exact_products(x.device):
+        base = reference.base_product(x, weight, bias)
+    return _native_update(base, u, slots, coefficients).to(x.dtype)
+
+
 def _native_update(base: Tensor, u: Tensor, slots: Tensor, coefficients: Tensor) -> Tensor:
     from . import native
 
@@ -93,6 +119,8 @@ def _linear(
     coefficients: Tensor | None,  # [B, T, R]
     backend: str,
 ) -> Tensor:  # [B, T, O]
+    if backend == "native":
+        return _native_linear(x, weight, u, v, slots, bias, beta, tau, strength, coefficients)
     _check_slots("rank_one_linear", slots, u.shape[0])
     if backend == "triton":
         from . import triton
@@ -102,9 +130,6 @@ def _linear(
         if coefficients is None:
             assert v is not None  # the schema cannot say "one of the two"; api.py does
             coefficients = reference.coefficients(x, v, slots, beta, tau, strength)
-        if backend == "native":
-            base = reference.base_product(x, weight, bias)
-            return _native_update(base, u, slots, coefficients).to(x.dtype)
         return reference.linear(x, weight, u, slots, bias, coefficients).contiguous()
 
 
