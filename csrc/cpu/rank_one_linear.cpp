@@ -17,7 +17,7 @@ namespace keylock::KEYLOCK_ISA {
 namespace {
 
 constexpr int64_t kBlockTokens = 192;
-constexpr int64_t kBlockDepth = 128;          // operands per stretch of the depth
+constexpr int64_t kBlockDepth = 160;          // operands per stretch of the depth
 constexpr int64_t kHeldBytes = 512 << 10;     // of the weight, where there are many tokens
 constexpr int64_t kSerialProducts = 1 << 20;  // below this, waking threads costs more than it saves
 constexpr int width = kLanes<float>;
@@ -104,16 +104,23 @@ class Linear {
 
  private:
   struct Scratch {
-    Operand* weight;  // [together, depth, kColumns]
-    Operand* last;    // [kTileRows, depth] where the tokens end within a tile
-    float* sums;      // [kBlockTokens, kColumns]
-    float* added;     // [1 + R, kColumns] bias, and the rows of u
+    Operand* weight;      // [together, depth, kColumns]
+    Operand* last;        // [kTileRows, depth] where the tokens end within a tile
+    float* sums;          // [kBlockTokens, kColumns]
+    float* bias;          // [kColumns]
+    int64_t* taken;       // [R] which of a row's updates there are
+    float* added;         // [R, kColumns] their rows of u
+    float* coefficients;  // [R] their coefficients of a token
   };
 
   Scratch take(Arena& arena) const {
     return {arena.take<Operand>(together * round_up(depth, width) * kColumns),
-            arena.take<Operand>(kTileRows * depth), arena.take<float>(kBlockTokens * kColumns),
-            arena.take<float>((1 + rank) * kColumns)};
+            arena.take<Operand>(kTileRows * depth),
+            arena.take<float>(kBlockTokens * kColumns),
+            arena.take<float>(kColumns),
+            arena.take<int64_t>(rank),
+            arena.take<float>(rank * kColumns),
+            arena.take<float>(rank)};
   }
 
   // Strips share the vectors evenly, as blocks do the tokens.
@@ -156,20 +163,19 @@ class Linear {
     for (int64_t i = whole; i < count; ++i) {
       std::memcpy(scratch.last + (i - whole) * depth, x + i * stride, depth * sizeof(Operand));
     }
-    for (int64_t k = 0; k < depth; k += kBlockDepth) {
-      const int64_t now = smaller(kBlockDepth, depth - k);
-      const Operand* weight = packed + k * kColumns;
-      float* const end = scratch.sums + whole * kColumns;
-      if (k == 0) {
-        multiply<Step>({x, stride, 1, weight, kColumns, now, scratch.sums, kColumns}, whole,
-                       across);
-        multiply<Step>({scratch.last, depth, 1, weight, kColumns, now, end, kColumns},
-                       count - whole, across);
+    float* const rest = scratch.sums + whole * kColumns;
+    const int64_t stretches = divide_up(depth, kBlockDepth);
+    for (int64_t i = 0; i < stretches; ++i) {
+      const int64_t k = i * depth / stretches, now = (i + 1) * depth / stretches - k;
+      const Product<Step> most = {x + k, stride,       1,       packed + k * kColumns, kColumns,
+                                  now,   scratch.sums, kColumns};
+      const Product<Step> few = {scratch.last + k, depth, 1, most.b, kColumns, now, rest, kColumns};
+      if (i == 0) {
+        multiply<Step>(most, whole, across);
+        multiply<Step>(few, count - whole, across);
       } else {
-        multiply<Step, true>({x + k, stride, 1, weight, kColumns, now, scratch.sums, kColumns},
-                             whole, across);
-        multiply<Step, true>({scratch.last + k, depth, 1, weight, kColumns, now, end, kColumns},
-                             count - whole, across);
+        multiply<Step, true>(most, whole, across);
+        multiply<Step, true>(few, count - whole, across);
       }
     }
     const int64_t end = smaller(begin + across * width, outputs), last = first + count;
@@ -184,23 +190,27 @@ class Linear {
   void finish(const Scratch& scratch, int64_t begin, int64_t end, int64_t row, int64_t first,
               int64_t count, float* sums) const {
     const int64_t columns = end - begin;
-    if (op.bias.data != nullptr) load(op.bias.data, op.bias.type, begin, columns, scratch.added);
+    if (op.bias.data != nullptr) load(op.bias.data, op.bias.type, begin, columns, scratch.bias);
+    int64_t taken = 0;
     for (int64_t r = 0; r < rank; ++r) {
       const int64_t slot = slot_at(op.slots, row, r);
       if (slot < 0) continue;
+      scratch.taken[taken] = r;
       load(op.u.data, op.u.type, slot * op.u.strides[0] + begin, columns,
-           scratch.added + (1 + r) * kColumns);
+           scratch.added + taken++ * kColumns);
     }
     for (int64_t i = 0; i < count; ++i, sums += kColumns) {
       const int64_t token = first + i - row * op.y.sizes[1];
+      for (int64_t j = 0; j < taken; ++j) {
+        scratch.coefficients[j] =
+            coefficient_at<float>(op.coefficients, row, token, scratch.taken[j]);
+      }
       for (int64_t column = 0; column < columns; column += width) {
         auto sum = widen<width>(sums + column);
-        if (op.bias.data != nullptr) sum += widen<width>(scratch.added + column);
+        if (op.bias.data != nullptr) sum += widen<width>(scratch.bias + column);
         Full<float> update{};
-        for (int64_t r = 0; r < rank; ++r) {
-          if (slot_at(op.slots, row, r) < 0) continue;
-          update += coefficient_at<float>(op.coefficients, row, token, r) *
-                    widen<width>(scratch.added + (1 + r) * kColumns + column);
+        for (int64_t j = 0; j < taken; ++j) {
+          update += scratch.coefficients[j] * widen<width>(scratch.added + j * kColumns + column);
         }
         write_bits(sums + column, sum + update);
       }
