@@ -27,8 +27,10 @@ using Description =
 
 template <class Data, int rank>
 Tensor<rank, Data> describe(const Description<rank>& description) {
+  static char nothing;  // an empty tensor is not an absent one
   const auto& [address, type, sizes, strides] = description;
-  Tensor<rank, Data> tensor{reinterpret_cast<Data*>(address), type, {}, {}};
+  Tensor<rank, Data> tensor{
+      address == 0 ? &nothing : reinterpret_cast<Data*>(address), type, {}, {}};
   for (int d = 0; d < rank; ++d) {
     tensor.sizes[d] = sizes[d];
     tensor.strides[d] = strides[d];

@@ -463,5 +463,16 @@ inline Status validate_inputs(const LocalizedAttention& op) {
   return fits ? Status::ok : Status::shape_mismatch;
 }
 
+// Columns or sums, or their gradient.
+template <class Data>
+Status validate_readout(const LocalizedAttention& op, const Tensor<4, Data>& readout) {
+  const DataType wide = op.query.type == DataType::float64 ? DataType::float64 : DataType::float32;
+  if (readout.type != wide || op.readout_tokens.data == nullptr) return Status::unsupported_type;
+  const int64_t *sizes = op.query.sizes, read = op.readout_tokens.sizes[1];
+  const int64_t pixels = op.readout_weights.data != nullptr ? 1 : sizes[1];
+  const bool fits = has_sizes(readout, {sizes[0], sizes[2], pixels, read});
+  return fits ? Status::ok : Status::shape_mismatch;
+}
+
 }  // namespace
 }  // namespace keylock::KEYLOCK_ISA

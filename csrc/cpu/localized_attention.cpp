@@ -264,16 +264,9 @@ class Forward {
 Status validate(const LocalizedAttention& op) {
   const Status status = validate_inputs(op);
   if (status != Status::ok) return status;
-  const DataType wide = op.query.type == DataType::float64 ? DataType::float64 : DataType::float32;
-  bool fits = has_sizes(op.out, op.query.sizes) && has_rows(op.out);
   if (op.out.type != op.query.type) return Status::unsupported_type;
-  if (op.readout_tokens.data != nullptr) {
-    if (op.readout.type != wide) return Status::unsupported_type;
-    const int64_t *sizes = op.query.sizes, read = op.readout_tokens.sizes[1];
-    const int64_t pixels = op.readout_weights.data != nullptr ? 1 : sizes[1];
-    fits &= has_sizes(op.readout, {sizes[0], sizes[2], pixels, read});
-  }
-  return fits ? Status::ok : Status::shape_mismatch;
+  if (!has_sizes(op.out, op.query.sizes) || !has_rows(op.out)) return Status::shape_mismatch;
+  return op.readout_tokens.data == nullptr ? Status::ok : validate_readout(op, op.readout);
 }
 
 }  // namespace

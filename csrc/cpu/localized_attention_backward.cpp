@@ -23,7 +23,7 @@ struct Scratch {
   Real* slopes;                          // [kBlock, lanes] dP, then the scores' gradient
   Real* weights;                         // [kBlock, lanes and a vector to spare]
   Integer* pixel_regions;                // [kBlock]
-  Real *grad_keys, *grad_values;         // [lanes, padded] sums over a piece
+  Real *grad_keys, *grad_values;         // [lanes in whole tiles, padded] sums over a piece
   Real* grad_bias;                       // [lanes]
   double* grad_weights;                  // [images]
 };
@@ -99,8 +99,8 @@ class Backward {
     const auto take_into = [&](int64_t count, auto&... matrices) {
       ((matrices = arena.take<Real>(count)), ...);
     };
-    take_into(lanes * padded, scratch.keys, scratch.values, scratch.key_rows, scratch.grad_keys,
-              scratch.grad_values);
+    take_into(lanes * padded, scratch.keys, scratch.values, scratch.key_rows);
+    take_into((lanes + kTileRows) * padded, scratch.grad_keys, scratch.grad_values);
     take_into(kBlock * padded, scratch.queries, scratch.grads, scratch.grad_queries);
     take_into(kBlock * (lanes + width), scratch.scores, scratch.shares, scratch.slopes,
               scratch.weights);
@@ -420,7 +420,8 @@ class Backward {
 
   void add_weights(int64_t row) const {
     const auto& weights = out.image_weights;
-    for (int64_t image = 0; weights.data != nullptr && image < op.images; ++image) {
+    const bool is_wanted = weights.data != nullptr && weights.sizes[2] > 0;
+    for (int64_t image = 0; is_wanted && image < op.images; ++image) {
       if (has_weights_per_pixel(op)) {
         for (int64_t pixel = 0; pixel < pixels; ++pixel) {
           double sum = 0;
@@ -458,10 +459,52 @@ class Backward {
   Real* pixel_reads;                    // [B, H, N, M]
 };
 
+// A gradient that is asked for has the sizes and the type of what it belongs to.
+template <int rank>
+Status validate_like(const Tensor<rank, void>& grad, const Tensor<rank>& input) {
+  if (grad.data == nullptr) return Status::ok;
+  if (grad.type != input.type) return Status::unsupported_type;
+  return has_sizes(grad, input.sizes) ? Status::ok : Status::shape_mismatch;
+}
+
+Status validate(const LocalizedAttentionBackward& out) {
+  const LocalizedAttention& op = out.op;
+  if (out.grad_out.data != nullptr) {
+    if (out.grad_out.type != op.query.type) return Status::unsupported_type;
+    if (!has_sizes(out.grad_out, op.query.sizes) || !has_rows(out.grad_out)) {
+      return Status::shape_mismatch;
+    }
+  }
+  if (out.grad_readout.data != nullptr) {
+    const Status status = validate_readout(op, out.grad_readout);
+    if (status != Status::ok) return status;
+  }
+  const auto& weights = out.image_weights;
+  if (weights.data != nullptr) {
+    const int64_t* sizes = op.query.sizes;
+    const int64_t pixels = has_weights_per_pixel(op) ? sizes[1] : smaller(1, weights.sizes[2]);
+    if (weights.type != op.image_weights.type) return Status::unsupported_type;
+    if (!has_sizes(weights, {sizes[0], op.images, pixels})) return Status::shape_mismatch;
+  }
+  const Status found[] = {validate_inputs(op),
+                          validate_like(out.query, op.query),
+                          validate_like(out.key, op.key),
+                          validate_like(out.value, op.value),
+                          validate_like(out.key_bias, op.key_bias),
+                          validate_like(out.image_key, op.image_key),
+                          validate_like(out.image_value, op.image_value),
+                          validate_like(out.image_key_bias, op.image_key_bias),
+                          validate_like(out.readout_weights, op.readout_weights)};
+  for (const Status status : found) {
+    if (status != Status::ok) return status;
+  }
+  return Status::ok;
+}
+
 }  // namespace
 
 Status localized_attention_backward(const LocalizedAttentionBackward& backward, int threads) {
-  const Status status = validate_inputs(backward.op);
+  const Status status = validate(backward);
   if (status != Status::ok) return status;
   switch (backward.op.query.type) {
     case DataType::float32: return Backward<float>(backward).run(threads);

@@ -8,6 +8,9 @@
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 
 namespace keylock::KEYLOCK_ISA {
 namespace {
@@ -27,8 +30,13 @@ struct Arena {
 
   template <class Item>
   Item* take(int64_t count) {
+    const int64_t bytes = count * static_cast<int64_t>(sizeof(Item));
     char* start = memory == nullptr ? nullptr : memory + used;
-    used += round_up(count * static_cast<int64_t>(sizeof(Item)), 64);
+    used += round_up(bytes, 64);
+#if defined(__SANITIZE_ADDRESS__)
+    used += 256;  // a moat: pieces are checked like allocations of their own
+    if (memory != nullptr) ASAN_POISON_MEMORY_REGION(start + bytes, memory + used - start - bytes);
+#endif
     return reinterpret_cast<Item*>(start);
   }
 };

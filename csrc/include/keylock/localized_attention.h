@@ -6,9 +6,9 @@
 
 namespace keylock {
 
-// An optional tensor is absent where its data is null; `images` then says whether there are image
-// streams. Query, keys, values and out have one floating type and a contiguous last dimension;
-// what stands beside them ("side") has that type or float32.
+// An optional tensor is absent where its data is null, which an empty one's must not be; `images`
+// then says whether there are image streams. Query, keys, values and out have one floating type and
+// a contiguous last dimension; what stands beside them ("side") has that type or float32.
 struct LocalizedAttention {
   Tensor<4> query;               // [B, N, H, D]
   Tensor<4> key, value;          // [B, T, H, D]
