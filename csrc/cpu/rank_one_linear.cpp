@@ -248,7 +248,7 @@ Status validate(const RankOneLinear& op) {
   const int64_t depth = op.x.sizes[2];
   if (!has_sizes(op.x, {sizes[0], sizes[1], depth}) || !has_sizes(op.weight, {sizes[2], depth}) ||
       !has_rows(op.x) || !has_rows(op.weight) || !has_rows(op.y) ||
-      op.x.strides[0] != sizes[1] * op.x.strides[1]) {
+      (sizes[0] * sizes[1] > sizes[1] && op.x.strides[0] != sizes[1] * op.x.strides[1])) {
     return Status::shape_mismatch;
   }
   if (type == DataType::bfloat16 && (depth % 2 != 0 || op.x.strides[1] % 2 != 0)) {
