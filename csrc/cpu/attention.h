@@ -16,7 +16,7 @@
 namespace keylock::KEYLOCK_ISA {
 namespace {
 
-constexpr int64_t kBlock = 16;  // pixels whose scores are held at once
+constexpr int64_t kBlock = 32;  // pixels whose scores are held at once
 constexpr int64_t kMaxHeadDim = 256;
 constexpr int64_t kSerialProducts = 1 << 20;  // below this, waking threads costs more than it saves
 constexpr double kLog2e = 1.4426950408889634;
