@@ -3,7 +3,8 @@
 // A thread takes pieces of the pixels of one (row, head): it lays that row's keys and values out
 // once, in cache, and then goes over its queries once, a block at a time: scores of every stream
 // in one product, softmax, values in one product, round, write.
-#include "attention.h"
+#include "attention_shapes.h"
+#include "attention_softmax.h"
 
 namespace keylock::KEYLOCK_ISA {
 namespace {

@@ -6,7 +6,9 @@
 // is summed over pixels is summed per piece, and over pieces and heads at the end, in order.
 #include <type_traits>
 
-#include "attention.h"
+#include "attention_shapes.h"
+#include "attention_softmax.h"
+#include "attention_sums.h"
 
 namespace keylock::KEYLOCK_ISA {
 namespace {
@@ -69,34 +71,31 @@ class Backward {
         depth_stride(round_up(depth, width)),
         piece(piece_of(pixels)),
         pieces(divide_up(pixels, piece)),
-        units(rows * heads * pieces),
-        text(op.key.sizes[1]),
-        keys(text + (op.image_key.data ? op.image_key.sizes[1] : 0)),
-        reads(out.grad_readout.data ? op.readout_tokens.sizes[1] : 0) {}
+        sums(backward) {}
 
   Status run(int threads) {
     const bool is_parallel =
-        threads > 1 && rows * heads * pixels * dims * (keys + 1) >= kSerialProducts;
+        threads > 1 && rows * heads * pixels * dims * (sums.keys + 1) >= kSerialProducts;
     if (!is_parallel) threads = 1;
     Arena sizes = {};
     take(sizes);
     Arena shared = {};
-    take_partials(shared);
+    sums.take(shared);
     char* memory =
         static_cast<char*>(std::aligned_alloc(64, sizes.used * threads + shared.used + 64));
     if (memory == nullptr) return Status::out_of_memory;
     shared = {memory + sizes.used * threads, 0};
-    take_partials(shared);
+    sums.take(shared);
 #pragma omp parallel num_threads(threads) if (is_parallel)
     {
       Arena arena = {memory + sizes.used * thread_number(), 0};
       Scratch<Step> scratch = take(arena);
       int64_t row = -1, column = -1;
 #pragma omp for schedule(static)
-      for (int64_t unit = 0; unit < units; ++unit) {
+      for (int64_t unit = 0; unit < rows * heads * pieces; ++unit) {
         if (unit / pieces / heads != row) {
           row = unit / pieces / heads;
-          lay_out(op, row, out.image_weights.data != nullptr, scratch.lanes);
+          lay_out(op, row, sums.wants_weights(), scratch.lanes);
           find_reached(scratch);
         }
         if (unit / pieces != column) {
@@ -106,9 +105,11 @@ class Backward {
         run_piece(scratch, row, column % heads, unit);
       }
 #pragma omp for schedule(static)
-      for (int64_t index = 0; index < rows * keys; ++index) add_key(index / keys, index % keys);
+      for (int64_t index = 0; index < rows * sums.keys; ++index) {
+        sums.add_key(index / sums.keys, index % sums.keys);
+      }
 #pragma omp for schedule(static)
-      for (int64_t index = 0; index < rows; ++index) add_weights(index);
+      for (int64_t index = 0; index < rows; ++index) sums.add_weights(index);
     }
     std::free(memory);
     return Status::ok;
@@ -145,30 +146,12 @@ class Backward {
     return scratch;
   }
 
-  void take_partials(Arena& arena) {
-    const bool per_pixel = has_weights_per_pixel(op);
-    partial_keys = arena.take<Real>(wants_keys() ? units * keys * dims : 0);
-    partial_values = arena.take<Real>(wants_values() ? units * keys * dims : 0);
-    partial_bias = arena.take<Real>(wants_bias() ? units * keys : 0);
-    const int64_t weights = out.image_weights.data != nullptr ? op.images : 0;
-    partial_weights = arena.take<double>(per_pixel ? 0 : units * weights);
-    pixel_weights = arena.take<Real>(per_pixel ? rows * heads * weights * pixels : 0);
-    const bool weighted = out.readout_weights.data != nullptr;
-    pixel_reads = arena.take<Real>(weighted ? rows * heads * pixels * reads : 0);
-  }
-
-  bool wants_keys() const { return out.key.data != nullptr || out.image_key.data != nullptr; }
-  bool wants_values() const { return out.value.data != nullptr || out.image_value.data != nullptr; }
-  bool wants_bias() const {
-    return out.key_bias.data != nullptr || out.image_key_bias.data != nullptr;
-  }
-
   // A stream with a weight of 0 has a gradient only where it is read out.
   void find_reached(Scratch<Step>& scratch) const {
     const Lanes<Real>& lanes = scratch.lanes;
     for (int64_t lane = 0; lane < lanes.count; ++lane) {
       const int64_t image = lanes.stream[lane];
-      scratch.is_reached[lane] = image >= 0 && reads > 0 && lanes.is_read[image] ? -1 : 0;
+      scratch.is_reached[lane] = image >= 0 && sums.reads > 0 && lanes.is_read[image] ? -1 : 0;
     }
   }
 
@@ -191,40 +174,16 @@ class Backward {
     std::memset(scratch.grad_bias, 0, lanes.count * sizeof(Real));
     for (int64_t image = 0; image < op.images; ++image) {
       scratch.grad_weights[image] = 0;
-      if (out.image_weights.data == nullptr || !has_weights_per_pixel(op)) continue;
-      const int64_t at = ((row * heads + head) * op.images + image) * pixels + begin;
-      std::memset(pixel_weights + at, 0, (end - begin) * sizeof(Real));
+      if (!sums.wants_weights() || !has_weights_per_pixel(op)) continue;
+      std::memset(sums.weights_of(row, head, image) + begin, 0, (end - begin) * sizeof(Real));
     }
     for (int64_t first = begin; first < end; first += kBlock) {
       run_block(scratch, row, head, first, smaller(kBlock, end - first));
     }
-    put_rows(scratch, scratch.grad_keys, wants_keys(), partial_keys + unit * keys * dims,
-             static_cast<Real>(op.scale));
-    put_rows(scratch, scratch.grad_values, wants_values(), partial_values + unit * keys * dims, 1);
-    if (wants_bias()) {
-      Real* to = partial_bias + unit * keys;
-      std::memset(to, 0, keys * sizeof(Real));
-      for (int64_t lane = 0; lane < lanes.count; ++lane) {
-        if (lanes.source[lane] >= 0) to[lanes.source[lane]] = scratch.grad_bias[lane];
-      }
-    }
-    if (out.image_weights.data != nullptr && !has_weights_per_pixel(op)) {
-      std::memcpy(partial_weights + unit * op.images, scratch.grad_weights,
-                  op.images * sizeof(double));
-    }
-  }
-
-  // From lanes to keys; those without a lane get zeros.
-  void put_rows(const Scratch<Step>& scratch, const Real* from, bool is_wanted, Real* to,
-                Real factor) const {
-    if (!is_wanted) return;
-    std::memset(to, 0, keys * dims * sizeof(Real));
-    for (int64_t lane = 0; lane < scratch.lanes.count; ++lane) {
-      const int64_t key = scratch.lanes.source[lane];
-      for (int64_t d = 0; key >= 0 && d < dims; ++d) {
-        to[key * dims + d] = from[lane * padded + d] * factor;
-      }
-    }
+    sums.put_keys(lanes, scratch.grad_keys, unit);
+    sums.put_values(lanes, scratch.grad_values, unit);
+    sums.put_bias(lanes, scratch.grad_bias, unit);
+    sums.put_weights(scratch.grad_weights, unit);
   }
 
   // A block of queries or their gradients: along the depth, and to be summed over pixels.
@@ -311,12 +270,12 @@ class Backward {
       }
     }
     constexpr int64_t pixels_deep = kBlock / Step::kDepth;
-    if (wants_keys()) {
+    if (sums.wants_keys()) {
       multiply<Step, true>({scratch.slope_rows, 1, lanes.count, scratch.query_rows, padded,
                             pixels_deep, scratch.grad_keys, padded},
                            lanes.count, padded_vectors);
     }
-    if (wants_values() && out.grad_out.data != nullptr) {
+    if (sums.wants_values() && out.grad_out.data != nullptr) {
       multiply<Step, true>({scratch.share_rows, 1, lanes.count, scratch.grad_rows, padded,
                             pixels_deep, scratch.grad_values, padded},
                            lanes.count, padded_vectors);
@@ -344,17 +303,17 @@ class Backward {
       }
       if (out.image_weights.data == nullptr || !is_inside) continue;
       sum = over_groups<Real>(sum, group.span, [](Full<Real> a, Full<Real> b) { return a + b; });
-      Real sums[width];
-      write_bits(sums, sum);
+      Real by_lane[width];
+      write_bits(by_lane, sum);
       const int64_t step = group.vectors > 1 ? width : group.span;
       for (int64_t lane = 0; lane < width; lane += step) {
         const int64_t image = lanes.stream[group.first + lane];
         if (image < 0) continue;
         // Of a stream that is switched off only what is finite is seen.
         const bool is_off = weights[group.first + lane] == 0;
-        const Real grad = is_off && sums[lane] - sums[lane] != 0 ? 0 : sums[lane];
+        const Real grad = is_off && by_lane[lane] - by_lane[lane] != 0 ? 0 : by_lane[lane];
         if (has_weights_per_pixel(op)) {
-          pixel_weights[((row * heads + head) * op.images + image) * pixels + first + i] = grad;
+          sums.weights_of(row, head, image)[first + i] = grad;
         } else {
           scratch.grad_weights[image] += static_cast<double>(grad);
         }
@@ -367,12 +326,12 @@ class Backward {
     const Lanes<Real>& lanes = scratch.lanes;
     const bool is_sum = op.readout_weights.data != nullptr;
     const int64_t* strides = op.readout_weights.strides;
-    for (int64_t m = 0; m < reads; ++m) {
+    for (int64_t m = 0; m < sums.reads; ++m) {
       const int32_t lane = lanes.read_at[m];
       const Real* grads = row_of<Real>(out.grad_readout, row, head, is_sum ? 0 : first + i);
       Real grad = grads[m * out.grad_readout.strides[3]];
       if (out.readout_weights.data != nullptr) {
-        pixel_reads[((row * heads + head) * pixels + first + i) * reads + m] =
+        sums.reads_of(row, head, first + i)[m] =
             lane < 0 ? 0 : grad * scratch.scores[i * lanes.count + lane];
       }
       if (lane < 0) continue;
@@ -420,95 +379,10 @@ class Backward {
     }
   }
 
-  static void put_side(void* data, DataType type, int64_t index, double value) {
-    Real number[width] = {static_cast<Real>(value)};
-    switch (type) {
-      case DataType::float64: static_cast<double*>(data)[index] = value; break;
-      case DataType::float32: static_cast<float*>(data)[index] = static_cast<float>(value); break;
-      case DataType::float16: put_half(static_cast<Float16*>(data) + index, number); break;
-      default: put_half(static_cast<Bfloat16*>(data) + index, number);
-    }
-  }
-
-  template <class Half>
-  static void put_half(Half* to, const Real* number) {
-    if constexpr (sizeof(Real) == 4) store_row(number, 1, to);
-  }
-
-  // Sums over pieces, and over heads where heads share a number, in order.
-  void add_key(int64_t row, int64_t key) const {
-    const bool is_text = key < text;
-    const int64_t index = is_text ? key : key - text;
-    const auto& grad_key = is_text ? out.key : out.image_key;
-    const auto& grad_value = is_text ? out.value : out.image_value;
-    const auto& grad_bias = is_text ? out.key_bias : out.image_key_bias;
-    double bias = 0;
-    for (int64_t head = 0; head < heads; ++head) {
-      const int64_t first = (row * heads + head) * pieces;
-      if (grad_key.data != nullptr) {
-        add_row(partial_keys, first, key, row_of<Element>(grad_key, row, index, head));
-      }
-      if (grad_value.data != nullptr) {
-        add_row(partial_values, first, key, row_of<Element>(grad_value, row, index, head));
-      }
-      for (int64_t i = 0; grad_bias.data != nullptr && i < pieces; ++i) {
-        bias += static_cast<double>(partial_bias[(first + i) * keys + key]);
-      }
-    }
-    if (grad_bias.data != nullptr) {
-      put_side(grad_bias.data, grad_bias.type, row * grad_bias.sizes[1] + index, bias);
-    }
-  }
-
-  void add_row(const Real* partial, int64_t first, int64_t key, Element* to) const {
-    alignas(64) Real sum[kMaxHeadDim] = {};
-    for (int64_t i = 0; i < pieces; ++i) {
-      const Real* from = partial + ((first + i) * keys + key) * dims;
-      for (int64_t d = 0; d < dims; ++d) sum[d] += from[d];
-    }
-    store_row(sum, dims, to);
-  }
-
-  void add_weights(int64_t row) const {
-    const auto& weights = out.image_weights;
-    const bool is_wanted = weights.data != nullptr && weights.sizes[2] > 0;
-    for (int64_t image = 0; is_wanted && image < op.images; ++image) {
-      if (has_weights_per_pixel(op)) {
-        for (int64_t pixel = 0; pixel < pixels; ++pixel) {
-          double sum = 0;
-          for (int64_t head = 0; head < heads; ++head) {
-            sum += static_cast<double>(
-                pixel_weights[((row * heads + head) * op.images + image) * pixels + pixel]);
-          }
-          put_side(weights.data, weights.type, (row * op.images + image) * pixels + pixel, sum);
-        }
-      } else {
-        double sum = 0;
-        for (int64_t i = 0; i < heads * pieces; ++i) {
-          sum += partial_weights[(row * heads * pieces + i) * op.images + image];
-        }
-        put_side(weights.data, weights.type, row * op.images + image, sum);
-      }
-    }
-    const auto& reading = out.readout_weights;
-    for (int64_t i = 0; reading.data != nullptr && i < pixels * reads; ++i) {
-      double sum = 0;
-      for (int64_t head = 0; head < heads; ++head) {
-        sum += static_cast<double>(pixel_reads[(row * heads + head) * pixels * reads + i]);
-      }
-      put_side(reading.data, reading.type, row * pixels * reads + i, sum);
-    }
-  }
-
   const LocalizedAttentionBackward& out;
   const LocalizedAttention& op;
-  const int64_t rows, pixels, heads, dims, padded, depth, depth_stride, piece, pieces, units, text,
-      keys, reads;
-  Real *partial_keys, *partial_values;  // [units, T + L, D]
-  Real* partial_bias;                   // [units, T + L]
-  double* partial_weights;              // [units, images]
-  Real* pixel_weights;                  // [B, H, images, N]
-  Real* pixel_reads;                    // [B, H, N, M]
+  const int64_t rows, pixels, heads, dims, padded, depth, depth_stride, piece, pieces;
+  Sums<Element, Real> sums;
 };
 
 // A gradient that is asked for has the sizes and the type of what it belongs to.
