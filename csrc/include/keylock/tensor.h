@@ -20,6 +20,14 @@ struct Tensor {
 };
 
 // Kernels return one of these and throw nothing; nothing is written unless it is `ok`.
-enum class Status { ok, unsupported_type, shape_mismatch, slot_out_of_range };
+enum class Status {
+  ok,
+  unsupported_type,
+  shape_mismatch,
+  slot_out_of_range,
+  too_many_streams,
+  too_large,      // more blocks of work than one launch can have
+  launch_failed,  // the GPU's driver refused
+};
 
 }  // namespace keylock
