@@ -9,6 +9,9 @@
 #include <tuple>
 #include <vector>
 
+#if defined(KEYLOCK_HAVE_CUDA)
+#include "cuda_bindings.h"
+#endif
 #include "keylock/instruction_set.h"
 #include "keylock/rank_one_update.h"
 #include "keylock/tensor.h"
@@ -69,7 +72,10 @@ PYBIND11_MODULE(_native, module) {
       .value("ok", Status::ok)
       .value("unsupported_type", Status::unsupported_type)
       .value("shape_mismatch", Status::shape_mismatch)
-      .value("slot_out_of_range", Status::slot_out_of_range);
+      .value("slot_out_of_range", Status::slot_out_of_range)
+      .value("too_many_streams", Status::too_many_streams)
+      .value("too_large", Status::too_large)
+      .value("launch_failed", Status::launch_failed);
   py::enum_<InstructionSet>(module, "InstructionSet")
       .value("portable", InstructionSet::portable)
       .value("avx2", InstructionSet::avx2)
@@ -86,4 +92,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("rank_one_update", &rank_one_update_of, py::arg("base"), py::arg("u"),
              py::arg("slots"), py::arg("coefficients"), py::arg("y"), py::kw_only(),
              py::arg("instruction_set"), py::arg("threads"));
+#if defined(KEYLOCK_HAVE_CUDA)
+  cuda::define_ops(module);
+#endif
 }

@@ -174,21 +174,27 @@ struct AttentionBlock {
     return left < 0 ? 0 : left < 16 ? static_cast<int>(left) : 16;
   }
 
-  KEYLOCK_DEVICE void fetch_all() {
+  KEYLOCK_DEVICE bool is_first(const Step& step) const {
+    return step.group == 0 && step.tile == 0 && !step.is_second_look;
+  }
+  KEYLOCK_DEVICE int place_of(const Step& step) const {
+    return p.plan.groups[step.group].place + step.tile * kMaxKeys;
+  }
+
+  // All keys that stay in shared memory, or the first tile of those that do not.
+  KEYLOCK_DEVICE void fetch_first() {
     Step step;
-    for (bool has_more = true; has_more;) {
-      if (!step.is_second_look) {
-        fetch(step, p.plan.groups[step.group].place + step.tile * kMaxKeys);
-      }
-      has_more = advance(step);
+    KEYLOCK_ONCE
+    for (bool has_more = p.plan.count > 0; has_more;) {
+      if (!step.is_second_look) fetch(step, place_of(step));
+      has_more = advance(step) && p.plan.slots == 0;
     }
   }
   KEYLOCK_DEVICE void clear_all() {
     Step step;
-    for (bool has_more = true; has_more;) {
-      if (!step.is_second_look) {
-        clear(step, p.plan.groups[step.group].place + step.tile * kMaxKeys);
-      }
+    KEYLOCK_ONCE
+    for (bool has_more = p.plan.count > 0; has_more;) {
+      if (!step.is_second_look) clear(step, place_of(step));
       has_more = advance(step);
     }
   }

@@ -39,29 +39,26 @@ struct AttentionForward : AttentionPixels<T, kWidth> {
     const int64_t tiles = (p.op.query.sizes[1] + kPixels - 1) / kPixels;
     const int64_t begin = block_index() % p.blocks * p.tiles_per_block;
     const int64_t end = begin + p.tiles_per_block < tiles ? begin + p.tiles_per_block : tiles;
-    const bool has_keys = p.plan.count > 0;
-    if (has_keys && p.plan.slots == 0) {
-      this->fetch_all();
-    } else if (has_keys) {
-      this->fetch(Step{}, 0);
-    }
+    const bool is_resident = p.plan.slots == 0;
+    this->fetch_first();
     commit_copies();
     this->fetch_queries(begin);
     commit_copies();
-    if (has_keys && p.plan.slots == 0) {
+    if (is_resident) {
       wait_for_copies<1>();
       this->clear_all();
       sync_block();
     }
-    int slot = 0;  // where the next tile of keys is, if they come one after another
+    int slot = 0;  // where the tile of keys is, if they come one after another
     KEYLOCK_ONCE
     for (int64_t tile = begin; tile < end; ++tile) {
-      if (Tiles::kQueryTiles == 1 && tile > begin) this->fetch_queries(tile);
-      commit_copies();
-      if (Tiles::kQueryTiles == 2 && tile + 1 < end) this->fetch_queries(tile + 1);
+      const bool is_last = tile + 1 == end;
+      if (Tiles::kQueryTiles == 1 ? tile > begin : !is_last) {
+        this->fetch_queries(tile + Tiles::kQueryTiles - 1);
+      }
       commit_copies();
       // What was fetched ahead may still be under way, but the tile's own queries are there.
-      wait_for_copies<1>();
+      wait_for_copies<Tiles::kQueryTiles - 1>();
       sync_warp();
       this->start(tile);
       KEYLOCK_UNROLL
@@ -69,47 +66,45 @@ struct AttentionForward : AttentionPixels<T, kWidth> {
         KEYLOCK_UNROLL
         for (int i = 0; i < 4; ++i) out[n][i] = 0;
       }
-      if (has_keys) {
-        Step step;
-        bool has_more = true;
-        while (has_more) {
-          const Step now = step;
-          has_more = this->advance(step);
-          const bool is_end = !has_more && tile + 1 == end;
-          if (p.plan.slots == 0) {
-            take_in(now, p.plan.groups[now.group].place + now.tile * kMaxKeys);
-          } else {
-            slot = stream_through(now, step, slot, is_end);
-          }
+      Step step;
+      KEYLOCK_ONCE
+      for (bool has_more = p.plan.count > 0; has_more;) {
+        const Step now = step;
+        has_more = this->advance(step);
+        if (!is_resident) {
+          slot = stream(now, step, slot, tile == begin && this->is_first(now), is_last && !has_more);
         }
+        if (this->has_pixels()) {
+          take_in(now, is_resident ? this->place_of(now) : slot);
+        }
+        if (!is_resident) sync_block();
       }
       finish(tile);
     }
     wait_for_copies<0>();
   }
 
-  // Takes in a tile of keys that is being fetched to `slot`, while the next one is fetched to the
-  // other slot, or after this one where there is no other. Returns where the next one is.
-  KEYLOCK_DEVICE int stream_through(const Step& now, const Step& next, int slot, bool is_end) {
-    const bool fetches_ahead = p.plan.slots == 2 && !is_end;
-    const int other = p.plan.slots == 2 ? p.plan.capacity / 2 - slot : 0;
-    if (fetches_ahead) {
-      this->fetch(next, other);
-      commit_copies();
+  // Where keys come tile by tile: waits for the one that is due, and fetches ahead the next one
+  // where there are two slots. Returns where the due one is.
+  KEYLOCK_DEVICE int stream(const Step& due, const Step& next, int slot, bool is_first,
+                            bool is_last) {
+    const bool is_ahead = p.plan.slots == 2;
+    const int half = p.plan.capacity / 2;
+    if (is_ahead && !is_first) slot = half - slot;
+    if (is_ahead ? !is_last : !is_first) {
+      this->fetch(is_ahead ? next : due, is_ahead ? half - slot : 0);
+    }
+    commit_copies();
+    if (is_ahead) {
       wait_for_copies<1>();
     } else {
       wait_for_copies<0>();
     }
-    this->clear(now, slot);
+    this->clear(due, slot);
     sync_block();
-    take_in(now, slot);
-    sync_block();
-    if (!fetches_ahead && !is_end) {
-      this->fetch(next, other);
-      commit_copies();
-    }
-    return other;
+    return slot;
   }
+
   KEYLOCK_DEVICE void finish(int64_t tile) {
     if (!this->has_pixels()) return;
     const int lane = lane_index();
@@ -135,7 +130,6 @@ struct AttentionForward : AttentionPixels<T, kWidth> {
   }
 
   KEYLOCK_DEVICE void take_in(const Step& step, int place) {
-    if (!this->has_pixels()) return;
     const int size = tile_size(this->keys_in(step));
     if (kMaxKeys >= 80 && size == 80) {
       attend<(kMaxKeys >= 80 ? 5 : 1)>(step, place);
@@ -152,35 +146,26 @@ struct AttentionForward : AttentionPixels<T, kWidth> {
     const Group& group = p.plan.groups[step.group];
     float s[2 * kSteps][4];
     score<kSteps>(s, place, group.stream < 0 && p.op.key_regions.data != nullptr);
-    float share[2] = {1, 1};  // of what a pixel's powers of two are to be multiplied with
-    const int64_t first = this->first_token(step);
-    if (!this->is_long(group)) {
-      if (kSteps == 1 && group.streams > 1) {
-        soften_streams<kSteps>(s, group, first);
+    const bool is_running = this->is_long(group) && !step.is_second_look;
+    if (is_running) {
+      const bool has_values = !this->needs_two_looks(step);
+      absorb<kSteps>(s, step.tile == 0, has_values);
+      if (!has_values) return;
+    } else if (kSteps == 1 && group.streams > 1) {
+      soften_streams<kSteps>(s, group, this->first_token(step));
+    } else {
+      float share[2];  // of what a pixel's powers of two are to be multiplied with
+      if (this->is_long(group)) {
+        raise<kSteps>(s, share);
       } else {
         soften<kSteps, false>(s, 0, 0, share);
-        this->template read_columns<kSteps>(s, share, first, 0, group.keys);
-        weigh<kSteps, false>(s, 0, 0, share, group.stream);
       }
-    } else if (!this->needs_two_looks(step)) {
-      absorb<kSteps, true>(s, step.tile == 0);
-    } else if (!step.is_second_look) {
-      absorb<kSteps, false>(s, step.tile == 0);
-      return;
-    } else {
-      KEYLOCK_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const float base = or_zero(top[i / 2]);
-        KEYLOCK_UNROLL
-        for (int t = 0; t < 2 * kSteps; ++t) s[t][i] = power_of_two(s[t][i] - base);
-      }
-      KEYLOCK_UNROLL
-      for (int r = 0; r < 2; ++r) share[r] = inverse(total[r]);
-      this->template read_columns<kSteps>(s, share, first, 0, this->keys_in(step));
+      this->template read_columns<kSteps>(s, share, this->first_token(step), 0,
+                                          this->keys_in(step));
       weigh<kSteps, false>(s, 0, 0, share, group.stream);
     }
     multiply_columns<T, 2 * kSteps, kOutTiles>(out, s, values + place * kStride, kStride);
-    if (this->is_long(group) && !this->needs_two_looks(step) && this->is_last_tile(step)) {
+    if (is_running && this->is_last_tile(step)) {
       KEYLOCK_UNROLL
       for (int r = 0; r < 2; ++r) {
         const float factor = this->weighted(inverse(total[r]), group.stream, r);
@@ -308,10 +293,23 @@ struct AttentionForward : AttentionPixels<T, kWidth> {
     }
   }
 
+  // The second look at a long group, whose largest scores and sums are known.
+  template <int kSteps>
+  KEYLOCK_DEVICE void raise(float (&s)[2 * kSteps][4], float (&share)[2]) {
+    KEYLOCK_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const float base = or_zero(top[i / 2]);
+      KEYLOCK_UNROLL
+      for (int t = 0; t < 2 * kSteps; ++t) s[t][i] = power_of_two(s[t][i] - base);
+    }
+    KEYLOCK_UNROLL
+    for (int r = 0; r < 2; ++r) share[r] = inverse(total[r]);
+  }
+
   // A running softmax: scores become powers of two of what is largest so far, and what was summed
-  // with less fades. Without `keeps_up_out`, largest score and sum only.
-  template <int kSteps, bool keeps_up_out>
-  KEYLOCK_DEVICE void absorb(float (&s)[2 * kSteps][4], bool is_first) {
+  // with less fades; so does `out`, if it is about values.
+  template <int kSteps>
+  KEYLOCK_DEVICE void absorb(float (&s)[2 * kSteps][4], bool is_first, bool has_values) {
     KEYLOCK_UNROLL
     for (int r = 0; r < 2; ++r) {
       if (is_first) top[r] = minus_infinity(), total[r] = 0;
@@ -332,7 +330,7 @@ struct AttentionForward : AttentionPixels<T, kWidth> {
       }
       top[r] = most;
       total[r] = multiply_add(total[r], fade, sum_of_row(sum));
-      if (keeps_up_out) {
+      if (has_values) {
         KEYLOCK_UNROLL
         for (int n = 0; n < kOutTiles; ++n) {
           out[n][2 * r] *= fade;

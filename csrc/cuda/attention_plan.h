@@ -9,7 +9,6 @@ namespace keylock::cuda {
 
 constexpr int kPixels = 64;  // of a tile, 16 for each warp
 constexpr int kShortTile = 16;
-constexpr int kSharedBytes = 99 << 10;  // what a block may have on every GPU since Ampere
 
 // Keys that one tile, or a row of tiles, holds: the text, one image stream, or several short ones.
 struct Group {
@@ -43,6 +42,8 @@ struct AttentionTiles {
   static constexpr int kQueryTiles = kWidth * sizeof(T) <= 160 ? 2 : 1;
   static constexpr int kBytesPerKey = (2 * kStride * static_cast<int>(sizeof(T))) + 8;
   static constexpr int kQueryBytes = kQueryTiles * kPixels * kStride * static_cast<int>(sizeof(T));
+
+  static_assert(kQueryBytes + kMaxKeys * kBytesPerKey <= kMaxSharedBytes);
 
   static int padded(int keys) {
     return keys / kMaxKeys * kMaxKeys + (keys % kMaxKeys ? tile_size(keys % kMaxKeys) : 0);
@@ -85,10 +86,10 @@ struct AttentionTiles {
         const int size = padded(group.keys < kMaxKeys ? group.keys : kMaxKeys);
         largest = largest < size ? size : largest;
         // Beyond what fits it only matters that it does not.
-        if (total <= kSharedBytes) total += padded(group.keys);
+        if (total <= kMaxSharedBytes) total += padded(group.keys);
       }
     }
-    const int room = (kSharedBytes - kQueryBytes) / kBytesPerKey;
+    const int room = (kMaxSharedBytes - kQueryBytes) / kBytesPerKey;
     plan.slots = total <= room ? 0 : 2 * largest <= room ? 2 : 1;
     plan.capacity = plan.slots == 0 ? total : plan.slots * largest;
     return plan;

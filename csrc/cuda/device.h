@@ -24,6 +24,7 @@ struct alignas(8) Pair {
 template <class T>
 inline constexpr int kChunk = 16 / sizeof(T);  // elements in it
 constexpr int kWarp = 32;
+constexpr int kMaxSharedBytes = 99 << 10;  // of a block, on every GPU since Ampere
 
 template <class T>
 inline constexpr DataType kDataType = DataType::float32;

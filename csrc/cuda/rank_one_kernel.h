@@ -25,12 +25,13 @@ template <class T, int kTokens, int kOutputs, int kDown, int kAcross>
 struct LinearForward {
   static constexpr int kThreads = kDown * kAcross * kWarp;
   static constexpr int kBlocks = kThreads > 128 || sizeof(T) == 4 ? 2 : 3;
-  static constexpr int kInner = 128 / sizeof(T), kStages = 3;
+  static constexpr int kInner = (kTokens > 80 ? 64 : 128) / sizeof(T), kStages = 3;
   static constexpr int kStride = row_stride<T>(kInner);
   static constexpr int kStage = (kTokens + kOutputs) * kStride;  // elements
   static constexpr int kRowTiles = kTokens / kDown / 16, kColumnTiles = kOutputs / kAcross / 8;
   static constexpr int kOutStride = row_stride<T>(kOutputs);
   static constexpr int kSharedBytes = kStages * kStage * static_cast<int>(sizeof(T));
+  static_assert(kSharedBytes <= kMaxSharedBytes);
   static_assert(kUpdates * (kTokens + kOutputs) * sizeof(float) <= kSharedBytes);
   static_assert(kTokens * kOutStride * sizeof(T) <= kSharedBytes);
 
