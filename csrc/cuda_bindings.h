@@ -85,6 +85,7 @@ inline Status rank_one_update_of(const Optional<3>& base, const Optional<2>& u,
 }
 
 inline void define_ops(pybind11::module_& module) {
+  module.attr("cuda_sources") = KEYLOCK_CUDA_SOURCES;
   module.attr("max_image_streams") = kMaxImageStreams;
   module.attr("readout_pixels") = kReadoutPixels;
   module.def("cuda_localized_attention", &localized_attention_of);

@@ -5,7 +5,6 @@ Without autograd; the ops of `keylock_kernels` put it around them.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -21,11 +20,16 @@ def missing() -> str | None:
     """Why there are no CUDA kernels in this process, or None."""
     if not native.available():
         return native.unavailable_reason()
-    cuda = native.build_info()["cuda"]
-    return None if cuda["built"] else cuda["reason"]
+    if hasattr(native._extension(), "cuda_sources"):
+        return None
+    return native.build_info()["cuda"]["reason"]
 
 
-@functools.cache
+def sources() -> str | None:
+    """What tells the sources that the kernels were compiled from; None where there are none."""
+    return None if missing() is not None else native._extension().cuda_sources
+
+
 def _module() -> Any:
     reason = missing()
     if reason is not None:
@@ -40,9 +44,7 @@ def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream
 
 
-def _described(tensor: Tensor | None, types: Any) -> tuple[int, Any, tuple[int, ...], tuple[int, ...]] | None:
-    if tensor is None:
-        return None
+def _described(tensor: Tensor, types: Any) -> tuple[int, Any, tuple[int, ...], tuple[int, ...]]:
     dtype = getattr(types, str(tensor.dtype).removeprefix("torch."))
     return tensor.data_ptr(), dtype, tuple(tensor.shape), tensor.stride()
 
@@ -50,9 +52,7 @@ def _described(tensor: Tensor | None, types: Any) -> tuple[int, Any, tuple[int, 
 def _launch(op: str, name: str, device: torch.device, *arguments: Any) -> None:
     """Calls a kernel of the module on a device's current stream; tensors are described to it."""
     module = _module()
-    described = (
-        _described(a, module.DataType) if isinstance(a, Tensor) else a for a in arguments
-    )
+    described = (_described(a, module.DataType) if isinstance(a, Tensor) else a for a in arguments)
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             status = getattr(module, name)(*described, _stream(device))
@@ -136,6 +136,8 @@ def localized_attention(
         readout = query.new_empty((rows, heads, sums, read), dtype=torch.float32)
     if image_weights is not None:
         image_weights = image_weights if image_weights.dim() == 3 else image_weights[..., None].expand(-1, -1, pixels)
+    if keys == 0:  # a tensor of no elements has no address, as if it were absent
+        key_bias = query_regions = key_regions = None
     if out.numel() > 0:
         tokens = readout_tokens if read else None
         _launch(

@@ -374,11 +374,11 @@ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
         }
         for (int lane = 0; lane < kWarp; ++lane) {
           for (int i = 0; i < 4; ++i) {
-            float sum = all[lane].c[i];
+            double sum = all[lane].c[i];  // rounded once, as far as is known
             for (int k = 0; k < 16; ++k) {
-              sum += left[lane / 4 + i / 2 * 8][k] * right[k][lane % 4 * 2 + i % 2];
+              sum += double{left[lane / 4 + i / 2 * 8][k]} * right[k][lane % 4 * 2 + i % 2];
             }
-            results[lane].c[i] = sum;
+            results[lane].c[i] = static_cast<float>(sum);
           }
         }
         emulation.products += 16 * 8 * 16;
