@@ -14,7 +14,7 @@ GPU_TEST := KEYLOCK_TEST_DEVICE=cuda CUBLAS_WORKSPACE_CONFIG=:4096:8 PYTHONPATH=
 # What an editable install depends on; Python files are read from the checkout as they are.
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt keylock_kernels/_version.py $(shell find csrc -type f)
 
-.PHONY: help demo test test-gpu lint bench report clean
+.PHONY: help demo test test-gpu gpu-record lint bench report clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 SHELL := /bin/bash
@@ -23,6 +23,7 @@ help:
 	@echo "make demo      three users' concepts, taught and drawn in one batch (outputs/demo)"
 	@echo "make test      every test that needs no GPU"
 	@echo "make test-gpu  the tests that need one; SHARD=2/4 runs the second quarter"
+	@echo "make gpu-record  puts on record that the CUDA C++ kernels passed every shard of make test-gpu"
 	@echo "make lint      ruff, mypy, clang-format"
 	@echo "make bench     the benchmarks; SHARD=2/4 runs every fourth, BENCH=--write-data keeps the numbers"
 	@echo "make report    what the Triton kernels compile to for four GPUs"
@@ -48,6 +49,9 @@ test-gpu: $(if $(filter $(BIN)/python,$(RUN)),$(VENV)/installed-test,native-in-p
 	@if test -s build/shard; then set -o pipefail; \
 	  $(GPU_TEST) -v @build/shard | tee build/test-gpu-$(subst /,-of-,$(SHARD)).log; \
 	  else echo "shard $(SHARD) has no tests"; fi
+
+gpu-record:
+	PYTHONPATH=.:python $(RUN) -m tests.kernels.gpu_record
 
 .PHONY: native-in-place
 native-in-place:

@@ -98,6 +98,7 @@ def decide(environ: Mapping[str, str], scratch: Path) -> tuple[Decision, Decisio
         try:
             wanted = cuda_wanted(environ)
             native = Decision(True, compile_native(environ, scratch, wanted))
+            check_loads(scratch)
             architectures = architecture_names(wanted.architectures)
             cuda = Decision(True, f"{wanted.nvcc}; {' '.join(architectures)}")
         except BuildSkipped as skipped:
@@ -147,6 +148,12 @@ def compile_native(environ: Mapping[str, str], scratch: Path, cuda: Cuda | None)
     jobs = environ.get("MAX_JOBS") or (cuda and str(jobs_for_memory()))
     run([cmake, "--build", str(scratch), *(["--parallel", jobs] if jobs else [])], "the compiler")
     return (scratch / "summary.txt").read_text()
+
+
+def check_loads(scratch: Path) -> None:
+    """No driver is needed for that, but everything of the CUDA runtime must have been linked."""
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import _native"
+    run([sys.executable, "-c", code, str(scratch)], "loading the module")
 
 
 def jobs_for_memory() -> int:

@@ -17,7 +17,7 @@ struct AttentionBlock {
   using Tiles = AttentionTiles<T, kWidth>;
   static constexpr int kWarps = kPixels / 16;
   static constexpr int kThreads = kWarps * kWarp;
-  static constexpr int kBlocks = kWidth * sizeof(T) <= 160 ? 3 : 2;
+  static constexpr int kBlocks = kWidth * sizeof(T) <= 80 ? 4 : kWidth * sizeof(T) <= 160 ? 3 : 2;
   static constexpr int kColumns = Tiles::kColumns, kStride = Tiles::kStride;
   static constexpr int kMaxKeys = Tiles::kMaxKeys;
   static constexpr int kOutTiles = (kWidth + 7) / 8;
@@ -27,7 +27,7 @@ struct AttentionBlock {
     AttentionPlan plan;
     float scale_high, scale_low;  // together the factor that makes scores powers of two
     int32_t tiles_per_block;
-    int64_t blocks;  // of one (row, head)
+    int32_t blocks;  // of one (row, head)
     bool keys_are_wide, queries_are_wide, out_is_wide;
   };
   static_assert(sizeof(Params) <= 4000, "what a launch hands over is at most 4 KiB");
@@ -39,16 +39,17 @@ struct AttentionBlock {
   };
 
   const Params& p;
-  int64_t row, head;
+  int row, head;
   Shared<T> keys, values, queries;  // [capacity, kStride] twice, [kQueryTiles, kPixels, kStride]
   Shared<float> bias;               // [capacity] in powers of two; -inf hides, NaN is seen
   Shared<int32_t> regions;          // [capacity]
 
   KEYLOCK_DEVICE AttentionBlock(const Params& params, Shared<unsigned char> memory) : p(params) {
     const int capacity = p.plan.capacity;
-    const int64_t both = block_index() / p.blocks;
-    row = both / p.op.query.sizes[2];
-    head = both % p.op.query.sizes[2];
+    const int heads = static_cast<int>(p.op.query.sizes[2]);
+    const int both = static_cast<int>(block_index()) / p.blocks;
+    row = both / heads;
+    head = both % heads;
     keys = shared_cast<T>(memory);
     values = keys + capacity * kStride;
     queries = values + capacity * kStride;
@@ -95,6 +96,7 @@ struct AttentionBlock {
                size);
     const Tensor<2>& biases = is_text ? p.op.key_bias : p.op.image_key_bias;
     const bool has_regions = is_text && p.op.key_regions.data != nullptr;
+    KEYLOCK_ONCE
     for (int t = thread_index(); t < size; t += kThreads) {
       float b = t < count ? 0.f : minus_infinity();
       if (t < count && biases.data != nullptr) {
@@ -135,6 +137,7 @@ struct AttentionBlock {
     if (is_seen_by_all) return;
     sync_block();
     const int size = tile_size(keys_in(step));
+    KEYLOCK_ONCE
     for (int t = place + warp_index(); t < place + size; t += kWarps) {
       bool is_broken = false;
       for (int c = lane_index() * kChunk<T>; c < kColumns; c += kWarp * kChunk<T>) {
@@ -153,8 +156,8 @@ struct AttentionBlock {
   }
 
   // Starts on this warp's queries of a tile, or on none where there is no such tile.
-  KEYLOCK_DEVICE void fetch_queries(int64_t tile) {
-    const int64_t first = tile * kPixels + warp_index() * 16;
+  KEYLOCK_DEVICE void fetch_queries(int tile) {
+    const int first = tile * kPixels + warp_index() * 16;
     const int count = pixels_from(first);
     if (count == 0) return;
     const Tensor<4>& q = p.op.query;
@@ -165,13 +168,12 @@ struct AttentionBlock {
                                        p.queries_are_wide},
                         lane_index(), kWarp);
   }
-  KEYLOCK_DEVICE Shared<T> warp_queries(int64_t tile) const {
-    const int which = static_cast<int>(tile % Tiles::kQueryTiles);
-    return queries + (which * kPixels + warp_index() * 16) * kStride;
+  KEYLOCK_DEVICE Shared<T> warp_queries(int tile) const {
+    return queries + (tile % Tiles::kQueryTiles * kPixels + warp_index() * 16) * kStride;
   }
-  KEYLOCK_DEVICE int pixels_from(int64_t first) const {
-    const int64_t left = p.op.query.sizes[1] - first;
-    return left < 0 ? 0 : left < 16 ? static_cast<int>(left) : 16;
+  KEYLOCK_DEVICE int pixels_from(int first) const {
+    const int left = static_cast<int>(p.op.query.sizes[1]) - first;
+    return left < 0 ? 0 : left < 16 ? left : 16;
   }
 
   KEYLOCK_DEVICE bool is_first(const Step& step) const {

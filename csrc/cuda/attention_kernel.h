@@ -36,9 +36,9 @@ struct AttentionForward : AttentionPixels<T, kWidth> {
   }
 
   KEYLOCK_DEVICE void run_tiles() {
-    const int64_t tiles = (p.op.query.sizes[1] + kPixels - 1) / kPixels;
-    const int64_t begin = block_index() % p.blocks * p.tiles_per_block;
-    const int64_t end = begin + p.tiles_per_block < tiles ? begin + p.tiles_per_block : tiles;
+    const int tiles = (static_cast<int>(p.op.query.sizes[1]) + kPixels - 1) / kPixels;
+    const int begin = static_cast<int>(block_index()) % p.blocks * p.tiles_per_block;
+    const int end = begin + p.tiles_per_block < tiles ? begin + p.tiles_per_block : tiles;
     const bool is_resident = p.plan.slots == 0;
     this->fetch_first();
     commit_copies();
@@ -51,7 +51,7 @@ struct AttentionForward : AttentionPixels<T, kWidth> {
     }
     int slot = 0;  // where the tile of keys is, if they come one after another
     KEYLOCK_ONCE
-    for (int64_t tile = begin; tile < end; ++tile) {
+    for (int tile = begin; tile < end; ++tile) {
       const bool is_last = tile + 1 == end;
       if (Tiles::kQueryTiles == 1 ? tile > begin : !is_last) {
         this->fetch_queries(tile + Tiles::kQueryTiles - 1);
@@ -105,7 +105,7 @@ struct AttentionForward : AttentionPixels<T, kWidth> {
     return slot;
   }
 
-  KEYLOCK_DEVICE void finish(int64_t tile) {
+  KEYLOCK_DEVICE void finish(int tile) {
     if (!this->has_pixels()) return;
     const int lane = lane_index();
     sync_warp();
@@ -119,7 +119,7 @@ struct AttentionForward : AttentionPixels<T, kWidth> {
     }
     sync_warp();
     const Tensor<4, void>& o = p.op.out;
-    const int64_t first = tile * kPixels + warp_index() * 16;
+    const int first = tile * kPixels + warp_index() * 16;
     T* data = static_cast<T*>(o.data) + row * o.strides[0] + first * o.strides[1] +
               head * o.strides[2];
     store_rows<kOutTiles * 8>(Piece<T>{data, o.strides[1], this->pixels_from(first),
@@ -145,7 +145,7 @@ struct AttentionForward : AttentionPixels<T, kWidth> {
   KEYLOCK_DEVICE void attend(const Step& step, int place) {
     const Group& group = p.plan.groups[step.group];
     float s[2 * kSteps][4];
-    score<kSteps>(s, place, group.stream < 0 && p.op.key_regions.data != nullptr);
+    score<kSteps>(s, place, group.stream < 0);
     const bool is_running = this->is_long(group) && !step.is_second_look;
     if (is_running) {
       const bool has_values = !this->needs_two_looks(step);
@@ -180,7 +180,9 @@ struct AttentionForward : AttentionPixels<T, kWidth> {
 
   // Scores in powers of two; -inf where a pixel does not see a key.
   template <int kSteps>
-  KEYLOCK_DEVICE void score(float (&s)[2 * kSteps][4], int place, bool has_regions) {
+  KEYLOCK_DEVICE void score(float (&s)[2 * kSteps][4], int place, bool is_text) {
+    const bool has_regions = is_text && p.op.key_regions.data != nullptr;
+    const bool has_bias = (is_text ? p.op.key_bias.data : p.op.image_key_bias.data) != nullptr;
     float products[1][2 * kSteps][4] = {};
     multiply_rows<T, kColumns>(products, mine, keys + place * kStride, kStride);
     KEYLOCK_UNROLL
@@ -194,6 +196,11 @@ struct AttentionForward : AttentionPixels<T, kWidth> {
           const float product = products[0][t][2 * r + odd];
           s[t][2 * r + odd] =
               multiply_add(product, p.scale_high, multiply_add(product, p.scale_low, b));
+        }
+        // -inf on top of what is not finite would be NaN.
+        if (has_bias && b == minus_infinity()) {
+          KEYLOCK_UNROLL
+          for (int r = 0; r < 2; ++r) s[t][2 * r + odd] = b;
         }
         if (has_regions) {
           const int32_t seen_from = regions[key];

@@ -17,15 +17,15 @@ struct AttentionPixels : AttentionBlock<T, kWidth> {
   using Block::head, Block::p, Block::row, Block::kMaxKeys;
 
   Shared<T> mine;                   // this warp's queries
-  int64_t pixel[2];                 // of this lane's two rows
+  int pixel[2];                 // of this lane's two rows
   int32_t pixel_regions[2];
 
   KEYLOCK_DEVICE AttentionPixels(const Params& params, Shared<unsigned char> memory)
       : Block(params, memory) {}
 
-  KEYLOCK_DEVICE void start(int64_t tile) {
+  KEYLOCK_DEVICE void start(int tile) {
     mine = this->warp_queries(tile);
-    const int64_t first = tile * kPixels + warp_index() * 16 + lane_index() / 4;
+    const int first = tile * kPixels + warp_index() * 16 + lane_index() / 4;
     KEYLOCK_UNROLL
     for (int r = 0; r < 2; ++r) {
       pixel[r] = first + r * 8;

@@ -172,6 +172,19 @@ inline int processors() {
 
 KEYLOCK_DEVICE void note_access(bool, int) {}
 
+template <class T>
+KEYLOCK_DEVICE Chunk load_chunk(const T* from) {
+  const uint4 four = *reinterpret_cast<const uint4*>(from);
+  return {{four.x, four.y, four.z, four.w}};
+}
+// In so many words, since a compiler may merge a wide store with the narrow ones of another branch.
+template <class T>
+KEYLOCK_DEVICE void store_chunk(T* to, const Chunk& chunk) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(chunk.words[0]),
+               "r"(chunk.words[1]), "r"(chunk.words[2]), "r"(chunk.words[3])
+               : "memory");
+}
+
 template <class Kernel>
 __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kBlocks)
     run(const __grid_constant__ typename Kernel::Params params) {

@@ -259,6 +259,17 @@ inline void note_access(bool wide, int bytes) {
 }
 
 template <class T>
+Chunk load_chunk(const T* from) {
+  if (reinterpret_cast<uintptr_t>(from) % 16 != 0) Machine::fail("misaligned load");
+  return *reinterpret_cast<const Chunk*>(from);
+}
+template <class T>
+void store_chunk(T* to, const Chunk& chunk) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 != 0) Machine::fail("misaligned store");
+  *reinterpret_cast<Chunk*>(to) = chunk;
+}
+
+template <class T>
 void copy_async(Shared<T> to, const T* from, int bytes) {
   Machine::running->start_copy(to.data(), from, bytes);
 }

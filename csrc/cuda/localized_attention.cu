@@ -64,7 +64,8 @@ Status validate(const LocalizedAttention& op) {
       return Status::shape_mismatch;
     }
   }
-  if (keys > INT32_MAX - 128 || image_keys > INT32_MAX - 128) return Status::too_large;
+  constexpr int64_t kMost = INT32_MAX - 128;  // that int32 counts, tiles filled up included
+  if (pixels > kMost || keys > kMost || image_keys > kMost) return Status::too_large;
   const int64_t sums = (pixels + kReadoutPixels - 1) / kReadoutPixels;
   const bool is_valid =
       width >= 1 && width <= 256 && has_shape(op.key, rows, keys, heads, width) &&

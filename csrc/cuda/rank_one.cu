@@ -34,7 +34,7 @@ Status linear(const RankOneLinear& op, void* stream) {
     if (op.x.sizes[1] <= kPromptTokens) {
       return launch_linear<LinearForward<T, 80, 64, 1, 4>>(op, 80, 64, stream);
     }
-    return launch_linear<LinearForward<T, 128, 128, 2, 4>>(op, 128, 128, stream);
+    return launch_linear<LinearForward<T, 128, 128, 4, 2>>(op, 128, 128, stream);
   }
 }
 

@@ -121,6 +121,7 @@ struct LinearForward {
   // A chunk of the row's updates; what is not taken is zero, and a slot that does not exist NaN.
   KEYLOCK_DEVICE void fetch_updates(int64_t first) {
     const Tensor<2>&u = p.op.u, &slots = p.op.slots;
+    KEYLOCK_ONCE
     for (int i = thread_index(); i < kUpdates * kTokens; i += kThreads) {
       const int64_t r = first + i / kTokens, t = first_token + i % kTokens;
       float c = 0;
@@ -135,6 +136,7 @@ struct LinearForward {
       chunk[i] = c;
     }
     const Shared<float> vectors = chunk + kUpdates * kTokens;
+    KEYLOCK_ONCE
     for (int i = thread_index(); i < kUpdates * kOutputs; i += kThreads) {
       const int64_t r = first + i / kOutputs, o = first_output + i % kOutputs;
       float value = 0;
@@ -259,28 +261,31 @@ struct UpdateForward {
   }
 
   // Not base + 0 where there is no update: that would turn -0 into 0.
-  static KEYLOCK_DEVICE T updated(T base, float sum, bool takes_any) {
-    return takes_any ? narrow<T>(widen(base) + sum) : base;
+  static KEYLOCK_DEVICE float updated(float base, float sum, bool takes_any) {
+    return takes_any ? base + sum : base;
   }
   static KEYLOCK_DEVICE void update_wide(T* to, const T* from, const float (&sums)[kChunk<T>],
                                          bool takes_any) {
-    union {
-      Chunk chunk;
-      T elements[kChunk<T>];
-    } both;
-    both.chunk = *reinterpret_cast<const Chunk*>(from);
+    Chunk chunk = load_chunk(from);
     KEYLOCK_UNROLL
-    for (int i = 0; i < kChunk<T>; ++i) {
-      both.elements[i] = updated(both.elements[i], sums[i], takes_any);
+    for (int i = 0; i < 4; ++i) {
+      uint32_t& word = chunk.words[i];
+      if constexpr (sizeof(T) == 4) {
+        word = to_bits(updated(from_bits(word), sums[i], takes_any));
+      } else {
+        const T low{static_cast<uint16_t>(word)}, high{static_cast<uint16_t>(word >> 16)};
+        word = pack<T>(updated(widen(low), sums[2 * i], takes_any),
+                       updated(widen(high), sums[2 * i + 1], takes_any));
+      }
     }
-    *reinterpret_cast<Chunk*>(to) = both.chunk;
+    store_chunk(to, chunk);
     note_access(true, 32);
   }
   static KEYLOCK_DEVICE void update_narrow(T* to, const T* from, const float (&sums)[kChunk<T>],
                                            bool takes_any, int columns) {
     KEYLOCK_UNROLL
     for (int i = 0; i < kChunk<T>; ++i) {
-      if (i < columns) to[i] = updated(from[i], sums[i], takes_any);
+      if (i < columns) to[i] = narrow<T>(updated(widen(from[i]), sums[i], takes_any));
     }
     note_access(false, 2 * columns * static_cast<int>(sizeof(T)));
   }

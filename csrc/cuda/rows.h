@@ -35,7 +35,7 @@ KEYLOCK_DEVICE void store_narrow(T* to, Shared<T> from, int count) {
 
 template <class T>
 KEYLOCK_DEVICE void store_wide(T* to, Shared<T> from) {
-  *reinterpret_cast<Chunk*>(to) = *shared_cast<Chunk>(from);
+  store_chunk(to, *shared_cast<Chunk>(from));
   note_access(true, 16);
 }
 

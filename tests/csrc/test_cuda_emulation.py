@@ -160,6 +160,7 @@ def test_a_pixel_that_sees_no_key_gets_zeros(dtype):
     inputs["query_regions"][:] = 1
     inputs["key_regions"][:] = 2
     inputs["image_key_bias"] = torch.full((2, 104), -torch.inf)
+    inputs["query"][:, ::3] = torch.nan
     for inputs["key_bias"] in (None, torch.full((2, 7), -torch.inf)):
         assert all(torch.equal(result, torch.zeros_like(result)) for result in attend(inputs))
 

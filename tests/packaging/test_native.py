@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from keylock_kernels import native
+from keylock_kernels import native, native_cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_native = pytest.mark.skipif(not native.available(), reason=f"native: {native.unavailable_reason()}")
@@ -92,10 +92,16 @@ def test_build_info_where_torch_is_broken():
         assert "torch is broken" in info["openmp"]["threads_reason"]
 
 
-def test_cuda_is_reported_as_absent():
+def test_cuda_is_reported_as_it_was_built():
     info = native.build_info()
-    assert info["cuda"]["built"] is False and info["cuda"]["architectures"] == []
-    assert info["skipped"]["cuda"] == info["cuda"]["reason"] != ""
+    assert info["cuda"]["reason"]
+    if info["cuda"]["built"]:
+        assert info["cuda"]["architectures"] and "cuda" not in info["skipped"]
+        assert native_cuda.missing() is None and native_cuda.sources()
+    else:
+        assert info["cuda"]["architectures"] == []
+        assert info["skipped"]["cuda"] == native_cuda.missing() == info["cuda"]["reason"]
+        assert native_cuda.sources() is None
 
 
 @needs_native

@@ -26,7 +26,7 @@ enum class Status {
   shape_mismatch,
   slot_out_of_range,
   too_many_streams,
-  too_large,      // more blocks of work than one launch can have
+  too_large,      // more pixels, keys or blocks of work than one launch can have
   launch_failed,  // the GPU's driver refused
 };
 
