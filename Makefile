@@ -61,7 +61,7 @@ lint: $(VENV)/installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+	find csrc tests/csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 
 bench: $(if $(filter $(BIN)/python,$(RUN)),$(VENV)/installed-test,native-in-place)
 	SHARD=$(SHARD) PYTHONPATH=.:python $(RUN) -m pytest benchmarks -q $(BENCH)

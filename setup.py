@@ -88,7 +88,7 @@ def architecture_names(architectures: str) -> list[str]:
 
 
 def decide(environ: Mapping[str, str], scratch: Path) -> tuple[Decision, Decision, list[str]]:
-    """Builds the module inside `scratch`, with CUDA code where that can be: what became of either, and for which GPUs."""
+    """Builds the module inside `scratch`: what became of its CPU and its CUDA part, and for which GPUs."""
     wish = environ.get("KEYLOCK_BUILD_NATIVE")
     if wish == "0":
         native = Decision(False, "KEYLOCK_BUILD_NATIVE=0")

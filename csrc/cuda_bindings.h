@@ -67,9 +67,8 @@ inline Status rank_one_linear_of(const Optional<3>& x, const Optional<2>& weight
                                  const Optional<1>& bias, const Optional<2>& u,
                                  const Optional<2>& slots, const Optional<3>& coefficients,
                                  const Optional<3>& y, uintptr_t stream) {
-  const RankOneLinear op{tensor_of<3>(x),     tensor_of<2>(weight),
-                         tensor_of<1>(bias),  tensor_of<2>(u),
-                         tensor_of<2>(slots), tensor_of<3>(coefficients),
+  const RankOneLinear op{tensor_of<3>(x),      tensor_of<2>(weight), tensor_of<1>(bias),
+                         tensor_of<2>(u),      tensor_of<2>(slots),  tensor_of<3>(coefficients),
                          tensor_of<3, void>(y)};
   const pybind11::gil_scoped_release release;
   return rank_one_linear(op, reinterpret_cast<void*>(stream));
@@ -85,7 +84,7 @@ inline Status rank_one_update_of(const Optional<3>& base, const Optional<2>& u,
 }
 
 inline void define_ops(pybind11::module_& module) {
-  module.attr("cuda_sources") = KEYLOCK_CUDA_SOURCES;
+  module.attr("cuda_sources") = KEYLOCK_CUDA_SOURCES;  // a digest of csrc/cuda
   module.attr("max_image_streams") = kMaxImageStreams;
   module.attr("readout_pixels") = kReadoutPixels;
   module.def("cuda_localized_attention", &localized_attention_of);

@@ -40,6 +40,10 @@ def _present() -> str | None:
     return None
 
 
+def _proven(device: torch.device) -> str | None:
+    return None
+
+
 # Under Triton's interpreter its kernels run on CPU tensors, for tests.
 _TRITON_DEVICES = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
 
@@ -75,7 +79,7 @@ class Implementation:
     caveat: str | None = None  # what explain() adds
     missing: Callable[[], str | None] = _present  # why it cannot run in this process
     dtypes: tuple[str, ...] = ()  # of the tensors it runs on; empty: any floating-point
-    unproven: Callable[[torch.device], str | None] = lambda device: None  # why "auto" passes it over
+    unproven: Callable[[torch.device], str | None] = _proven  # why "auto" passes it over on a device
 
     def refusal(self, device: str, dtype: torch.dtype | None = None) -> str | None:
         """Why this implementation cannot run on a device type, or for a dtype, or None."""
@@ -87,7 +91,6 @@ class Implementation:
 
 
 _NO_GPU_RUN = "checked in Triton's interpreter and compiled for GPUs; no run on a GPU is on record yet"
-
 
 
 def _cuda(op: str, summary: str) -> Implementation:

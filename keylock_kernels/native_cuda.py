@@ -105,7 +105,8 @@ def localized_attention(
     keys, total, device = key.shape[1], sum(image_lengths), query.device
     same, sides, ints = (query.dtype,), (query.dtype, torch.float32), (torch.int32,)
     read = 0 if readout_tokens is None else readout_tokens.shape[1]
-    weight_shape = (rows, len(image_lengths), *((pixels,) if image_weights is not None and image_weights.dim() == 3 else ()))
+    per_pixel = image_weights is not None and image_weights.dim() == 3
+    weight_shape = (rows, len(image_lengths), *([pixels] if per_pixel else []))
     wanted = {
         "query": (query, same, (rows, pixels, heads, width)),
         "key": (key, same, (rows, keys, heads, width)),
@@ -135,7 +136,7 @@ def localized_attention(
         sums = -(-pixels // module.readout_pixels)
         readout = query.new_empty((rows, heads, sums, read), dtype=torch.float32)
     if image_weights is not None:
-        image_weights = image_weights if image_weights.dim() == 3 else image_weights[..., None].expand(-1, -1, pixels)
+        image_weights = image_weights if per_pixel else image_weights[..., None].expand(-1, -1, pixels)
     if keys == 0:  # a tensor of no elements has no address, as if it were absent
         key_bias = query_regions = key_regions = None
     if out.numel() > 0:

@@ -101,7 +101,7 @@ struct AttentionBlock {
       float b = t < count ? 0.f : minus_infinity();
       if (t < count && biases.data != nullptr) {
         b = kLog2E * side<T>(biases.data, biases.type,
-                               row * biases.strides[0] + (first + t) * biases.strides[1]);
+                             row * biases.strides[0] + (first + t) * biases.strides[1]);
       }
       bias[place + t] = b;
       int32_t seen_from = -1;
@@ -119,11 +119,10 @@ struct AttentionBlock {
                                  int size) {
     const T* data = static_cast<const T*>(from.data) + row * from.strides[0] +
                     first * from.strides[1] + head * from.strides[2];
-    copy_rows<kColumns>(
-        to, kStride, size,
-        Piece<const T>{data, from.strides[1], count, static_cast<int>(from.sizes[3]),
-                       p.keys_are_wide},
-        thread_index(), kThreads);
+    copy_rows<kColumns>(to, kStride, size,
+                        Piece<const T>{data, from.strides[1], count,
+                                       static_cast<int>(from.sizes[3]), p.keys_are_wide},
+                        thread_index(), kThreads);
   }
 
   // Zero times NaN is NaN, so what a pixel may not see must be finite where it meets a probability
@@ -163,10 +162,10 @@ struct AttentionBlock {
     const Tensor<4>& q = p.op.query;
     const T* data = static_cast<const T*>(q.data) + row * q.strides[0] + first * q.strides[1] +
                     head * q.strides[2];
-    copy_rows<kColumns>(warp_queries(tile), kStride, 16,
-                        Piece<const T>{data, q.strides[1], count, static_cast<int>(q.sizes[3]),
-                                       p.queries_are_wide},
-                        lane_index(), kWarp);
+    copy_rows<kColumns>(
+        warp_queries(tile), kStride, 16,
+        Piece<const T>{data, q.strides[1], count, static_cast<int>(q.sizes[3]), p.queries_are_wide},
+        lane_index(), kWarp);
   }
   KEYLOCK_DEVICE Shared<T> warp_queries(int tile) const {
     return queries + (tile % Tiles::kQueryTiles * kPixels + warp_index() * 16) * kStride;

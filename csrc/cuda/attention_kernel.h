@@ -17,12 +17,12 @@ namespace keylock::cuda {
 template <class T, int kWidth>
 struct AttentionForward : AttentionPixels<T, kWidth> {
   using Block = AttentionPixels<T, kWidth>;
+  using Block::bias, Block::head, Block::keys, Block::p, Block::regions, Block::row, Block::values;
+  using Block::kColumns, Block::kMaxKeys, Block::kStride;
+  using Block::mine, Block::pixel_regions;
   using typename Block::Params;
   using typename Block::Step;
   using typename Block::Tiles;
-  using Block::bias, Block::head, Block::keys, Block::p, Block::regions, Block::row, Block::values;
-  using Block::mine, Block::pixel_regions;
-  using Block::kColumns, Block::kMaxKeys, Block::kStride;
   static constexpr int kOutTiles = (kWidth + 7) / 8;
 
   float out[kOutTiles][4];
@@ -72,7 +72,8 @@ struct AttentionForward : AttentionPixels<T, kWidth> {
         const Step now = step;
         has_more = this->advance(step);
         if (!is_resident) {
-          slot = stream(now, step, slot, tile == begin && this->is_first(now), is_last && !has_more);
+          slot =
+              stream(now, step, slot, tile == begin && this->is_first(now), is_last && !has_more);
         }
         if (this->has_pixels()) {
           take_in(now, is_resident ? this->place_of(now) : slot);
@@ -120,8 +121,8 @@ struct AttentionForward : AttentionPixels<T, kWidth> {
     sync_warp();
     const Tensor<4, void>& o = p.op.out;
     const int first = tile * kPixels + warp_index() * 16;
-    T* data = static_cast<T*>(o.data) + row * o.strides[0] + first * o.strides[1] +
-              head * o.strides[2];
+    T* data =
+        static_cast<T*>(o.data) + row * o.strides[0] + first * o.strides[1] + head * o.strides[2];
     store_rows<kOutTiles * 8>(Piece<T>{data, o.strides[1], this->pixels_from(first),
                                        static_cast<int>(o.sizes[3]), p.out_is_wide},
                               mine, kStride, lane, kWarp);
@@ -278,8 +279,7 @@ struct AttentionForward : AttentionPixels<T, kWidth> {
 
   // The streams of a group, side by side in one tile, a softmax each.
   template <int kSteps>
-  KEYLOCK_DEVICE void soften_streams(float (&s)[2 * kSteps][4], const Group& group,
-                                     int64_t first) {
+  KEYLOCK_DEVICE void soften_streams(float (&s)[2 * kSteps][4], const Group& group, int64_t first) {
     int begin = 0;
     KEYLOCK_ONCE
     for (int stream = group.stream; stream < group.stream + group.streams; ++stream) {

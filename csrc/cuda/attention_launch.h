@@ -22,7 +22,8 @@ Status launch_attention(const LocalizedAttention& op, void* stream) {
   const int64_t tiles = (op.query.sizes[1] + kPixels - 1) / kPixels;
   const int64_t each = tiles * heads / (kBlocksWanted * processors());
   params.tiles_per_block = static_cast<int32_t>(each < 1 ? 1 : each > kMaxTiles ? kMaxTiles : each);
-  params.blocks = static_cast<int32_t>((tiles + params.tiles_per_block - 1) / params.tiles_per_block);
+  params.blocks =
+      static_cast<int32_t>((tiles + params.tiles_per_block - 1) / params.tiles_per_block);
   params.keys_are_wide = is_wide(op.key) && is_wide(op.value) &&
                          (op.images == 0 || (is_wide(op.image_key) && is_wide(op.image_value)));
   params.queries_are_wide = is_wide(op.query);

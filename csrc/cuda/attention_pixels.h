@@ -12,12 +12,12 @@ KEYLOCK_DEVICE float times(float factor, float x) { return factor == 0 ? 0.f : f
 template <class T, int kWidth>
 struct AttentionPixels : AttentionBlock<T, kWidth> {
   using Block = AttentionBlock<T, kWidth>;
+  using Block::head, Block::p, Block::row, Block::kMaxKeys;
   using typename Block::Params;
   using typename Block::Step;
-  using Block::head, Block::p, Block::row, Block::kMaxKeys;
 
-  Shared<T> mine;                   // this warp's queries
-  int pixel[2];                 // of this lane's two rows
+  Shared<T> mine;  // this warp's queries
+  int pixel[2];    // of this lane's two rows
   int32_t pixel_regions[2];
 
   KEYLOCK_DEVICE AttentionPixels(const Params& params, Shared<unsigned char> memory)
@@ -47,8 +47,8 @@ struct AttentionPixels : AttentionBlock<T, kWidth> {
     const Tensor<3>& w = p.op.image_weights;
     if (stream < 0 || w.data == nullptr) return share;
     const float weight =
-        is_pixel(r) ? side<T>(w.data, w.type, row * w.strides[0] + stream * w.strides[1] +
-                                                  pixel[r] * w.strides[2])
+        is_pixel(r) ? side<T>(w.data, w.type,
+                              row * w.strides[0] + stream * w.strides[1] + pixel[r] * w.strides[2])
                     : 0;
     return times(weight, share);
   }
@@ -91,8 +91,7 @@ struct AttentionPixels : AttentionBlock<T, kWidth> {
   KEYLOCK_DEVICE void read_absent() {
     const Tensor<2>& tokens = p.op.readout_tokens;
     if (tokens.data == nullptr) return;
-    const int64_t count =
-        p.op.key.sizes[1] + (p.op.images > 0 ? p.op.image_key.sizes[1] : 0);
+    const int64_t count = p.op.key.sizes[1] + (p.op.images > 0 ? p.op.image_key.sizes[1] : 0);
     KEYLOCK_ONCE
     for (int64_t m = 0; m < tokens.sizes[1]; ++m) {
       const int32_t asked = token(m);
@@ -121,8 +120,8 @@ struct AttentionPixels : AttentionBlock<T, kWidth> {
     KEYLOCK_UNROLL
     for (int r = 0; r < 2; ++r) {
       if (lane % 4 != owner || !is_pixel(r)) continue;
-      const int64_t at = row * weights.strides[0] + pixel[r] * weights.strides[1] +
-                         m * weights.strides[2];
+      const int64_t at =
+          row * weights.strides[0] + pixel[r] * weights.strides[1] + m * weights.strides[2];
       // A token that is none adds nothing, whatever its weights are.
       if (token(m) != -1) sum += side<T>(weights.data, weights.type, at) * found[r];
     }

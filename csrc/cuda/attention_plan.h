@@ -36,7 +36,9 @@ template <class T, int kWidth>
 struct AttentionTiles {
   static constexpr int kColumns = round_up(kWidth, 16);
   static constexpr int kStride = row_stride<T>(kWidth);
-  static constexpr int kMaxKeys = sizeof(T) == 4 ? (kWidth <= 64 ? 80 : kWidth <= 128 ? 48 : 16)
+  static constexpr int kMaxKeys = sizeof(T) == 4 ? (kWidth <= 64    ? 80
+                                                    : kWidth <= 128 ? 48
+                                                                    : 16)
                                                  : (kWidth <= 160 ? 80 : 48);
   // Wide heads leave room for one tile of queries only, the next one is then not fetched ahead.
   static constexpr int kQueryTiles = kWidth * sizeof(T) <= 160 ? 2 : 1;

@@ -64,9 +64,7 @@ KEYLOCK_DEVICE void sync_warp() { __syncwarp(); }
 KEYLOCK_DEVICE float exchange(float value, int bits) {
   return __shfl_xor_sync(0xffffffffu, value, bits);
 }
-KEYLOCK_DEVICE float take(float value, int from) {
-  return __shfl_sync(0xffffffffu, value, from);
-}
+KEYLOCK_DEVICE float take(float value, int from) { return __shfl_sync(0xffffffffu, value, from); }
 
 KEYLOCK_DEVICE bool any(bool value) { return __any_sync(0xffffffffu, value); }
 
@@ -198,15 +196,20 @@ Status launch(const typename Kernel::Params& params, int64_t blocks, int shared_
   if (blocks == 0) return Status::ok;
   if (blocks > INT32_MAX) return Status::too_large;
   constexpr int kAlwaysGranted = 48 << 10;
-  if (shared_bytes > kAlwaysGranted &&
-      cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           shared_bytes) != cudaSuccess) {
-    cudaGetLastError();
-    return Status::launch_failed;
+  cudaError_t error = cudaSuccess;
+  if (shared_bytes > kAlwaysGranted) {
+    error = cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 shared_bytes);
   }
-  run<Kernel><<<static_cast<unsigned>(blocks), Kernel::kThreads, shared_bytes,
-                static_cast<cudaStream_t>(stream)>>>(params);
-  return cudaGetLastError() == cudaSuccess ? Status::ok : Status::launch_failed;
+  if (error == cudaSuccess) {
+    void* arguments[] = {const_cast<typename Kernel::Params*>(&params)};
+    error =
+        cudaLaunchKernel(run<Kernel>, dim3(static_cast<unsigned>(blocks)), dim3(Kernel::kThreads),
+                         arguments, shared_bytes, static_cast<cudaStream_t>(stream));
+  }
+  if (error == cudaSuccess) return Status::ok;
+  cudaGetLastError();  // else it would surface in a call that has nothing to do with it
+  return Status::launch_failed;
 }
 
 }  // namespace keylock::cuda

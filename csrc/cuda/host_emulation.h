@@ -25,7 +25,7 @@ namespace keylock::cuda {
 
 struct Emulation {
   int processors = 1;
-  bool reversed = false;  // whether the last thread goes first
+  bool reversed = false;                                   // whether the last thread goes first
   int64_t wide_bytes = 0, narrow_bytes = 0, products = 0;  // what kernels did so far
 };
 inline Emulation emulation;
@@ -227,10 +227,11 @@ inline void sync_warp() {
 }
 
 inline float exchange(float value, int bits) {
-  return Machine::running->meet_warp<float, float>(
-      "exchange", value, [bits](auto& all, auto& results) {
-        for (int lane = 0; lane < kWarp; ++lane) results[lane] = all[lane ^ bits];
-      });
+  return Machine::running->meet_warp<float, float>("exchange", value,
+                                                   [bits](auto& all, auto& results) {
+                                                     for (int lane = 0; lane < kWarp; ++lane)
+                                                       results[lane] = all[lane ^ bits];
+                                                   });
 }
 inline float take(float value, int from) {
   struct Brought {
@@ -368,8 +369,8 @@ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     float c[4];
   };
   Brought mine{{a[0], a[1], a[2], a[3]}, {b0, b1}, {c[0], c[1], c[2], c[3]}};
-  const auto result = Machine::running->meet_warp<Brought, Sums>(
-      "multiply", mine, [](auto& all, auto& results) {
+  const auto result =
+      Machine::running->meet_warp<Brought, Sums>("multiply", mine, [](auto& all, auto& results) {
         const auto half_of = [](uint32_t word, int i) {
           return widen(T{static_cast<uint16_t>(word >> 16 * i)});
         };
@@ -377,8 +378,7 @@ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
         for (int lane = 0; lane < kWarp; ++lane) {
           for (int r = 0; r < 4; ++r) {
             for (int i = 0; i < 2; ++i) {
-              left[lane / 4 + r % 2 * 8][lane % 4 * 2 + i + r / 2 * 8] =
-                  half_of(all[lane].a[r], i);
+              left[lane / 4 + r % 2 * 8][lane % 4 * 2 + i + r / 2 * 8] = half_of(all[lane].a[r], i);
               if (r < 2) right[lane % 4 * 2 + i + r * 8][lane / 4] = half_of(all[lane].b[r], i);
             }
           }
@@ -401,9 +401,8 @@ inline int processors() { return emulation.processors; }
 
 template <class Kernel>
 Status launch(const typename Kernel::Params& params, int64_t blocks, int shared_bytes, void*) {
-  Machine machine(Kernel::kThreads, shared_bytes, [&] {
-    Kernel::run(params, Shared<unsigned char>(Machine::running->base));
-  });
+  Machine machine(Kernel::kThreads, shared_bytes,
+                  [&] { Kernel::run(params, Shared<unsigned char>(Machine::running->base)); });
   Machine::running = &machine;
   for (int64_t block = 0; block < blocks; ++block) machine.run_block(block);
   return Status::ok;

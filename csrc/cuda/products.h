@@ -20,16 +20,14 @@ KEYLOCK_DEVICE void multiply_floats(float (&c)[kRowTiles][kColumnTiles][4], Shar
   for (int m = 0; m < kRowTiles; ++m) {
     KEYLOCK_UNROLL
     for (int half = 0; half < 2; ++half) {
-      rows[m][half] =
-          *shared_cast<Chunk>(a + ((m * 16 + half * 8 + lane / 4) * stride + k));
+      rows[m][half] = *shared_cast<Chunk>(a + ((m * 16 + half * 8 + lane / 4) * stride + k));
     }
   }
   KEYLOCK_UNROLL
   for (int n = 0; n < kColumnTiles; ++n) {
     KEYLOCK_UNROLL
     for (int odd = 0; odd < 2; ++odd) {
-      const Chunk column =
-          *shared_cast<Chunk>(b + ((n * 8 + lane % 4 * 2 + odd) * stride + k));
+      const Chunk column = *shared_cast<Chunk>(b + ((n * 8 + lane % 4 * 2 + odd) * stride + k));
       KEYLOCK_UNROLL
       for (int m = 0; m < kRowTiles; ++m) {
         KEYLOCK_UNROLL

@@ -11,8 +11,7 @@ namespace keylock::cuda {
 constexpr int kUpdates = 16;  // of a row, dealt with at once
 
 KEYLOCK_DEVICE int32_t slot_at(const Tensor<2>& slots, int64_t row, int64_t r) {
-  return static_cast<const int32_t*>(
-      slots.data)[row * slots.strides[0] + r * slots.strides[1]];
+  return static_cast<const int32_t*>(slots.data)[row * slots.strides[0] + r * slots.strides[1]];
 }
 KEYLOCK_DEVICE float coefficient_at(const Tensor<3>& c, int64_t row, int64_t token, int64_t r) {
   return static_cast<const float*>(
@@ -79,20 +78,19 @@ struct LinearForward {
     const Tensor<3>& x = p.op.x;
     const Tensor<2>& w = p.op.weight;
     const int columns = at_most(x.sizes[2] - k, kInner);
-    const T* of_x = static_cast<const T*>(x.data) + row * x.strides[0] +
-                    first_token * x.strides[1] + k;
+    const T* of_x =
+        static_cast<const T*>(x.data) + row * x.strides[0] + first_token * x.strides[1] + k;
     const T* of_w = static_cast<const T*>(w.data) + first_output * w.strides[0] + k;
     const Shared<T> to = pieces + stage * kStage;
     copy_rows<kInner>(to, kStride, kTokens,
-                      Piece<const T>{of_x, x.strides[1],
-                                     at_most(x.sizes[1] - first_token, kTokens), columns,
-                                     p.is_wide},
+                      Piece<const T>{of_x, x.strides[1], at_most(x.sizes[1] - first_token, kTokens),
+                                     columns, p.is_wide},
                       thread_index(), kThreads);
-    copy_rows<kInner>(to + kTokens * kStride, kStride, kOutputs,
-                      Piece<const T>{of_w, w.strides[0],
-                                     at_most(w.sizes[0] - first_output, kOutputs), columns,
-                                     p.is_wide},
-                      thread_index(), kThreads);
+    copy_rows<kInner>(
+        to + kTokens * kStride, kStride, kOutputs,
+        Piece<const T>{of_w, w.strides[0], at_most(w.sizes[0] - first_output, kOutputs), columns,
+                       p.is_wide},
+        thread_index(), kThreads);
   }
 
   KEYLOCK_DEVICE void multiply_all() {
@@ -102,8 +100,7 @@ struct LinearForward {
       commit_copies();
     }
     const Shared<T> mine = pieces + (token - lane_index() / 4) * kStride;
-    const Shared<T> weights =
-        pieces + (kTokens + output - lane_index() % 4 * 2) * kStride;
+    const Shared<T> weights = pieces + (kTokens + output - lane_index() % 4 * 2) * kStride;
     int stage = 0;
     KEYLOCK_ONCE
     for (int64_t k = 0; k < inner; k += kInner) {
@@ -163,7 +160,7 @@ struct LinearForward {
         const float c = chunk[r * kTokens + token + m * 8];
         KEYLOCK_UNROLL
         for (int n = 0; n < kColumnTiles; ++n) {
-          float(&sum)[4] = sums[m / 2][n];
+          float (&sum)[4] = sums[m / 2][n];
           sum[m % 2 * 2] = multiply_add(c, u[n].first, sum[m % 2 * 2]);
           sum[m % 2 * 2 + 1] = multiply_add(c, u[n].second, sum[m % 2 * 2 + 1]);
         }
@@ -186,15 +183,15 @@ struct LinearForward {
       const float first = bias_at(o), second = bias_at(o + 1);
       KEYLOCK_UNROLL
       for (int m = 0; m < 2 * kRowTiles; ++m) {
-        const float(&sum)[4] = sums[m / 2][n];
-        put_pair(pieces + ((token + m * 8) * kOutStride + output + n * 8),
-                 sum[m % 2 * 2] + first, sum[m % 2 * 2 + 1] + second);
+        const float (&sum)[4] = sums[m / 2][n];
+        put_pair(pieces + ((token + m * 8) * kOutStride + output + n * 8), sum[m % 2 * 2] + first,
+                 sum[m % 2 * 2 + 1] + second);
       }
     }
     sync_block();
     const Tensor<3, void>& y = p.op.y;
-    T* to = static_cast<T*>(y.data) + row * y.strides[0] + first_token * y.strides[1] +
-            first_output;
+    T* to =
+        static_cast<T*>(y.data) + row * y.strides[0] + first_token * y.strides[1] + first_output;
     store_rows<kOutputs>(Piece<T>{to, y.strides[1], at_most(y.sizes[1] - first_token, kTokens),
                                   at_most(y.sizes[2] - first_output, kOutputs), p.y_is_wide},
                          pieces, kOutStride, thread_index(), kThreads);
@@ -222,8 +219,8 @@ struct UpdateForward {
     const int64_t first = index / p.pieces * kTokens, column = index % p.pieces * kChunk<T>;
     const int64_t tokens = y.sizes[1] - first;
     if (tokens <= 0) return;
-    const int columns = y.sizes[2] - column < kChunk<T> ? static_cast<int>(y.sizes[2] - column)
-                                                        : kChunk<T>;
+    const int columns =
+        y.sizes[2] - column < kChunk<T> ? static_cast<int>(y.sizes[2] - column) : kChunk<T>;
     float sums[kTokens][kChunk<T>] = {};
     bool takes_any = false;
     KEYLOCK_ONCE

@@ -106,7 +106,8 @@ KEYLOCK_DEVICE float side(const void* data, DataType type, int64_t offset) {
 template <int rank, class Data>
 bool is_wide(const Tensor<rank, Data>& tensor) {
   const int64_t piece = tensor.type == DataType::float32 ? 4 : 8;
-  bool wide = reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0 && tensor.sizes[rank - 1] % piece == 0;
+  bool wide =
+      reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0 && tensor.sizes[rank - 1] % piece == 0;
   for (int d = 0; d < rank - 1; ++d) {
     wide &= tensor.sizes[d] <= 1 || tensor.strides[d] % piece == 0;
   }

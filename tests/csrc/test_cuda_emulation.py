@@ -302,8 +302,9 @@ def test_wrong_arguments_are_named():
 
 def linear(inputs):
     gate = {name: inputs.get(name) for name in ("beta", "tau", "strength")}
-    c = rank_one_coefficients(inputs["x"], inputs["v"], inputs["slots"], **gate)
-    return native_cuda.rank_one_linear(inputs["x"], inputs["weight"], inputs["u"], inputs["slots"], inputs.get("bias"), c)
+    x, u, slots = inputs["x"], inputs["u"], inputs["slots"]
+    c = rank_one_coefficients(x, inputs["v"], slots, **gate)
+    return native_cuda.rank_one_linear(x, inputs["weight"], u, slots, inputs.get("bias"), c)
 
 
 def judge_linear(inputs):
@@ -352,7 +353,7 @@ def test_updates_may_be_float32_beside_half_and_anything_may_be_strided(machine,
 @dtypes
 @pytest.mark.parametrize("tokens", [9, 170])
 def test_slots_that_are_none_or_do_not_exist(tokens, dtype):
-    u, x, weight = torch.ones(3, 24, dtype=dtype), torch.ones(4, tokens, 16, dtype=dtype), torch.ones(24, 16, dtype=dtype)
+    u, x, weight = (torch.ones(*shape, dtype=dtype) for shape in ((3, 24), (4, tokens, 16), (24, 16)))
     u[1] = torch.nan
     slots = torch.tensor([[0, -1], [-1, -1], [3, 0], [-2, -1]], dtype=torch.int32)
     c = torch.ones(4, tokens, 2)

@@ -139,9 +139,10 @@ def test_gradients_of_cuda_are_tritons(monkeypatch):
     rank_one_triton = types.SimpleNamespace(
         linear_backward=launcher("linear", {}), update_backward=launcher("update", (None, None))
     )
-    for package, module in ((attention, attention_triton), (rank_one, rank_one_triton)):
-        monkeypatch.setitem(sys.modules, package.__name__.rpartition(".")[0] + ".triton", module)
-        monkeypatch.setattr(importlib.import_module(package.__name__.rpartition(".")[0]), "triton", module, raising=False)
+    for module, launchers in ((attention, attention_triton), (rank_one, rank_one_triton)):
+        package = module.__name__.rpartition(".")[0]
+        monkeypatch.setitem(sys.modules, f"{package}.triton", launchers)
+        monkeypatch.setattr(sys.modules[package], "triton", launchers, raising=False)
     x = torch.ones(1, 2, 3)
     slots = torch.zeros(1, 1, dtype=torch.int32)
     attention._backward(None, None, x, x, x, 1.0, *[None] * 5, [], *[None] * 4, "cuda", [False] * 9)

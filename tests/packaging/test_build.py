@@ -143,7 +143,11 @@ def test_cuda_that_fails_leaves_the_rest(setup_py, tmp_path, compiling, nvcc):
     [
         ({}, "80-real;90-real;100", ["sm_80", "sm_90", "sm_100", "compute_100"]),
         ({"CUDAARCHS": "86-real;90a-virtual"}, "86-real;90a-virtual", ["sm_86", "compute_90a"]),
-        ({"TORCH_CUDA_ARCH_LIST": "8.0;9.0a 12.0+PTX"}, "80-real;90a-real;120", ["sm_80", "sm_90a", "sm_120", "compute_120"]),
+        (
+            {"TORCH_CUDA_ARCH_LIST": "8.0;9.0a 12.0+PTX"},
+            "80-real;90a-real;120",
+            "sm_80 sm_90a sm_120 compute_120".split(),
+        ),
         ({"TORCH_CUDA_ARCH_LIST": "8.6", "CUDAARCHS": "90"}, "90", ["sm_90", "compute_90"]),
     ],
 )
