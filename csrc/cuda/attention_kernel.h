@@ -188,10 +188,11 @@ struct AttentionForward : AttentionPixels<T, kWidth> {
     multiply_rows<T, kColumns>(products, mine, keys + place * kStride, kStride);
     KEYLOCK_UNROLL
     for (int t = 0; t < 2 * kSteps; ++t) {
+      const int first = place + t * 8 + lane_index() % 4 * 2;
+      const Pair biases = *shared_cast<Pair>(bias + first);
       KEYLOCK_UNROLL
       for (int odd = 0; odd < 2; ++odd) {
-        const int key = place + t * 8 + lane_index() % 4 * 2 + odd;
-        const float b = bias[key];
+        const float b = odd ? biases.second : biases.first;
         KEYLOCK_UNROLL
         for (int r = 0; r < 2; ++r) {
           const float product = products[0][t][2 * r + odd];
@@ -204,7 +205,7 @@ struct AttentionForward : AttentionPixels<T, kWidth> {
           for (int r = 0; r < 2; ++r) s[t][2 * r + odd] = b;
         }
         if (has_regions) {
-          const int32_t seen_from = regions[key];
+          const int32_t seen_from = regions[first + odd];
           KEYLOCK_UNROLL
           for (int r = 0; r < 2; ++r) {
             if ((seen_from & pixel_regions[r]) == 0) s[t][2 * r + odd] = minus_infinity();
@@ -263,6 +264,8 @@ struct AttentionForward : AttentionPixels<T, kWidth> {
   template <int kSteps, bool is_part>
   KEYLOCK_DEVICE void weigh(float (&s)[2 * kSteps][4], int begin, int end, const float (&share)[2],
                             int stream) {
+    // Without a weight nothing needs to be silenced: where no key is seen all powers are 0.
+    const bool has_weight = stream >= 0 && p.op.image_weights.data != nullptr;
     KEYLOCK_UNROLL
     for (int r = 0; r < 2; ++r) {
       const float factor = this->weighted(share[r], stream, r);
@@ -271,7 +274,9 @@ struct AttentionForward : AttentionPixels<T, kWidth> {
         KEYLOCK_UNROLL
         for (int odd = 0; odd < 2; ++odd) {
           float& x = s[t][2 * r + odd];
-          if (belongs<is_part>(t, odd, begin, end)) x = times(factor, x);
+          if (!belongs<is_part>(t, odd, begin, end)) continue;
+          x *= factor;
+          if (has_weight && factor == 0) x = 0;
         }
       }
     }
