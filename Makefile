@@ -22,6 +22,7 @@ SHELL := /bin/bash
 help:
 	@echo "make demo      three users' concepts, taught and drawn in one batch (outputs/demo)"
 	@echo "make test      every test that needs no GPU"
+	@echo "make test-csrc the C++ kernels alone, with sanitizers"
 	@echo "make test-gpu  the tests that need one; SHARD=2/4 runs the second quarter"
 	@echo "make gpu-record  puts on record that the CUDA C++ kernels passed every shard of make test-gpu"
 	@echo "make lint      ruff, mypy, clang-format"
@@ -33,10 +34,18 @@ help:
 demo: $(VENV)/installed
 	$(BIN)/keylock demo
 
-test: $(VENV)/installed-test
+test: $(VENV)/installed-test test-csrc
 	env -u OMP_NUM_THREADS $(BIN)/python -m pytest tests -q -m "not gpu"
 # Triton's kernels, in its interpreter: a process of its own, since the mode is fixed on import.
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TRITON_TESTS) -q -m "not gpu" -k triton
+
+# The C++ kernels' own tests, under sanitizers. Its errors end the program.
+.PHONY: test-csrc
+test-csrc: $(VENV)/tools
+	@mkdir -p build
+	PATH=$(abspath $(BIN)):$$PATH; cmake -G Ninja -S . -B build/csrc-sanitized -DKEYLOCK_PYTHON=OFF \
+	  -DKEYLOCK_TESTS=ON -DKEYLOCK_SANITIZE=address,undefined > build/csrc-sanitized.log && \
+	  cmake --build build/csrc-sanitized && ctest --test-dir build/csrc-sanitized --output-on-failure
 
 # What needs a GPU, and the numeric tests on it. RUN=python3 takes an interpreter that has what is needed (torch,
 # triton, pytest, hypothesis, numpy; no diffusers), and builds the native module in place. Every n-th test, so that

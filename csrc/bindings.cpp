@@ -5,14 +5,17 @@
 #include <pybind11/stl.h>
 
 #include <array>
-#include <string>
+#include <optional>
 #include <tuple>
 #include <vector>
 
 #if defined(KEYLOCK_HAVE_CUDA)
 #include "cuda_bindings.h"
 #endif
+#include "descriptions.h"
 #include "keylock/instruction_set.h"
+#include "keylock/localized_attention.h"
+#include "keylock/rank_one_linear.h"
 #include "keylock/rank_one_update.h"
 #include "keylock/tensor.h"
 
@@ -21,26 +24,30 @@ namespace py = pybind11;
 namespace keylock {
 namespace {
 
-// A tensor comes as (address, DataType, sizes, strides).
-template <int rank>
-using Description =
-    std::tuple<uintptr_t, DataType, std::array<int64_t, rank>, std::array<int64_t, rank>>;
+void require_usable(InstructionSet set) {
+  if (!is_usable(set)) throw py::value_error("this machine cannot run that instruction set");
+}
 
-template <class Data, int rank>
-Tensor<rank, Data> describe(const Description<rank>& description) {
-  const auto& [address, type, sizes, strides] = description;
-  Tensor<rank, Data> tensor{reinterpret_cast<Data*>(address), type, {}, {}};
-  for (int d = 0; d < rank; ++d) {
-    tensor.sizes[d] = sizes[d];
-    tensor.strides[d] = strides[d];
-  }
-  return tensor;
+Status rank_one_linear_of(const Description<3>& x, const Description<2>& weight,
+                          const Optional<1>& bias, const Description<2>& u,
+                          const Description<2>& slots, const Description<3>& coefficients,
+                          const Description<3>& y, InstructionSet set, int threads) {
+  require_usable(set);
+  const RankOneLinear op{describe<const void, 3>(x),
+                         describe<const void, 2>(weight),
+                         describe<const void, 1>(bias),
+                         describe<const void, 2>(u),
+                         describe<const void, 2>(slots),
+                         describe<const void, 3>(coefficients),
+                         describe<void, 3>(y)};
+  const py::gil_scoped_release release;
+  return rank_one_linear(op, set, threads);
 }
 
 Status rank_one_update_of(const Description<3>& base, const Description<2>& u,
                           const Description<2>& slots, const Description<3>& coefficients,
                           const Description<3>& y, InstructionSet set, int threads) {
-  if (!is_usable(set)) throw py::value_error("this machine cannot run that instruction set");
+  require_usable(set);
   const RankOneUpdate op{describe<const void, 3>(base), describe<const void, 2>(u),
                          describe<const void, 2>(slots), describe<const void, 3>(coefficients),
                          describe<void, 3>(y)};
@@ -48,9 +55,61 @@ Status rank_one_update_of(const Description<3>& base, const Description<2>& u,
   return rank_one_update(op, set, threads);
 }
 
+Status rank_one_update_backward_of(const Description<3>& grad, const Description<2>& u,
+                                   const Description<2>& slots, const Description<3>& coefficients,
+                                   const Optional<2>& grad_u, const Optional<3>& grad_coefficients,
+                                   InstructionSet set, int threads) {
+  require_usable(set);
+  const RankOneUpdateBackward op{
+      describe<const void, 3>(grad),  describe<const void, 2>(u),
+      describe<const void, 2>(slots), describe<const void, 3>(coefficients),
+      describe<void, 2>(grad_u),      describe<void, 3>(grad_coefficients)};
+  const py::gil_scoped_release release;
+  return rank_one_update_backward(op, set, threads);
+}
+
+Status localized_attention_of(const AttentionInputs& inputs, const Description<4>& out,
+                              const Optional<4>& readout, InstructionSet set, int threads) {
+  require_usable(set);
+  LocalizedAttention op = attention_of(inputs);
+  op.out = describe<void, 4>(out);
+  op.readout = describe<void, 4>(readout);
+  const py::gil_scoped_release release;
+  return localized_attention(op, set, threads);
+}
+
+// The gradients of the floating-point inputs, in their order.
+using AttentionGradients =
+    std::tuple<Optional<4>, Optional<4>, Optional<4>, Optional<2>, Optional<4>, Optional<4>,
+               Optional<2>, Optional<3>, Optional<3>>;
+
+Status localized_attention_backward_of(const AttentionInputs& inputs, const Optional<4>& grad_out,
+                                       const Optional<4>& grad_readout,
+                                       const AttentionGradients& gradients, InstructionSet set,
+                                       int threads) {
+  require_usable(set);
+  const auto& [query, key, value, key_bias, image_key, image_value, image_key_bias, image_weights,
+               readout_weights] = gradients;
+  const LocalizedAttentionBackward op{attention_of(inputs),
+                                      describe<const void, 4>(grad_out),
+                                      describe<const void, 4>(grad_readout),
+                                      describe<void, 4>(query),
+                                      describe<void, 4>(key),
+                                      describe<void, 4>(value),
+                                      describe<void, 2>(key_bias),
+                                      describe<void, 4>(image_key),
+                                      describe<void, 4>(image_value),
+                                      describe<void, 2>(image_key_bias),
+                                      describe<void, 3>(image_weights),
+                                      describe<void, 3>(readout_weights)};
+  const py::gil_scoped_release release;
+  return localized_attention_backward(op, set, threads);
+}
+
 std::vector<InstructionSet> sets_where(bool (*holds)(InstructionSet)) {
   std::vector<InstructionSet> sets;
-  for (const auto set : {InstructionSet::portable, InstructionSet::avx2, InstructionSet::avx512}) {
+  for (const auto set : {InstructionSet::portable, InstructionSet::avx2, InstructionSet::avx512,
+                         InstructionSet::avx512_bf16}) {
     if (holds(set)) sets.push_back(set);
   }
   return sets;
@@ -73,13 +132,16 @@ PYBIND11_MODULE(_native, module) {
       .value("unsupported_type", Status::unsupported_type)
       .value("shape_mismatch", Status::shape_mismatch)
       .value("slot_out_of_range", Status::slot_out_of_range)
+      .value("token_out_of_range", Status::token_out_of_range)
+      .value("out_of_memory", Status::out_of_memory)
       .value("too_many_streams", Status::too_many_streams)
       .value("too_large", Status::too_large)
       .value("launch_failed", Status::launch_failed);
   py::enum_<InstructionSet>(module, "InstructionSet")
       .value("portable", InstructionSet::portable)
       .value("avx2", InstructionSet::avx2)
-      .value("avx512", InstructionSet::avx512);
+      .value("avx512", InstructionSet::avx512)
+      .value("avx512_bf16", InstructionSet::avx512_bf16);
 
   module.attr("compiler") = KEYLOCK_COMPILER;
 #if defined(_OPENMP)
@@ -89,8 +151,20 @@ PYBIND11_MODULE(_native, module) {
 #endif
   module.def("compiled_instruction_sets", [] { return sets_where(is_compiled); });
   module.def("usable_instruction_sets", [] { return sets_where(is_usable); });
+  module.def("rank_one_linear", &rank_one_linear_of, py::arg("x"), py::arg("weight"),
+             py::arg("bias"), py::arg("u"), py::arg("slots"), py::arg("coefficients"), py::arg("y"),
+             py::kw_only(), py::arg("instruction_set"), py::arg("threads"));
   module.def("rank_one_update", &rank_one_update_of, py::arg("base"), py::arg("u"),
              py::arg("slots"), py::arg("coefficients"), py::arg("y"), py::kw_only(),
+             py::arg("instruction_set"), py::arg("threads"));
+  module.def("rank_one_update_backward", &rank_one_update_backward_of, py::arg("grad"),
+             py::arg("u"), py::arg("slots"), py::arg("coefficients"), py::arg("grad_u"),
+             py::arg("grad_coefficients"), py::kw_only(), py::arg("instruction_set"),
+             py::arg("threads"));
+  module.def("localized_attention", &localized_attention_of, py::arg("inputs"), py::arg("out"),
+             py::arg("readout"), py::kw_only(), py::arg("instruction_set"), py::arg("threads"));
+  module.def("localized_attention_backward", &localized_attention_backward_of, py::arg("inputs"),
+             py::arg("grad_out"), py::arg("grad_readout"), py::arg("gradients"), py::kw_only(),
              py::arg("instruction_set"), py::arg("threads"));
 #if defined(KEYLOCK_HAVE_CUDA)
   cuda::define_ops(module);

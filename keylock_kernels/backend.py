@@ -136,6 +136,9 @@ IMPLEMENTATIONS = (
     _cuda("rank_one_update", "one CUDA C++ kernel"),
     Implementation("rank_one_update", "eager", "plain torch, one product per row"),
     Implementation(
+        "localized_attention", "native", "C++, all streams in one pass", devices=("cpu",), missing=_native_missing
+    ),
+    Implementation(
         "localized_attention",
         "triton",
         "one Triton kernel, all streams in one pass",

@@ -56,16 +56,16 @@ def unavailable_reason() -> str | None:
     return _load()[1]
 
 
-def _extension() -> ModuleType:
-    extension, reason = _load()
-    if extension is None:
+def extension() -> ModuleType:
+    module, reason = _load()
+    if module is None:
         raise RuntimeError(f"native kernels are not available: {reason}")
-    return extension
+    return module
 
 
 def instruction_sets() -> tuple[str, ...]:
     """The instruction sets the kernels are compiled for and this machine can run, best last."""
-    return tuple(s.name for s in _extension().usable_instruction_sets()) if available() else ()
+    return tuple(s.name for s in extension().usable_instruction_sets()) if available() else ()
 
 
 def openmp_runtimes() -> tuple[str, ...]:
@@ -88,7 +88,7 @@ def threads() -> tuple[int, str]:
     """How many threads a kernel uses now, and why."""
     import torch
 
-    if not (available() and _extension().openmp):
+    if not (available() and extension().openmp):
         return 1, "built without OpenMP"
     runtimes = openmp_runtimes()
     if len(runtimes) > 1:
@@ -110,30 +110,30 @@ def build_info() -> dict[str, Any]:
         cuda: built, architectures, reason
         skipped: {what: why}
     """
-    extension, reason = _load()
+    module, reason = _load()
     cuda = _build_record()["cuda"]
     try:
         count, count_reason = threads()
     except Exception as error:
         count, count_reason = 1, f"torch is broken: {error}"
     usable = instruction_sets()
-    skipped = {} if extension else {"native": reason}
+    skipped = {} if module else {"native": reason}
     if not cuda["built"]:
         skipped["cuda"] = cuda["reason"]
     return {
         "native": {
-            "available": extension is not None,
+            "available": module is not None,
             "reason": reason,
-            "path": extension.__file__ if extension else None,
+            "path": module.__file__ if module else None,
         },
-        "compiler": extension.compiler if extension else None,
+        "compiler": module.compiler if module else None,
         "instruction_sets": {
-            "compiled": [s.name for s in extension.compiled_instruction_sets()] if extension else [],
+            "compiled": [s.name for s in module.compiled_instruction_sets()] if module else [],
             "usable": list(usable),
             "used": usable[-1] if usable else None,
         },
         "openmp": {
-            "built": bool(extension and extension.openmp),
+            "built": bool(module and module.openmp),
             "runtimes": list(openmp_runtimes()),
             "threads": count,
             "threads_reason": count_reason,
@@ -148,83 +148,39 @@ def _data_types() -> dict[Any, Any]:
     import torch
 
     names = ("float32", "float64", "float16", "bfloat16", "int32")
-    return {getattr(torch, name): getattr(_extension().DataType, name) for name in names}
+    return {getattr(torch, name): getattr(extension().DataType, name) for name in names}
 
 
 @functools.cache
-def _floating_types() -> tuple[Any, ...]:
+def floating_types() -> tuple[Any, ...]:
+    """The dtypes that kernels read."""
     return tuple(dtype for dtype in _data_types() if dtype.is_floating_point)
 
 
 @functools.cache
-def _instruction_set(name: str | None) -> Any:
-    sets = {s.name: s for s in _extension().usable_instruction_sets()}
+def instruction_set(op: str, name: str | None) -> Any:
+    """The one of that name, or the best this machine can run."""
+    sets = {s.name: s for s in extension().usable_instruction_sets()}
     if name is not None and name not in sets:
-        raise ValueError(f"rank_one_update: instruction_set must be one of {', '.join(sets)} here, got {name}")
+        raise ValueError(f"{op}: instruction_set must be one of {', '.join(sets)} here, got {name}")
     return sets[name] if name is not None else list(sets.values())[-1]
 
 
-def rank_one_update(
-    base: Tensor,  # [B, T, O]
-    u: Tensor,  # [S, O]
-    slots: Tensor,  # [B, R]
-    coefficients: Tensor,  # [B, T, R]
-    *,
-    instruction_set: str | None = None,
-) -> Tensor:  # [B, T, O]
-    """Adds each row's updates to its base, on the CPU and without autograd.
-
-    y[b, t] = base[b, t] + sum_r coefficients[b, t, r] * u[slots[b, r]]
-
-    Sums in float32 (float64 where base is float64) and rounds once. A row's bits depend on that
-    row alone, not on its neighbours and not on the number of threads.
-
-    Args:
-        base: [B, T, O] float32, float64, float16 or bfloat16; last dimension contiguous.
-        u: [S, O], any of these types; last dimension contiguous.
-        slots: [B, R] int32, the row of u each update takes; -1 is none, exactly; duplicates add.
-        coefficients: [B, T, R], any of these types.
-        instruction_set: one of `instruction_sets()`; by default the last.
-
-    Returns:
-        [B, T, O], contiguous, of base's type.
-
-    Raises:
-        TypeError, ValueError: an argument of the wrong kind, shape, layout or range.
-        RuntimeError: the compiled kernels are not available.
-    """
-    import torch
-
-    from .ops.checks import check_like
-
-    extension = _extension()
-    cpu = torch.device("cpu")
-    floating = _floating_types()
-    check_like("rank_one_update", "base", base, floating, ("B", "T", "O"), cpu)
-    check_like("rank_one_update", "u", u, floating, ("S", base.shape[2]), cpu)
-    check_like("rank_one_update", "slots", slots, (torch.int32,), (base.shape[0], "R"), cpu)
-    check_like("rank_one_update", "coefficients", coefficients, floating, (*base.shape[:2], slots.shape[1]), cpu)
-    for name, tensor in (("base", base), ("u", u)):
-        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-            strides = list(tensor.stride())
-            raise ValueError(f"rank_one_update: {name} must have a contiguous last dimension, got strides {strides}")
-    if coefficients.dtype not in (torch.float32, torch.float64):
-        coefficients = coefficients.float()  # the kernel reads no other; they are few
-
-    y = torch.empty(base.shape, dtype=base.dtype)
-    status = extension.rank_one_update(
-        *(_describe(tensor) for tensor in (base, u, slots, coefficients, y)),
-        instruction_set=_instruction_set(instruction_set),
-        threads=threads()[0],
-    )
-    if status == extension.Status.slot_out_of_range:
-        wrong = slots[(slots < -1) | (slots >= u.shape[0])][0]
-        raise ValueError(f"rank_one_update: slots must lie in [-1, {u.shape[0]}), got {int(wrong)}")
-    if status != extension.Status.ok:
-        raise RuntimeError(f"rank_one_update: the kernel refused its arguments: {status.name}")
-    return y
-
-
-def _describe(tensor: Tensor) -> tuple[int, Any, tuple[int, ...], tuple[int, ...]]:
+def describe(tensor: Tensor) -> tuple[int, Any, tuple[int, ...], tuple[int, ...]]:
     """What csrc/bindings.cpp takes for a tensor, which must outlive the call."""
     return tensor.data_ptr(), _data_types()[tensor.dtype], tensor.shape, tensor.stride()
+
+
+def require_cpu(op: str, *tensors: Tensor) -> None:
+    """ValueError unless the kernels can read these; what else they need they check themselves."""
+    for tensor in tensors:
+        if tensor.device.type != "cpu":
+            raise ValueError(f"{op}: the native kernels read CPU tensors, got one on {tensor.device}")
+
+
+def raise_for(op: str, status: Any) -> None:
+    """RuntimeError unless a kernel says that all is well."""
+    if status.name == "out_of_memory":
+        raise MemoryError(f"{op}: no memory for the kernel's scratch")
+    if status.name != "ok":
+        raise RuntimeError(f"{op}: the kernel refused its arguments: {status.name}")

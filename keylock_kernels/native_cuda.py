@@ -20,21 +20,21 @@ def missing() -> str | None:
     """Why there are no CUDA kernels in this process, or None."""
     if not native.available():
         return native.unavailable_reason()
-    if hasattr(native._extension(), "cuda_sources"):
+    if hasattr(native.extension(), "cuda_sources"):
         return None
     return native.build_info()["cuda"]["reason"]
 
 
 def sources() -> str | None:
     """What tells the sources that the kernels were compiled from; None where there are none."""
-    return None if missing() is not None else native._extension().cuda_sources
+    return None if missing() is not None else native.extension().cuda_sources
 
 
 def _module() -> Any:
     reason = missing()
     if reason is not None:
         raise RuntimeError(f"CUDA kernels are not available: {reason}")
-    return native._extension()
+    return native.extension()
 
 
 _DEVICE = "cuda"  # a test emulates the kernels on the CPU
@@ -44,15 +44,20 @@ def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream
 
 
-def _described(tensor: Tensor, types: Any) -> tuple[int, Any, tuple[int, ...], tuple[int, ...]]:
-    dtype = getattr(types, str(tensor.dtype).removeprefix("torch."))
-    return tensor.data_ptr(), dtype, tuple(tensor.shape), tensor.stride()
+def _described(value: Any, types: Any) -> Any:
+    """What csrc/descriptions.h takes for a tensor, or for the tensors in a tuple; anything else as it is."""
+    if isinstance(value, tuple):
+        return tuple(_described(one, types) for one in value)
+    if not isinstance(value, Tensor):
+        return value
+    dtype = getattr(types, str(value.dtype).removeprefix("torch."))
+    return value.data_ptr(), dtype, tuple(value.shape), value.stride()
 
 
 def _launch(op: str, name: str, device: torch.device, *arguments: Any) -> None:
     """Calls a kernel of the module on a device's current stream; tensors are described to it."""
     module = _module()
-    described = (_described(a, module.DataType) if isinstance(a, Tensor) else a for a in arguments)
+    described = _described(arguments, module.DataType)
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             status = getattr(module, name)(*described, _stream(device))
@@ -137,15 +142,13 @@ def localized_attention(
         readout = query.new_empty((rows, heads, sums, read), dtype=torch.float32)
     if image_weights is not None:
         image_weights = image_weights if per_pixel else image_weights[..., None].expand(-1, -1, pixels)
-    if keys == 0:  # a tensor of no elements has no address, as if it were absent
-        key_bias = query_regions = key_regions = None
     if out.numel() > 0:
-        tokens = readout_tokens if read else None
-        _launch(
-            name, "cuda_localized_attention", device, query, key, value, scale, key_bias, query_regions, key_regions,
-            image_key, image_value, list(image_lengths) if image_key is not None else [], image_key_bias, image_weights,
-            tokens, readout_weights if read else None, out, readout if read else None,
+        inputs = (
+            query, key, value, scale, key_bias, query_regions, key_regions, image_key, image_value,
+            list(image_lengths) if image_key is not None else [], image_key_bias, image_weights,
+            readout_tokens if read else None, readout_weights if read else None,
         )  # fmt: skip
+        _launch(name, "cuda_localized_attention", device, inputs, out, readout if read else None)
     if readout_tokens is None:
         return out, readout.new_empty((rows, heads, 0))
     return out, readout if readout_weights is None else readout.sum(2)

@@ -4,9 +4,7 @@
 // rows of u that its batch row uses, converted to the accumulation type, and then visits its part
 // of y once: read base, add the updates, round, write. Where tiles begin depends on the shape
 // only, which keeps results independent of the number of threads.
-#include "keylock/rank_one_update.h"
-
-#include "vector.h"
+#include "rank_one.h"
 
 namespace keylock::KEYLOCK_ISA {
 namespace {
@@ -15,9 +13,6 @@ constexpr int64_t kMaxUpdates = 16;           // updates added per visit of a ti
 constexpr int64_t kTileTokens = 32;           // what the gathered rows of u are shared by
 constexpr int64_t kGatheredBytes = 16 << 10;  // half of the smallest first-level cache in use
 constexpr int64_t kSerialElements = 32768;    // below this, waking threads costs more than it saves
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // One token's columns within a tile. Its updates may come in several groups of kMaxUpdates, with
 // `partial` holding the sums between them in full precision.
@@ -81,39 +76,9 @@ void update_token(const Updates<Accumulated>& updates, int64_t columns, const El
   }
 }
 
-template <class Stored, class Accumulated>
-void gather(const Stored* u, int64_t columns, Accumulated* to) {
-  constexpr int lanes = kLanes<Accumulated>;
-  using Converted = Vector<Accumulated, lanes>;
-  int64_t column = 0;
-  for (; column + lanes <= columns; column += lanes) {
-    write_bits(to + column, __builtin_convertvector(widen<lanes>(u + column), Converted));
-  }
-  if (column < columns) {
-    Stored padded[lanes] = {};
-    std::memcpy(padded, u + column, (columns - column) * sizeof(Stored));
-    write_bits(to + column, __builtin_convertvector(widen<lanes>(padded), Converted));
-  }
-}
-
 struct Tile {
   int64_t row, token_begin, token_end, column_begin, column_end;
 };
-
-template <class Accumulated>
-Accumulated coefficient_at(const Tensor<3>& coefficients, int64_t row, int64_t token, int64_t r) {
-  const int64_t* strides = coefficients.strides;
-  const int64_t offset = row * strides[0] + token * strides[1] + r * strides[2];
-  if (coefficients.type == DataType::float64) {
-    return static_cast<Accumulated>(static_cast<const double*>(coefficients.data)[offset]);
-  }
-  return static_cast<Accumulated>(static_cast<const float*>(coefficients.data)[offset]);
-}
-
-inline int32_t slot_at(const Tensor<2>& slots, int64_t row, int64_t r) {
-  const int64_t offset = row * slots.strides[0] + r * slots.strides[1];
-  return static_cast<const int32_t*>(slots.data)[offset];
-}
 
 // Columns per tile: as many as kGatheredBytes holds of the rows gathered together.
 template <class Accumulated>
@@ -150,8 +115,8 @@ void update_tile(const RankOneUpdate& op, const Tile& tile) {
     for (; r < rank && updates.count < kMaxUpdates; ++r) {
       const int32_t slot = slot_at(op.slots, tile.row, r);
       if (slot < 0) continue;
-      gather(static_cast<const Stored*>(op.u.data) + slot * op.u.strides[0] + tile.column_begin,
-             columns, gathered + updates.count * updates.u_stride);
+      load_row(static_cast<const Stored*>(op.u.data) + slot * op.u.strides[0] + tile.column_begin,
+               columns, gathered + updates.count * updates.u_stride);
       taken[updates.count++] = r;
     }
     updates.is_last = r == rank;
@@ -203,33 +168,13 @@ Status update_from(const RankOneUpdate& op, int threads) {
   }
 }
 
-template <int rank, class Data>
-bool is_row_contiguous(const Tensor<rank, Data>& tensor) {
-  return tensor.strides[rank - 1] == 1 || tensor.sizes[rank - 1] <= 1;
-}
-
 Status validate(const RankOneUpdate& op) {
-  const int64_t rows = op.y.sizes[0], tokens = op.y.sizes[1], columns = op.y.sizes[2];
-  const int64_t rank = op.slots.sizes[1];
-  if (op.slots.type != DataType::int32 || op.y.type != op.base.type ||
-      (op.coefficients.type != DataType::float32 && op.coefficients.type != DataType::float64)) {
-    return Status::unsupported_type;
-  }
-  const bool fits = op.base.sizes[0] == rows && op.base.sizes[1] == tokens &&
-                    op.base.sizes[2] == columns && op.u.sizes[1] == columns &&
-                    op.slots.sizes[0] == rows && op.coefficients.sizes[0] == rows &&
-                    op.coefficients.sizes[1] == tokens && op.coefficients.sizes[2] == rank;
-  if (!fits || !is_row_contiguous(op.base) || !is_row_contiguous(op.u) ||
-      !is_row_contiguous(op.y)) {
+  const int64_t (&sizes)[3] = op.y.sizes;
+  if (op.y.type != op.base.type) return Status::unsupported_type;
+  if (!has_sizes(op.base, sizes) || !has_rows(op.base) || !has_rows(op.y)) {
     return Status::shape_mismatch;
   }
-  for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t r = 0; r < rank; ++r) {
-      const int32_t slot = slot_at(op.slots, row, r);
-      if (slot < -1 || slot >= op.u.sizes[0]) return Status::slot_out_of_range;
-    }
-  }
-  return Status::ok;
+  return validate_updates(op, sizes);
 }
 
 }  // namespace

@@ -2,7 +2,8 @@
 // what lanes or threads do together happens when the last of them arrives. Memory that a kernel
 // has not filled is NaN: all of shared memory at first, and the target of an asynchronous copy
 // until the copying thread has waited for it. Accesses to shared memory are checked. Blocks run
-// one after another; threads run in a chosen order, so that a missing barrier shows.
+// one after another, and warps as far as they get alone, in a chosen order, so that a missing
+// barrier shows.
 #pragma once
 
 #include <ucontext.h>
@@ -55,19 +56,14 @@ class Machine {
       fiber->context.uc_link = &scheduler_;
       makecontext(&fiber->context, &Machine::enter, 0);
     }
-    for (;;) {
-      bool all_done = true;
+    const int warps = static_cast<int>(warps_.size());
+    for (bool all_done = false; !all_done;) {
       const uint64_t before = progress_;
-      for (size_t i = 0; i < fibers_.size(); ++i) {
-        current = static_cast<int>(emulation.reversed ? fibers_.size() - 1 - i : i);
-        Fiber& fiber = *fibers_[current];
-        if (fiber.is_done) continue;
-        all_done = false;
-        swapcontext(&scheduler_, &fiber.context);
-        if (!error.empty()) throw std::runtime_error(error);
+      all_done = true;
+      for (int i = 0; i < warps; ++i) {
+        all_done &= run_warp(emulation.reversed ? warps - 1 - i : i);
       }
-      if (all_done) return;
-      if (progress_ == before) throw std::runtime_error("threads wait for each other forever");
+      if (!all_done && progress_ == before) fail("threads wait for each other forever");
     }
   }
 
@@ -170,6 +166,26 @@ class Machine {
     int groups = 0;
     bool is_done = false;
   };
+
+  // Runs a warp as far as it gets without the others, which shows a missing barrier best; whether
+  // it is done.
+  bool run_warp(int warp) {
+    bool all_done;
+    uint64_t before;
+    do {
+      before = progress_;
+      all_done = true;
+      for (int i = 0; i < kWarp; ++i) {
+        current = warp * kWarp + (emulation.reversed ? kWarp - 1 - i : i);
+        Fiber& fiber = *fibers_[current];
+        if (fiber.is_done) continue;
+        all_done = false;
+        swapcontext(&scheduler_, &fiber.context);
+        if (!error.empty()) fail(error);
+      }
+    } while (progress_ != before);
+    return all_done;
+  }
 
   static void enter() {
     Machine& machine = *running;

@@ -102,14 +102,15 @@ KEYLOCK_DEVICE float side(const void* data, DataType type, int64_t offset) {
   return widen(static_cast<const T*>(data)[offset]);
 }
 
-// Whether all rows of a tensor start on 16 bytes and are made of 16-byte pieces.
+// Whether all rows of a tensor, if it has any, start on 16 bytes and are made of 16-byte pieces.
 template <int rank, class Data>
 bool is_wide(const Tensor<rank, Data>& tensor) {
   const int64_t piece = tensor.type == DataType::float32 ? 4 : 8;
   bool wide =
       reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0 && tensor.sizes[rank - 1] % piece == 0;
-  for (int d = 0; d < rank - 1; ++d) {
-    wide &= tensor.sizes[d] <= 1 || tensor.strides[d] % piece == 0;
+  for (int d = 0; d < rank; ++d) {
+    if (tensor.sizes[d] == 0) return true;
+    wide &= d == rank - 1 || tensor.sizes[d] == 1 || tensor.strides[d] % piece == 0;
   }
   return wide;
 }

@@ -99,6 +99,7 @@ def test_keys_that_shared_memory_does_not_hold_pass_through_it(head_dim, dtype):
     for read in (0, 40):
         options = dict(images=(4, 257, 16, 90), bias=True, regions=True, weights="pixel", read=read, dtype=dtype)
         judge(attention_inputs(1, 130, 154, 1, head_dim, **options))
+    judge(attention_inputs(1, 130, 154, 1, head_dim, images=(257,), dtype=dtype))  # nothing is looked over on the way
 
 
 def test_as_many_streams_as_promised(machine):

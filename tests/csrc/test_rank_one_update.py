@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from keylock_kernels import native
+from keylock_kernels.ops.rank_one import native as rank_one
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"native: {native.unavailable_reason()}")
 
@@ -100,7 +101,7 @@ def cases(draw) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], str]:
 def test_matches_float64_for_any_shape_stride_and_dtype(case):
     inputs, instruction_set = case
     before = [bits(tensor).clone() for tensor in inputs]
-    y = native.rank_one_update(*inputs, instruction_set=instruction_set)
+    y = rank_one.rank_one_update(*inputs, instruction_set=instruction_set)
     assert y.shape == inputs[0].shape and y.dtype == inputs[0].dtype and y.is_contiguous()
     assert_within_roundings(y, *inputs)
     assert all(torch.equal(bits(tensor), old) for tensor, old in zip(inputs, before, strict=True))
@@ -113,7 +114,7 @@ def test_matches_float64_for_any_shape_stride_and_dtype(case):
 def test_is_as_accurate_as_eager(instruction_set, dtype, rank, base_scale):
     base, u, slots, coefficients = make(2, 77, 320, rank, dtype=dtype)
     inputs = (base * base_scale, u, slots, coefficients)
-    assert_as_good_as_eager(native.rank_one_update(*inputs, instruction_set=instruction_set), *inputs)
+    assert_as_good_as_eager(rank_one.rank_one_update(*inputs, instruction_set=instruction_set), *inputs)
 
 
 @every_instruction_set
@@ -121,11 +122,11 @@ def test_every_float16_is_read_as_torch_reads_it(instruction_set):
     values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
     ones = torch.ones(1, 1, 1)
     slots = torch.zeros(1, 1, dtype=torch.int32)
-    y = native.rank_one_update(
+    y = rank_one.rank_one_update(
         torch.zeros(1, 1, values.numel()), values[None], slots, ones, instruction_set=instruction_set
     )
     torch.testing.assert_close(y[0, 0], values.float(), rtol=0, atol=0, equal_nan=True)
-    y = native.rank_one_update(
+    y = rank_one.rank_one_update(
         values[None, None], torch.zeros(1, values.numel()), slots, ones, instruction_set=instruction_set
     )
     torch.testing.assert_close(y[0, 0], values, rtol=0, atol=0, equal_nan=True)
@@ -141,7 +142,7 @@ def test_rounds_every_kind_of_float32_as_torch_does(instruction_set, dtype):
     subnormal = torch.linspace(-7e-5, 7e-5, 20_001).view(torch.int32)
     ends = torch.tensor([65504.0, 65519.99, 65520.0, 65536.0, 1e9, 3.4e38, float("inf"), float("nan"), -0.0])
     values = torch.cat([anything, ties.to(torch.int32), subnormal, ends.view(torch.int32)]).view(torch.float32)
-    y = native.rank_one_update(
+    y = rank_one.rank_one_update(
         torch.zeros(1, 1, values.numel(), dtype=dtype),
         values[None],
         torch.zeros(1, 1, dtype=torch.int32),
@@ -160,7 +161,7 @@ def test_slot_minus_one_is_exactly_nothing(instruction_set, dtype, rank):
     u.fill_(float("nan"))
     coefficients.fill_(float("inf"))
     slots = torch.full((2, rank), -1, dtype=torch.int32)
-    y = native.rank_one_update(base, u, slots, coefficients, instruction_set=instruction_set)
+    y = rank_one.rank_one_update(base, u, slots, coefficients, instruction_set=instruction_set)
     assert torch.equal(bits(y), bits(base))
 
 
@@ -168,18 +169,18 @@ def test_slot_minus_one_is_exactly_nothing(instruction_set, dtype, rank):
 def test_slots_not_taken_are_never_touched(instruction_set):
     base, u, _, coefficients = make(2, 5, 37, 3)
     slots = torch.tensor([[-1, 2, -1], [2, -1, 2]], dtype=torch.int32)
-    clean = native.rank_one_update(base, u, slots, coefficients, instruction_set=instruction_set)
+    clean = rank_one.rank_one_update(base, u, slots, coefficients, instruction_set=instruction_set)
     u[[0, 1, 3, 4]] = float("nan")
     coefficients[0, :, [0, 2]] = float("nan")
     coefficients[1, :, 1] = float("nan")
-    y = native.rank_one_update(base, u, slots, coefficients, instruction_set=instruction_set)
+    y = rank_one.rank_one_update(base, u, slots, coefficients, instruction_set=instruction_set)
     assert torch.equal(bits(y), bits(clean)) and torch.isfinite(y).all()
 
 
 def test_duplicate_slots_add():
     base, u, _, _ = make(1, 4, 33, 2)
     slots = torch.tensor([[1, 1]], dtype=torch.int32)
-    twice = native.rank_one_update(base, u, slots, torch.ones(1, 4, 2))
+    twice = rank_one.rank_one_update(base, u, slots, torch.ones(1, 4, 2))
     torch.testing.assert_close(twice, base + 2 * u[1], rtol=1e-6, atol=1e-6)
 
 
@@ -188,17 +189,17 @@ def test_duplicate_slots_add():
 def test_a_row_is_the_same_bits_whatever_its_neighbours_hold(instruction_set, dtype):
     base, u, slots, coefficients = make(4, 37, 333, 18, count=8, dtype=dtype)
     slots.clamp_(max=6)
-    clean = native.rank_one_update(base, u, slots, coefficients, instruction_set=instruction_set)
+    clean = rank_one.rank_one_update(base, u, slots, coefficients, instruction_set=instruction_set)
     base[1], coefficients[1], slots[1] = float("nan"), 1e30, 7
     u[7] = float("inf")
-    poisoned = native.rank_one_update(base, u, slots, coefficients, instruction_set=instruction_set)
+    poisoned = rank_one.rank_one_update(base, u, slots, coefficients, instruction_set=instruction_set)
     others = [0, 2, 3]
     assert torch.equal(bits(poisoned[others]), bits(clean[others]))
 
     order = torch.tensor([2, 1, 3, 0])
-    moved = native.rank_one_update(base[order], u, slots[order], coefficients[order], instruction_set=instruction_set)
+    moved = rank_one.rank_one_update(base[order], u, slots[order], coefficients[order], instruction_set=instruction_set)
     assert torch.equal(bits(moved), bits(poisoned[order]))
-    alone = native.rank_one_update(base[:1], u, slots[:1], coefficients[:1], instruction_set=instruction_set)
+    alone = rank_one.rank_one_update(base[:1], u, slots[:1], coefficients[:1], instruction_set=instruction_set)
     assert torch.equal(bits(alone), bits(clean[:1]))
 
 
@@ -215,10 +216,10 @@ def test_bits_do_not_depend_on_threads(two_threads, dtype):
     inputs = make(3, 77, 640, 5, dtype=dtype)  # large enough to be shared between threads
     if native.build_info()["openmp"]["built"] and len(native.openmp_runtimes()) == 1:
         assert native.threads()[0] == 2
-    shared = native.rank_one_update(*inputs)
+    shared = rank_one.rank_one_update(*inputs)
     torch.set_num_threads(1)
     assert native.threads()[0] == 1
-    assert torch.equal(bits(native.rank_one_update(*inputs)), bits(shared))
+    assert torch.equal(bits(rank_one.rank_one_update(*inputs)), bits(shared))
 
 
 def test_several_openmp_runtimes_mean_one_thread(two_threads, monkeypatch):
@@ -255,24 +256,24 @@ WRONG = {
 def test_wrong_arguments_are_named(message):
     arguments = dict(zip(("base", "u", "slots", "coefficients"), make(2, 4, 8, 3), strict=True))
     with pytest.raises(ValueError) as error:
-        native.rank_one_update(**{**arguments, **WRONG[message]})
+        rank_one.rank_one_update(**{**arguments, **WRONG[message]})
     assert str(error.value).startswith(f"rank_one_update: {message}")
 
 
 def test_not_a_tensor_is_a_type_error():
     base, u, slots, coefficients = make(2, 4, 8, 3)
     with pytest.raises(TypeError, match=r"rank_one_update: slots must be int32 \[2, R\], got list"):
-        native.rank_one_update(base, u, slots.tolist(), coefficients)
+        rank_one.rank_one_update(base, u, slots.tolist(), coefficients)
 
 
 @pytest.mark.parametrize("slot", [5, -2, 2**31 - 1, -(2**31)])
 def test_the_kernel_itself_refuses_a_foreign_slot_and_writes_nothing(slot):
-    extension = native._extension()
+    extension = native.extension()
     base, u, slots, coefficients = make(2, 4, 8, 3)
     slots[1, 2] = slot
     y = torch.full_like(base, 7.0)
     status = extension.rank_one_update(
-        *(native._describe(tensor) for tensor in (base, u, slots, coefficients, y)),
+        *(native.describe(tensor) for tensor in (base, u, slots, coefficients, y)),
         instruction_set=extension.InstructionSet.portable,
         threads=1,
     )
@@ -281,7 +282,7 @@ def test_the_kernel_itself_refuses_a_foreign_slot_and_writes_nothing(slot):
 
 
 def test_the_kernel_itself_refuses_shapes_that_do_not_fit():
-    extension = native._extension()
+    extension = native.extension()
     base, u, slots, coefficients = make(2, 4, 8, 3)
     for wrong in (
         (base, u[:, :7], slots, coefficients, base.clone()),
@@ -291,7 +292,7 @@ def test_the_kernel_itself_refuses_shapes_that_do_not_fit():
         (base, torch.zeros(8, 5).T, slots, coefficients, base.clone()),
     ):
         status = extension.rank_one_update(
-            *(native._describe(tensor) for tensor in wrong),
+            *(native.describe(tensor) for tensor in wrong),
             instruction_set=extension.InstructionSet.portable,
             threads=1,
         )

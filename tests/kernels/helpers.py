@@ -19,7 +19,7 @@ DEVICE = os.environ.get("KEYLOCK_TEST_DEVICE", "cpu")
 TRITON_ALONE = INTERPRETED or DEVICE != "cpu"
 GPU_BACKENDS = ("triton",) if INTERPRETED or native_cuda.missing() is not None else ("triton", "cuda")
 RANK_ONE_BACKENDS = GPU_BACKENDS if TRITON_ALONE else ("eager", "native")
-ATTENTION_BACKENDS = GPU_BACKENDS if TRITON_ALONE else ("eager", "sdpa")
+ATTENTION_BACKENDS = GPU_BACKENDS if TRITON_ALONE else ("eager", "sdpa", "native")
 
 # Every option alone and all of them together; sizes are odd on purpose.
 RANK_ONE_CASES: dict[str, dict[str, Any]] = {

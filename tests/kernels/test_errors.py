@@ -106,7 +106,10 @@ ATTENTION = {
     "read nothing": (dict(readout_tokens=None), "readout_weights need readout_tokens, got none"),
     "last dim": (dict(key=ones(3, 7, 5, 2).mT), "key's last dimension must be contiguous, got stride 2"),
     "triton": (dict(backend="triton"), "backend 'triton' cannot run on cpu tensors: it runs on cuda tensors only"),
-    "native": (dict(backend="native"), "backend 'native' has no implementation of this op; it has triton, sdpa, eager"),
+    "cuda": (
+        dict(backend="cuda"),
+        "backend 'cuda' has no implementation of this op; it has native, triton, sdpa, eager",
+    ),
 }
 NO_IMAGES = {"image_key": None, "image_value": None}
 ATTENTION |= {

@@ -119,9 +119,10 @@ def test_each_dtype_errs_at_most_twice_what_eager_errs(case, dtype, backend):
     judge(attention_inputs(2, 48, 77, 2, 40, dtype=dtype, **options), backend)
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "native"])
 @pytest.mark.parametrize("head_dim", sorted({shape.head_dim for shape in SHAPES}) + [1, 3, 255, 256])
-def test_the_head_dims_of_real_models_and_the_extremes_work(head_dim):
-    judge(attention_inputs(1, 64, 77, 2, head_dim, dtype=torch.float32, images=(4,), regions=True), "sdpa")
+def test_the_head_dims_of_real_models_and_the_extremes_work(head_dim, backend):
+    judge(attention_inputs(1, 64, 77, 2, head_dim, dtype=torch.float32, images=(4,), regions=True), backend)
 
 
 @backends

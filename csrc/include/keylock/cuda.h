@@ -17,8 +17,9 @@ constexpr int64_t kReadoutPixels = 16;
 // the sums over that many pixels each, for the caller to add up.
 Status localized_attention(const LocalizedAttention& op, void* stream);
 
-// Both: y of the type of x or base; u, bias and coefficients of that type or float32 (coefficients
-// float32 only). A slot outside [-1, S) makes its row NaN.
+// For float16, bfloat16 and float32 x or base of any strides but that the last dimension is
+// contiguous, as it is in weight and u; weight and y have x's type, u and bias that or float32, and
+// coefficients are float32. Sums as on a CPU; a slot outside [-1, S) makes its row NaN.
 Status rank_one_linear(const RankOneLinear& op, void* stream);
 Status rank_one_update(const RankOneUpdate& op, void* stream);
 

@@ -3,7 +3,7 @@
 
 namespace keylock {
 
-enum class InstructionSet { portable, avx2, avx512 };
+enum class InstructionSet { portable, avx2, avx512, avx512_bf16 };
 
 // Whether this build holds the kernels for it.
 bool is_compiled(InstructionSet set);

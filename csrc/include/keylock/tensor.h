@@ -25,6 +25,8 @@ enum class Status {
   unsupported_type,
   shape_mismatch,
   slot_out_of_range,
+  token_out_of_range,
+  out_of_memory,
   too_many_streams,
   too_large,      // more pixels, keys or blocks of work than one launch can have
   launch_failed,  // the GPU's driver refused

@@ -78,6 +78,13 @@ def _forward(
             query, key, value, scale, key_bias, query_regions, key_regions, image_key, image_value, image_lengths,
             image_key_bias, image_weights, readout_tokens, readout_weights,
         )  # fmt: skip
+    if backend == "native":
+        from . import native
+
+        return native.forward(
+            query, key, value, scale, key_bias, query_regions, key_regions, image_key, image_value, image_lengths,
+            image_key_bias, image_weights, readout_tokens, readout_weights,
+        )  # fmt: skip
     attend, read = _PARTS[backend]
     with torch.no_grad(), exact_products(query.device):
         text = reference.make_stream(key, value, key_bias, query_regions, key_regions)
@@ -103,6 +110,11 @@ def _backward(
         from . import triton
 
         return triton.backward(grad_out, grad_readout, *inputs[:-1], needs=needs)  # type: ignore[misc]
+    if inputs[-1] == "native":
+        from . import native
+
+        differentiable = [inputs[position] for position in _DIFFERENTIABLE]
+        return native.backward(grad_out, grad_readout, *inputs[:-1], differentiable=differentiable, needs=needs)
     leaves = []
     for position, need in zip(_DIFFERENTIABLE, needs, strict=True):
         if need:

@@ -50,12 +50,47 @@ def _check_slots(op: str, slots: Tensor, count: int) -> None:
         raise ValueError(f"{op}: slots must lie in [-1, {count}), got {low if low < -1 else high}")
 
 
+def _native_linear(
+    x: Tensor,  # [B, T, K]
+    weight: Tensor,  # [O, K]
+    u: Tensor,  # [S, O]
+    v: Tensor | None,  # [S, K]
+    slots: Tensor,  # [B, R]
+    bias: Tensor | None,  # [O]
+    beta: Tensor | None,  # [S] or [B, R]
+    tau: Tensor | None,  # [S] or [B, R]
+    strength: Tensor | None,  # [B, R]
+    coefficients: Tensor | None,  # [B, T, R]
+) -> Tensor:  # [B, T, O]
+    from . import native
+
+    if coefficients is None:
+        assert v is not None  # the schema cannot say "one of the two"; api.py does
+        _check_slots("rank_one_linear", slots, u.shape[0])
+        coefficients = _coefficients(x, v, slots, beta, tau, strength)
+    if native.multiplies(x):
+        return native.rank_one_linear(x, weight, bias, u, slots, coefficients)
+    _check_slots("rank_one_linear", slots, u.shape[0])
+    with exact_products(x.device):
+        base = reference.base_product(x, weight, bias)
+    return _native_update(base, u, slots, coefficients).to(x.dtype)
+
+
 def _native_update(base: Tensor, u: Tensor, slots: Tensor, coefficients: Tensor) -> Tensor:
-    from ... import native
+    from . import native
 
     # It wants a contiguous last dimension, which anything but a transposed view already has.
     base, u = (t if t.stride(-1) == 1 else t.contiguous() for t in (base, u))
     return native.rank_one_update(base, u, slots, coefficients)
+
+
+def _native_added_backward(
+    grad: Tensor, u: Tensor, slots: Tensor, coefficients: Tensor, need_u: bool, need_coefficients: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    from . import native
+
+    grad, u = (t if t.stride(-1) == 1 else t.contiguous() for t in (grad, u))
+    return native.rank_one_update_backward(grad, u, slots, coefficients, need_u, need_coefficients)
 
 
 def _chosen(needs: list[bool], inputs: list[Tensor | None], grads: list[Tensor | None]) -> list[Tensor]:
@@ -84,6 +119,8 @@ def _linear(
     coefficients: Tensor | None,  # [B, T, R]
     backend: str,
 ) -> Tensor:  # [B, T, O]
+    if backend == "native":
+        return _native_linear(x, weight, u, v, slots, bias, beta, tau, strength, coefficients)
     _check_slots("rank_one_linear", slots, u.shape[0])
     if backend == "triton":
         from . import triton
@@ -97,9 +134,6 @@ def _linear(
             from ... import native_cuda
 
             return native_cuda.rank_one_linear(x, weight, u, slots, bias, coefficients)
-        if backend == "native":
-            base = reference.base_product(x, weight, bias)
-            return _native_update(base, u, slots, coefficients).to(x.dtype)
         return reference.linear(x, weight, u, slots, bias, coefficients).contiguous()
 
 
@@ -134,16 +168,16 @@ def _linear_backward(
             found = triton.linear_backward(grad, x, weight, u, v, slots, beta, tau, strength, coefficients, wanted)
             every = {**found, "weight": dweight, "bias": dbias}
             return _chosen(needs, inputs, [every.get(name) for name in _NAMES])
-        grad = wide
+        added_backward = _native_added_backward if backend == "native" else reference.added_backward
         if need_x:
-            dx = reference.row_matmul(grad, weight.to(dtype))
+            dx = reference.row_matmul(wide, weight.to(dtype))
         if coefficients is not None:
-            du, dgiven = reference.added_backward(grad, u, slots, coefficients.to(dtype), need_u, need_given)
+            du, dgiven = added_backward(wide, u, slots, coefficients.to(dtype), need_u, need_given)
         else:
             assert v is not None
             c = reference.coefficients(x, v, slots, beta, tau, strength)
             need_c = need_x or need_v or need_beta or need_tau or need_strength
-            du, dc = reference.added_backward(grad, u, slots, c, need_u, need_c)
+            du, dc = added_backward(wide, u, slots, c, need_u, need_c)
             if dc is not None:
                 through_gate, dv, dbeta, dtau, dstrength = reference.coefficients_backward(
                     dc, x, v, slots, beta, tau, strength, need_x
@@ -217,6 +251,9 @@ def _update_backward(
         from . import triton
 
         du, dc = triton.update_backward(grad, u, slots, coefficients, needs[0], needs[2])
+        return _chosen(needs, [u, slots, coefficients], [du, None, dc])
+    if backend == "native":
+        du, dc = _native_added_backward(grad, u, slots, coefficients, needs[0], needs[2])
         return _chosen(needs, [u, slots, coefficients], [du, None, dc])
     dtype = accumulate_dtype(grad.dtype)
     with exact_products(grad.device):

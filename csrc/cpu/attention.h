@@ -1,0 +1,478 @@
+// What attention forward and backward share: how a batch row's keys lie in vector lanes, and the
+// softmax over them.
+//
+// Scores of a block of pixels are a matrix with a lane per key. The text stream takes whole
+// vectors. Image streams follow; short ones share a vector, each on 1, 2, 4.. lanes of it, so that
+// a softmax over groups of lanes is one per stream. Keys that no pixel may see get no lane, nor
+// does a stream whose weight is 0 all over the row: what they hold is never read.
+#pragma once
+
+#include "keylock/localized_attention.h"
+#include "multiply.h"
+#include "scratch.h"
+#include "shapes.h"
+
+namespace keylock::KEYLOCK_ISA {
+namespace {
+
+constexpr int64_t kBlock = 16;  // pixels whose scores are held at once
+constexpr int64_t kMaxHeadDim = 256;
+constexpr int64_t kSerialProducts = 1 << 20;  // below this, waking threads costs more than it saves
+constexpr double kLog2e = 1.4426950408889634;
+
+// The pixels of a (row, head) that are one piece of work. By their number alone, so that sums over
+// pieces are the same for any number of threads.
+inline int64_t piece_of(int64_t pixels) {
+  return round_up(larger(divide_up(pixels, 8), 256), kBlock);
+}
+
+template <class Element>
+inline const Element* row_of(const Tensor<4>& tensor, int64_t row, int64_t item, int64_t head) {
+  const int64_t* strides = tensor.strides;
+  return static_cast<const Element*>(tensor.data) + row * strides[0] + item * strides[1] +
+         head * strides[2];
+}
+
+template <class Element>
+inline Element* row_of(const Tensor<4, void>& tensor, int64_t row, int64_t item, int64_t head) {
+  const int64_t* strides = tensor.strides;
+  return static_cast<Element*>(tensor.data) + row * strides[0] + item * strides[1] +
+         head * strides[2];
+}
+
+// Any floating type, any stride.
+template <class Real, class Element>
+void load_strided(const void* data, int64_t offset, int64_t stride, int64_t count, Real* to) {
+  const Element* from = static_cast<const Element*>(data) + offset;
+  constexpr int lanes = kLanes<Real>;
+  for (int64_t i = 0; i < count; ++i) {
+    Element one[lanes] = {from[i * stride]};
+    to[i] = static_cast<Real>(widen<lanes>(one)[0]);
+  }
+}
+
+template <class Real>
+void load_side(const void* data, DataType type, int64_t offset, int64_t stride, int64_t count,
+               Real* to) {
+  switch (type) {
+    case DataType::float64: load_strided<Real, double>(data, offset, stride, count, to); break;
+    case DataType::float16: load_strided<Real, Float16>(data, offset, stride, count, to); break;
+    case DataType::bfloat16: load_strided<Real, Bfloat16>(data, offset, stride, count, to); break;
+    default: load_strided<Real, float>(data, offset, stride, count, to);
+  }
+}
+
+// A softmax each: every group of `span` lanes of a vector, or several whole vectors together.
+struct Group {
+  int64_t first, vectors;
+  int span;
+  bool is_image;
+};
+
+template <class Real>
+struct Lanes {
+  using Integer = typename BitsOf<Real>::Type;
+
+  int64_t count;  // of lanes, whole vectors
+  int64_t groups;
+  Group* group;
+  int32_t* source;   // [count] the key, images' after the text's; -1: none
+  int32_t* stream;   // [count] the image stream; -1: text, or no key
+  Real* bias;        // [count] in powers of two; -inf where there is no key
+  Integer* regions;  // [count] where a key is seen
+  Real* weights;     // [count] of the stream in every pixel; 1 where pixels differ
+  Integer* broken;   // [count] ones where a key or value is not finite
+  bool has_broken;
+  int32_t* read_at;  // [M] the lane that is read out; -1: zeros
+  bool* is_read;     // [images]
+
+  static Lanes take(Arena& arena, const LocalizedAttention& op) {
+    constexpr int64_t width = kLanes<Real>;
+    int64_t most = round_up(op.key.sizes[1], width);
+    for (int64_t i = 0; i < op.images; ++i) most += round_up(op.image_lengths[i], width);
+    Lanes lanes = {};
+    lanes.group = arena.take<Group>(most / width);
+    lanes.source = arena.take<int32_t>(most);
+    lanes.stream = arena.take<int32_t>(most);
+    lanes.bias = arena.take<Real>(most);
+    lanes.regions = arena.take<Integer>(most);
+    lanes.weights = arena.take<Real>(most);
+    lanes.broken = arena.take<Integer>(most);
+    lanes.read_at = arena.take<int32_t>(op.readout_tokens.data ? op.readout_tokens.sizes[1] : 0);
+    lanes.is_read = arena.take<bool>(op.images);
+    lanes.count = most;
+    return lanes;
+  }
+
+  void open(int64_t vectors, int span, bool is_image) {
+    constexpr int64_t width = kLanes<Real>;
+    group[groups++] = {count, vectors, span, is_image};
+    for (int64_t lane = count; lane < count + vectors * width; ++lane) {
+      source[lane] = stream[lane] = -1;
+      bias[lane] = -kInfinity<Real>;
+      regions[lane] = 0;
+      weights[lane] = 1;
+    }
+    count += vectors * width;
+  }
+
+  void put(int64_t lane, int64_t key, int64_t image, Real key_bias, Integer seen) {
+    source[lane] = static_cast<int32_t>(key);
+    stream[lane] = static_cast<int32_t>(image);
+    bias[lane] = key_bias * static_cast<Real>(kLog2e);
+    regions[lane] = seen;
+  }
+};
+
+inline bool has_weights_per_pixel(const LocalizedAttention& op) {
+  return op.image_weights.data != nullptr && op.image_weights.strides[2] != 0 &&
+         op.image_weights.sizes[2] > 1;
+}
+
+template <class Real>
+Real bias_of(const Tensor<2>& bias, int64_t row, int64_t key) {
+  Real value = 0;
+  if (bias.data != nullptr) {
+    const int64_t offset = row * bias.strides[0] + key * bias.strides[1];
+    load_side(bias.data, bias.type, offset, 0, 1, &value);
+  }
+  return value;
+}
+
+// Which keys of a row get which lane. `keeps_silent` keeps streams whose weight is 0 (their
+// weight's gradient is asked for).
+template <class Real>
+void lay_out(const LocalizedAttention& op, int64_t row, bool keeps_silent, Lanes<Real>& lanes) {
+  constexpr int64_t width = kLanes<Real>;
+  using Integer = typename BitsOf<Real>::Type;
+  const int64_t text = op.key.sizes[1];
+  const int64_t read = op.readout_tokens.data ? op.readout_tokens.sizes[1] : 0;
+  const auto token_at = [&](int64_t m) {
+    const int64_t* strides = op.readout_tokens.strides;
+    return static_cast<const int32_t*>(op.readout_tokens.data)[row * strides[0] + m * strides[1]];
+  };
+  lanes.count = lanes.groups = 0;
+
+  int64_t seen = 0;
+  for (int64_t key = 0; key < text; ++key) {
+    seen += bias_of<Real>(op.key_bias, row, key) != -kInfinity<Real>;
+  }
+  if (seen > 0) {
+    lanes.open(divide_up(seen, width), static_cast<int>(width), false);
+    int64_t lane = 0;
+    for (int64_t key = 0; key < text; ++key) {
+      const Real bias = bias_of<Real>(op.key_bias, row, key);
+      if (bias == -kInfinity<Real>) continue;
+      Integer regions = -1;
+      if (op.key_regions.data != nullptr) {
+        const int64_t* strides = op.key_regions.strides;
+        regions =
+            static_cast<const int32_t*>(op.key_regions.data)[row * strides[0] + key * strides[1]];
+      }
+      lanes.put(lane++, key, -1, bias, regions);
+    }
+  }
+
+  int64_t start = text, room = 0;  // room: where the last vector can still take a stream
+  int last_span = 0;
+  for (int64_t image = 0; image < op.images; ++image) {
+    const int64_t length = op.image_lengths[image], end = start + length;
+    lanes.is_read[image] = false;
+    for (int64_t m = 0; m < read; ++m) {
+      lanes.is_read[image] |= token_at(m) >= start && token_at(m) < end;
+    }
+    Real weight = 1;
+    if (op.image_weights.data != nullptr && !has_weights_per_pixel(op) && op.query.sizes[1] > 0) {
+      const int64_t* strides = op.image_weights.strides;
+      load_side(op.image_weights.data, op.image_weights.type, row * strides[0] + image * strides[1],
+                0, 1, &weight);
+    }
+    seen = 0;
+    for (int64_t key = start; key < end; ++key) {
+      seen += bias_of<Real>(op.image_key_bias, row, key - text) != -kInfinity<Real>;
+    }
+    if (seen > 0 && (weight != 0 || keeps_silent || lanes.is_read[image])) {
+      int span = 1;
+      while (span < width && span < seen) span *= 2;
+      const int64_t vectors = divide_up(seen, width);
+      if (vectors > 1 || span != last_span || room == lanes.count) {
+        room = lanes.count;
+        lanes.open(vectors, span, true);
+        last_span = vectors > 1 ? 0 : span;
+      }
+      int64_t lane = room;
+      room += vectors > 1 ? vectors * width : span;
+      for (int64_t i = lane; i < room; ++i) lanes.weights[i] = weight;
+      for (int64_t key = start; key < end; ++key) {
+        const Real bias = bias_of<Real>(op.image_key_bias, row, key - text);
+        if (bias != -kInfinity<Real>) lanes.put(lane++, key, image, bias, -1);
+      }
+    }
+    start = end;
+  }
+
+  for (int64_t m = 0; m < read; ++m) {
+    lanes.read_at[m] = -1;
+    for (int64_t lane = 0; lane < lanes.count && token_at(m) >= 0; ++lane) {
+      if (lanes.source[lane] == token_at(m)) lanes.read_at[m] = static_cast<int32_t>(lane);
+    }
+  }
+}
+
+// The key (or value) in a lane, of whichever stream; null where there is none.
+template <class Element, class Real>
+const Element* in_lane(const Tensor<4>& text, const Tensor<4>& images, const Lanes<Real>& lanes,
+                       int64_t lane, int64_t row, int64_t head) {
+  const int64_t key = lanes.source[lane];
+  if (key < 0) return nullptr;
+  return lanes.stream[lane] < 0 ? row_of<Element>(text, row, key, head)
+                                : row_of<Element>(images, row, key - text.sizes[1], head);
+}
+
+// Whether some pixels see a key that others do not.
+inline bool hides_by_pixel(const LocalizedAttention& op) {
+  return op.key_regions.data != nullptr || has_weights_per_pixel(op);
+}
+
+// Finds keys that are not finite, or whose values are not: zeros will stand in for them, and the
+// softmax puts NaN where they are seen. For where a product with 0 would not do to silence them.
+template <class Element, class Real>
+void find_broken(const LocalizedAttention& op, int64_t row, int64_t head, Lanes<Real>& lanes) {
+  lanes.has_broken = false;
+  constexpr int width = kLanes<Real>;
+  const int64_t dims = op.query.sizes[3], padded = round_up(dims, width);
+  alignas(64) Real numbers[kMaxHeadDim];
+  for (int64_t lane = 0; lane < lanes.count; ++lane) {
+    Full<Real> zeros{};  // NaN where a number is not finite
+    const auto look_at = [&](const Element* from) {
+      if (from == nullptr) return;
+      load_row(from, dims, numbers);
+      for (int64_t d = 0; d < padded; d += width) zeros += widen<width>(numbers + d) * Real{0};
+    };
+    look_at(in_lane<Element>(op.key, op.image_key, lanes, lane, row, head));
+    look_at(in_lane<Element>(op.value, op.image_value, lanes, lane, row, head));
+    lanes.broken[lane] = 0;
+    for (int d = 0; d < width; ++d) lanes.broken[lane] |= zeros[d] != 0 ? -1 : 0;
+    lanes.has_broken |= lanes.broken[lane] != 0;
+  }
+}
+
+template <class Real>
+bool is_zero_in(const Lanes<Real>& lanes, int64_t lane) {
+  return lanes.has_broken && lanes.broken[lane] != 0;
+}
+
+// Each lane's weight in `count` pixels from `first` on: [kBlock, lanes and a vector to spare].
+template <class Real>
+void load_weights(const LocalizedAttention& op, const Lanes<Real>& lanes, int64_t row,
+                  int64_t first, int64_t count, Real* to) {
+  constexpr int width = kLanes<Real>;
+  const int64_t* strides = op.image_weights.strides;
+  Real numbers[kBlock] = {};
+  for (int64_t index = 0; index < lanes.groups; ++index) {
+    const Group& group = lanes.group[index];
+    const int64_t end = group.first + group.vectors * width;
+    const int64_t step = group.vectors > 1 ? end - group.first : group.span;
+    for (int64_t start = group.first; group.is_image && start < end; start += step) {
+      const int64_t image = lanes.stream[start];
+      if (image >= 0) {
+        const int64_t offset = row * strides[0] + image * strides[1] + first * strides[2];
+        load_side(op.image_weights.data, op.image_weights.type, offset, strides[2], count, numbers);
+      }
+      // Whole vectors: the next stream's lanes are overwritten in its turn.
+      for (int64_t i = 0; i < kBlock; ++i) {
+        for (int64_t lane = start; lane < start + step; lane += width) {
+          write_bits(to + i * (lanes.count + width) + lane, all(numbers[i]));
+        }
+      }
+    }
+  }
+}
+
+template <class Integer>
+void load_regions(const LocalizedAttention& op, int64_t row, int64_t first, int64_t count,
+                  Integer* to) {
+  const int64_t* strides = op.query_regions.strides;
+  const auto* from = static_cast<const int32_t*>(op.query_regions.data) + row * strides[0];
+  for (int64_t i = 0; i < kBlock; ++i) to[i] = i < count ? from[(first + i) * strides[1]] : 0;
+}
+
+// The softmax over each group of lanes, for `kBlock` pixels.
+template <class Step>
+struct Softmax {
+  using Real = typename Step::Real;
+  using Integer = typename BitsOf<Real>::Type;
+
+  const Lanes<Real>* lanes;
+  Real scale;                      // on products, in powers of two
+  Real* scores;                    // [kBlock, lanes] in: products; out: P
+  typename Step::Operand* shares;  // [kBlock, lanes / kDepth] P times w; may be `scores`
+  const Real* weights;             // [kBlock, lanes] or, with a stride of 0, [lanes]
+  int64_t weights_row;
+  const Integer* pixel_regions;  // [kBlock], or null: everything is seen from everywhere
+};
+
+inline void put_shares(float* shares, int64_t lane, Full<float> p) { write_bits(shares + lane, p); }
+inline void put_shares(double* shares, int64_t lane, Full<double> p) {
+  write_bits(shares + lane, p);
+}
+#if defined(KEYLOCK_HAVE_PAIRS)
+inline void put_shares(int32_t* shares, int64_t lane, Full<float> p) {
+  write_bits(reinterpret_cast<uint16_t*>(shares) + lane, _mm512_cvtneps_pbh(p));
+}
+#endif
+
+constexpr int kTogether = 4;  // pixels whose softmax is computed side by side, to hide latencies
+
+template <class Step, bool has_regions>
+void soften_group(const Softmax<Step>& softmax, const Group& group, int64_t pixel) {
+  using Real = typename Step::Real;
+  constexpr int width = kLanes<Real>;
+  const Lanes<Real>& lanes = *softmax.lanes;
+  const int64_t end = group.first + group.vectors * width, row = lanes.count;
+  Real* const scores = softmax.scores + pixel * row;
+  const auto sum = [](Full<Real> a, Full<Real> b) { return a + b; };
+  const auto is_seen = [&](int64_t lane, int i) {
+    const auto regions = read_bits<typename BitsOf<Real>::Type, width>(lanes.regions + lane);
+    return (regions & softmax.pixel_regions[pixel + i]) != 0;
+  };
+
+  Full<Real> top[kTogether], total[kTogether];
+#pragma GCC unroll 4
+  for (int i = 0; i < kTogether; ++i) {
+    top[i] = all(-kInfinity<Real>);
+    total[i] = Full<Real>{};
+  }
+  for (int64_t lane = group.first; lane < end; lane += width) {
+    const auto bias = widen<width>(lanes.bias + lane);
+#pragma GCC unroll 4
+    for (int i = 0; i < kTogether; ++i) {
+      auto score = widen<width>(scores + i * row + lane) * softmax.scale + bias;
+      if constexpr (has_regions) score = is_seen(lane, i) ? score : all(-kInfinity<Real>);
+      top[i] = largest<Real>(top[i], score);
+      write_bits(scores + i * row + lane, score);
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kTogether; ++i) {
+    top[i] = over_groups<Real>(top[i], group.span, largest<Real>);
+    top[i] = top[i] > -kInfinity<Real> ? top[i] : Full<Real>{};  // nothing to see: e^(-inf - 0) = 0
+  }
+  for (int64_t lane = group.first; lane < end; lane += width) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kTogether; ++i) {
+      const auto e = exp2_of<Real>(widen<width>(scores + i * row + lane) - top[i]);
+      total[i] += e;
+      write_bits(scores + i * row + lane, e);
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kTogether; ++i) {
+    total[i] = over_groups<Real>(total[i], group.span, sum);
+    total[i] = total[i] == 0 ? total[i] : 1 / total[i];
+    if (lanes.has_broken) {
+      Full<Real> seen{};
+      for (int64_t lane = group.first; lane < end; lane += width) {
+        auto broken = read_bits<typename BitsOf<Real>::Type, width>(lanes.broken + lane) != 0;
+        if constexpr (has_regions) broken &= is_seen(lane, i);
+        seen = broken ? all(kInfinity<Real>) : seen;
+      }
+      seen = over_groups<Real>(seen, group.span, largest<Real>);
+      total[i] += seen - seen;  // 0, or NaN
+    }
+  }
+  typename Step::Operand* const shares = softmax.shares + pixel * row / Step::kDepth;
+  const bool is_weighted = group.is_image && softmax.weights != nullptr;
+  const bool keeps = static_cast<const void*>(shares) != scores;
+  for (int64_t lane = group.first; lane < end; lane += width) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kTogether; ++i) {
+      auto p = widen<width>(scores + i * row + lane) * total[i];
+      if (keeps) write_bits(scores + i * row + lane, p);
+      if (is_weighted) {
+        const auto w = widen<width>(softmax.weights + (pixel + i) * softmax.weights_row + lane);
+        p = w == 0 ? Full<Real>{} : p * w;  // selected: a weight of 0 silences NaN too
+      }
+      put_shares(shares + i * row / Step::kDepth, lane, p);
+    }
+  }
+}
+
+template <class Step>
+void soften(const Softmax<Step>& softmax) {
+  for (int64_t index = 0; index < softmax.lanes->groups; ++index) {
+    const Group& group = softmax.lanes->group[index];
+    for (int64_t pixel = 0; pixel < kBlock; pixel += kTogether) {
+      if (softmax.pixel_regions != nullptr && !group.is_image) {
+        soften_group<Step, true>(softmax, group, pixel);
+      } else {
+        soften_group<Step, false>(softmax, group, pixel);
+      }
+    }
+  }
+}
+
+// Everything but out and readout.
+inline Status validate_inputs(const LocalizedAttention& op) {
+  const int64_t *sizes = op.query.sizes, text = op.key.sizes[1];
+  const int64_t rows = sizes[0], pixels = sizes[1], heads = sizes[2], dims = sizes[3];
+  const DataType type = op.query.type;
+  if (!is_floating(op.query) || op.key.type != type || op.value.type != type ||
+      !is_floating(op.key_bias) || !is_floating(op.image_key_bias) ||
+      !is_floating(op.image_weights) || !is_floating(op.readout_weights)) {
+    return Status::unsupported_type;
+  }
+  bool fits = dims >= 1 && dims <= kMaxHeadDim && has_sizes(op.key, {rows, text, heads, dims}) &&
+              has_sizes(op.value, {rows, text, heads, dims}) && has_rows(op.query) &&
+              has_rows(op.key) && has_rows(op.value);
+  if (op.key_bias.data != nullptr) fits &= has_sizes(op.key_bias, {rows, text});
+  if (op.query_regions.data != nullptr) {
+    if (op.query_regions.type != DataType::int32 || op.key_regions.type != DataType::int32) {
+      return Status::unsupported_type;
+    }
+    fits &= has_sizes(op.query_regions, {rows, pixels}) && has_sizes(op.key_regions, {rows, text});
+  }
+  int64_t length = 0;
+  for (int64_t i = 0; i < op.images; ++i) {
+    fits &= op.image_lengths[i] >= 0;
+    length += op.image_lengths[i];
+  }
+  if (op.images > 0 && length > 0) {
+    if (op.image_key.type != type || op.image_value.type != type) return Status::unsupported_type;
+    fits &= has_sizes(op.image_key, {rows, length, heads, dims}) && has_rows(op.image_key) &&
+            has_sizes(op.image_value, {rows, length, heads, dims}) && has_rows(op.image_value);
+  }
+  if (op.image_key_bias.data != nullptr) fits &= has_sizes(op.image_key_bias, {rows, length});
+  if (op.image_weights.data != nullptr) {
+    fits &= has_sizes(op.image_weights, {rows, op.images, pixels});
+  }
+  if (op.readout_tokens.data != nullptr) {
+    if (op.readout_tokens.type != DataType::int32) return Status::unsupported_type;
+    const int64_t read = op.readout_tokens.sizes[1];
+    fits &= op.readout_tokens.sizes[0] == rows;
+    if (op.readout_weights.data != nullptr) {
+      fits &= has_sizes(op.readout_weights, {rows, pixels, read});
+    }
+    for (int64_t i = 0; fits && i < rows * read; ++i) {
+      const int64_t* strides = op.readout_tokens.strides;
+      const int32_t token = static_cast<const int32_t*>(
+          op.readout_tokens.data)[i / read * strides[0] + i % read * strides[1]];
+      if (token < -1 || token >= text + length) return Status::token_out_of_range;
+    }
+  }
+  return fits ? Status::ok : Status::shape_mismatch;
+}
+
+// Columns or sums, or their gradient.
+template <class Data>
+Status validate_readout(const LocalizedAttention& op, const Tensor<4, Data>& readout) {
+  const DataType wide = op.query.type == DataType::float64 ? DataType::float64 : DataType::float32;
+  if (readout.type != wide || op.readout_tokens.data == nullptr) return Status::unsupported_type;
+  const int64_t *sizes = op.query.sizes, read = op.readout_tokens.sizes[1];
+  const int64_t pixels = op.readout_weights.data != nullptr ? 1 : sizes[1];
+  const bool fits = has_sizes(readout, {sizes[0], sizes[2], pixels, read});
+  return fits ? Status::ok : Status::shape_mismatch;
+}
+
+}  // namespace
+}  // namespace keylock::KEYLOCK_ISA

@@ -1,0 +1,290 @@
+// The CPU kernel of localized attention, compiled once per instruction set (see vector.h).
+//
+// A thread takes pieces of the pixels of one (row, head): it lays that row's keys and values out
+// once, in cache, and then goes over its queries once, a block at a time: scores of every stream
+// in one product, softmax, values in one product, round, write.
+#include "attention.h"
+
+namespace keylock::KEYLOCK_ISA {
+namespace {
+
+// Rows of query or key as operands along the depth: numbers, or pairs of them.
+template <class Real, class Element>
+inline void load_operands(const Element* from, int64_t count, int64_t, Real* to) {
+  load_row(from, count, to);
+}
+template <class Element>
+inline void load_operands(const Element* from, int64_t count, int64_t padded, int32_t* to) {
+  std::memcpy(to, from, count * sizeof(Element));
+  std::memset(reinterpret_cast<Element*>(to) + count, 0,
+              padded * sizeof(int32_t) - count * sizeof(Element));
+}
+
+template <class Step>
+struct Scratch {
+  using Real = typename Step::Real;
+  using Operand = typename Step::Operand;
+
+  Lanes<Real> lanes;
+  Operand* keys;                               // [depth, lanes] transposed
+  Operand* values;                             // [lanes / kDepth, padded head dimension]
+  Operand* queries;                            // [kBlock, depth_stride]
+  Real* scores;                                // [kBlock, lanes]
+  Operand* shares;                             // [kBlock, lanes / kDepth]
+  Real* weights;                               // [kBlock, lanes]
+  Real* sums;                                  // [kBlock, padded head dimension]
+  double* readout;                             // [M]
+  typename BitsOf<Real>::Type* pixel_regions;  // [kBlock]
+};
+
+template <class Element, class Step>
+class Forward {
+  using Real = typename Step::Real;
+  using Operand = typename Step::Operand;
+  static constexpr int width = kLanes<Real>;
+
+ public:
+  explicit Forward(const LocalizedAttention& op)
+      : op(op),
+        rows(op.query.sizes[0]),
+        pixels(op.query.sizes[1]),
+        heads(op.query.sizes[2]),
+        dims(op.query.sizes[3]),
+        padded(round_up(dims, width)),
+        depth(divide_up(dims, Step::kDepth)),
+        depth_stride(round_up(depth, width)),
+        piece(piece_of(pixels)),
+        pieces(divide_up(pixels, piece)),
+        reads(op.readout_tokens.data ? op.readout_tokens.sizes[1] : 0) {}
+
+  Status run(int threads) {
+    const int64_t units = rows * heads * pieces;
+    const bool is_parallel =
+        threads > 1 && rows * heads * pixels * dims * (op.key.sizes[1] + 1) >= kSerialProducts;
+    if (!is_parallel) threads = 1;
+    Arena sizes = {};
+    take(sizes);
+    const bool adds = reads > 0 && op.readout_weights.data != nullptr;
+    const int64_t sums_bytes = adds ? units * reads * static_cast<int64_t>(sizeof(double)) : 0;
+    char* memory = static_cast<char*>(
+        std::aligned_alloc(64, sizes.used * threads + round_up(sums_bytes + 1, 64)));
+    if (memory == nullptr) return Status::out_of_memory;
+    partial = reinterpret_cast<double*>(memory + sizes.used * threads);
+#pragma omp parallel num_threads(threads) if (is_parallel)
+    {
+      Arena arena = {memory + sizes.used * thread_number(), 0};
+      Scratch<Step> scratch = take(arena);
+      int64_t row = -1, column = -1;
+#pragma omp for schedule(static)
+      for (int64_t unit = 0; unit < units; ++unit) {
+        if (unit / pieces / heads != row) {
+          row = unit / pieces / heads;
+          lay_out(op, row, false, scratch.lanes);
+        }
+        if (unit / pieces != column) {
+          column = unit / pieces;
+          pack(scratch, row, column % heads);
+        }
+        attend(scratch, row, column % heads, unit);
+      }
+    }
+    if (adds) add_pieces();
+    std::free(memory);
+    return Status::ok;
+  }
+
+ private:
+  Scratch<Step> take(Arena& arena) const {
+    Scratch<Step> scratch = {};
+    scratch.lanes = Lanes<Real>::take(arena, op);
+    const int64_t lanes = scratch.lanes.count, slack = kTileRows * width;
+    scratch.keys = arena.take<Operand>(depth_stride * lanes);
+    scratch.values = arena.take<Operand>(divide_up(lanes, Step::kDepth) * padded);
+    scratch.queries = arena.take<Operand>(kBlock * depth_stride);
+    scratch.scores = arena.take<Real>(kBlock * lanes + slack);
+    scratch.shares = arena.take<Operand>(kBlock * lanes + slack);
+    scratch.weights = arena.take<Real>(kBlock * (lanes + width));
+    scratch.sums = arena.take<Real>(kBlock * padded);
+    scratch.readout = arena.take<double>(reads);
+    scratch.pixel_regions = arena.take<typename BitsOf<Real>::Type>(kBlock);
+    return scratch;
+  }
+
+  // Keys and values of a (row, head), lane by lane. A stream whose weight is 0 may have a lane, to
+  // be read out; its values are never met.
+  void pack(Scratch<Step>& scratch, int64_t row, int64_t head) const {
+    Lanes<Real>& lanes = scratch.lanes;
+    lanes.has_broken = false;
+    if (hides_by_pixel(op)) find_broken<Element>(op, row, head, lanes);
+    alignas(64) Operand rows_of_keys[width][kMaxHeadDim];
+    for (int64_t first = 0; first < lanes.count; first += width) {
+      for (int lane = 0; lane < width; ++lane) {
+        const auto* key = in_lane<Element>(op.key, op.image_key, lanes, first + lane, row, head);
+        if (key != nullptr && !is_zero_in(lanes, first + lane)) {
+          load_operands(key, dims, depth_stride, rows_of_keys[lane]);
+        } else {
+          std::memset(rows_of_keys[lane], 0, depth_stride * sizeof(Operand));
+        }
+      }
+      for (int64_t d = 0; d < depth; ++d) {
+        Operand* to = scratch.keys + d * lanes.count + first;
+        for (int lane = 0; lane < width; ++lane) to[lane] = rows_of_keys[lane][d];
+      }
+    }
+    for (int64_t lane = 0; lane < lanes.count; lane += Step::kDepth) {
+      pack_values(scratch, lane, row, head, scratch.values + lane / Step::kDepth * padded);
+    }
+  }
+
+  const Element* value_in(const Scratch<Step>& scratch, int64_t lane, int64_t row,
+                          int64_t head) const {
+    const bool is_silent = scratch.lanes.weights[lane] == 0 || is_zero_in(scratch.lanes, lane);
+    return is_silent ? nullptr
+                     : in_lane<Element>(op.value, op.image_value, scratch.lanes, lane, row, head);
+  }
+
+  void pack_values(const Scratch<Step>& scratch, int64_t lane, int64_t row, int64_t head,
+                   Operand* to) const {
+    const Element* value = value_in(scratch, lane, row, head);
+    if constexpr (Step::kDepth == 1) {
+      if (value != nullptr) {
+        load_row(value, dims, to);
+      } else {
+        std::memset(to, 0, padded * sizeof(Operand));
+      }
+    } else {
+      const Element* next = value_in(scratch, lane + 1, row, head);
+      for (int64_t d = 0; d < padded; ++d) {
+        const uint32_t low = value != nullptr && d < dims ? static_cast<uint32_t>(value[d]) : 0;
+        const uint32_t high = next != nullptr && d < dims ? static_cast<uint32_t>(next[d]) : 0;
+        to[d] = static_cast<int32_t>(low | high << 16);
+      }
+    }
+  }
+
+  void attend(Scratch<Step>& scratch, int64_t row, int64_t head, int64_t unit) const {
+    const int64_t begin = unit % pieces * piece, end = smaller(begin + piece, pixels);
+    for (int64_t m = 0; m < reads; ++m) scratch.readout[m] = 0;
+    for (int64_t first = begin; first < end; first += kBlock) {
+      attend_block(scratch, row, head, first, smaller(kBlock, end - first));
+    }
+    if (op.readout_weights.data != nullptr) {
+      for (int64_t m = 0; m < reads; ++m) partial[unit * reads + m] = scratch.readout[m];
+    }
+  }
+
+  void attend_block(Scratch<Step>& scratch, int64_t row, int64_t head, int64_t first,
+                    int64_t count) const {
+    const Lanes<Real>& lanes = scratch.lanes;
+    for (int64_t i = 0; i < kBlock; ++i) {
+      Operand* to = scratch.queries + i * depth_stride;
+      if (i < count) {
+        load_operands(row_of<Element>(op.query, row, first + i, head), dims, depth_stride, to);
+      } else {
+        std::memset(to, 0, depth_stride * sizeof(Operand));
+      }
+    }
+    multiply<Step>({scratch.queries, depth_stride, 1, scratch.keys, lanes.count, depth,
+                    scratch.scores, lanes.count},
+                   kBlock, lanes.count / width);
+
+    Softmax<Step> softmax = {
+        &lanes, static_cast<Real>(op.scale * kLog2e), scratch.scores, scratch.shares, nullptr, 0,
+        nullptr};
+    if constexpr (Step::kDepth == 1) {
+      if (reads == 0) softmax.shares = scratch.scores;
+    }
+    if (has_weights_per_pixel(op)) {
+      load_weights(op, lanes, row, first, count, scratch.weights);
+      softmax.weights = scratch.weights;
+      softmax.weights_row = lanes.count + width;
+    } else if (op.image_weights.data != nullptr) {
+      softmax.weights = lanes.weights;
+    }
+    if (op.query_regions.data != nullptr) {
+      load_regions(op, row, first, count, scratch.pixel_regions);
+      softmax.pixel_regions = scratch.pixel_regions;
+    }
+    soften(softmax);
+    if (reads > 0) read_out(scratch, row, head, first, count);
+
+    multiply<Step>({softmax.shares, lanes.count / Step::kDepth, 1, scratch.values, padded,
+                    lanes.count / Step::kDepth, scratch.sums, padded},
+                   kBlock, padded / width);
+    for (int64_t i = 0; i < count; ++i) {
+      store_row(scratch.sums + i * padded, dims, row_of<Element>(op.out, row, first + i, head));
+    }
+  }
+
+  void read_out(Scratch<Step>& scratch, int64_t row, int64_t head, int64_t first,
+                int64_t count) const {
+    const Lanes<Real>& lanes = scratch.lanes;
+    for (int64_t i = 0; i < count; ++i) {
+      const Real* p = scratch.scores + i * lanes.count;
+      for (int64_t m = 0; m < reads; ++m) {
+        const int32_t lane = lanes.read_at[m];
+        const Real share = lane < 0 ? 0 : p[lane];
+        if (op.readout_weights.data == nullptr) {
+          row_of<Real>(op.readout, row, head, first + i)[m * op.readout.strides[3]] = share;
+        } else if (lane >= 0) {
+          scratch.readout[m] += static_cast<double>(readout_weight(op, row, first + i, m) * share);
+        }
+      }
+    }
+  }
+
+  void add_pieces() const {
+    for (int64_t column = 0; column < rows * heads; ++column) {
+      for (int64_t m = 0; m < reads; ++m) {
+        double sum = 0;
+        for (int64_t i = 0; i < pieces; ++i) sum += partial[(column * pieces + i) * reads + m];
+        row_of<Real>(op.readout, column / heads, column % heads, 0)[m * op.readout.strides[3]] =
+            static_cast<Real>(sum);
+      }
+    }
+  }
+
+  static Real readout_weight(const LocalizedAttention& op, int64_t row, int64_t pixel, int64_t m) {
+    const int64_t* strides = op.readout_weights.strides;
+    Real weight;
+    load_side(op.readout_weights.data, op.readout_weights.type,
+              row * strides[0] + pixel * strides[1] + m * strides[2], 0, 1, &weight);
+    return weight;
+  }
+
+  const LocalizedAttention& op;
+  const int64_t rows, pixels, heads, dims;
+  const int64_t padded;               // dims in whole vectors
+  const int64_t depth, depth_stride;  // dims in operands, and in whole vectors of them
+  const int64_t piece, pieces;
+  const int64_t reads;
+  double* partial = nullptr;  // [units, M]
+};
+
+Status validate(const LocalizedAttention& op) {
+  const Status status = validate_inputs(op);
+  if (status != Status::ok) return status;
+  if (op.out.type != op.query.type) return Status::unsupported_type;
+  if (!has_sizes(op.out, op.query.sizes) || !has_rows(op.out)) return Status::shape_mismatch;
+  return op.readout_tokens.data == nullptr ? Status::ok : validate_readout(op, op.readout);
+}
+
+}  // namespace
+
+Status localized_attention(const LocalizedAttention& op, int threads) {
+  const Status status = validate(op);
+  if (status != Status::ok) return status;
+  switch (op.query.type) {
+    case DataType::float32: return Forward<float, Single<float>>(op).run(threads);
+    case DataType::float64: return Forward<double, Single<double>>(op).run(threads);
+    case DataType::float16: return Forward<Float16, Single<float>>(op).run(threads);
+#if defined(KEYLOCK_HAVE_PAIRS)
+    case DataType::bfloat16: return Forward<Bfloat16, Pairs>(op).run(threads);
+#else
+    case DataType::bfloat16: return Forward<Bfloat16, Single<float>>(op).run(threads);
+#endif
+    default: return Status::unsupported_type;
+  }
+}
+
+}  // namespace keylock::KEYLOCK_ISA

@@ -1,0 +1,518 @@
+// The CPU kernel of localized attention's gradients, compiled once per instruction set (see
+// vector.h).
+//
+// Work is cut as in the forward pass: pieces of one (row, head)'s pixels, a block of them at a
+// time. Probabilities are computed again; nothing of the size of pixels times keys is stored. What
+// is summed over pixels is summed per piece, and over pieces and heads at the end, in order.
+#include "attention.h"
+
+namespace keylock::KEYLOCK_ISA {
+namespace {
+
+template <class Real>
+struct Scratch {
+  using Integer = typename BitsOf<Real>::Type;
+
+  Lanes<Real> lanes;
+  Integer* is_reached;  // [lanes] ones where gradients come even with a weight of 0
+  Real *keys, *values;  // [D, lanes] transposed
+  Real* key_rows;       // [lanes, padded]
+  Real *queries, *grads, *grad_queries;  // [kBlock, padded]
+  Real* scores;                          // [kBlock, lanes] P
+  Real* shares;                          // [kBlock, lanes] P times w
+  Real* slopes;                          // [kBlock, lanes] dP, then the scores' gradient
+  Real* weights;                         // [kBlock, lanes and a vector to spare]
+  Integer* pixel_regions;                // [kBlock]
+  Real *grad_keys, *grad_values;         // [lanes in whole tiles, padded] sums over a piece
+  Real* grad_bias;                       // [lanes]
+  double* grad_weights;                  // [images]
+};
+
+template <class Element>
+class Backward {
+  using Real = Accumulator<Element>;
+  using Integer = typename BitsOf<Real>::Type;
+  static constexpr int width = kLanes<Real>;
+
+ public:
+  explicit Backward(const LocalizedAttentionBackward& backward)
+      : out(backward),
+        op(backward.op),
+        rows(op.query.sizes[0]),
+        pixels(op.query.sizes[1]),
+        heads(op.query.sizes[2]),
+        dims(op.query.sizes[3]),
+        padded(round_up(dims, width)),
+        piece(piece_of(pixels)),
+        pieces(divide_up(pixels, piece)),
+        units(rows * heads * pieces),
+        text(op.key.sizes[1]),
+        keys(text + (op.image_key.data ? op.image_key.sizes[1] : 0)),
+        reads(out.grad_readout.data ? op.readout_tokens.sizes[1] : 0) {}
+
+  Status run(int threads) {
+    const bool is_parallel =
+        threads > 1 && rows * heads * pixels * dims * (keys + 1) >= kSerialProducts;
+    if (!is_parallel) threads = 1;
+    Arena sizes = {};
+    take(sizes);
+    Arena shared = {};
+    take_partials(shared);
+    char* memory =
+        static_cast<char*>(std::aligned_alloc(64, sizes.used * threads + shared.used + 64));
+    if (memory == nullptr) return Status::out_of_memory;
+    shared = {memory + sizes.used * threads, 0};
+    take_partials(shared);
+#pragma omp parallel num_threads(threads) if (is_parallel)
+    {
+      Arena arena = {memory + sizes.used * thread_number(), 0};
+      Scratch<Real> scratch = take(arena);
+      int64_t row = -1, column = -1;
+#pragma omp for schedule(static)
+      for (int64_t unit = 0; unit < units; ++unit) {
+        if (unit / pieces / heads != row) {
+          row = unit / pieces / heads;
+          lay_out(op, row, out.image_weights.data != nullptr, scratch.lanes);
+          find_reached(scratch);
+        }
+        if (unit / pieces != column) {
+          column = unit / pieces;
+          pack(scratch, row, column % heads);
+        }
+        run_piece(scratch, row, column % heads, unit);
+      }
+#pragma omp for schedule(static)
+      for (int64_t index = 0; index < rows * keys; ++index) add_key(index / keys, index % keys);
+#pragma omp for schedule(static)
+      for (int64_t index = 0; index < rows; ++index) add_weights(index);
+    }
+    std::free(memory);
+    return Status::ok;
+  }
+
+ private:
+  Scratch<Real> take(Arena& arena) const {
+    Scratch<Real> scratch = {};
+    scratch.lanes = Lanes<Real>::take(arena, op);
+    const int64_t lanes = scratch.lanes.count;
+    scratch.is_reached = arena.take<Integer>(lanes);
+    const auto take_into = [&](int64_t count, auto&... matrices) {
+      ((matrices = arena.take<Real>(count)), ...);
+    };
+    take_into(lanes * padded, scratch.keys, scratch.values, scratch.key_rows);
+    take_into((lanes + kTileRows) * padded, scratch.grad_keys, scratch.grad_values);
+    take_into(kBlock * padded, scratch.queries, scratch.grads, scratch.grad_queries);
+    take_into(kBlock * (lanes + width), scratch.scores, scratch.shares, scratch.slopes,
+              scratch.weights);
+    scratch.pixel_regions = arena.take<Integer>(kBlock);
+    scratch.grad_bias = arena.take<Real>(lanes);
+    scratch.grad_weights = arena.take<double>(op.images);
+    return scratch;
+  }
+
+  void take_partials(Arena& arena) {
+    const bool per_pixel = has_weights_per_pixel(op);
+    partial_keys = arena.take<Real>(wants_keys() ? units * keys * dims : 0);
+    partial_values = arena.take<Real>(wants_values() ? units * keys * dims : 0);
+    partial_bias = arena.take<Real>(wants_bias() ? units * keys : 0);
+    const int64_t weights = out.image_weights.data != nullptr ? op.images : 0;
+    partial_weights = arena.take<double>(per_pixel ? 0 : units * weights);
+    pixel_weights = arena.take<Real>(per_pixel ? rows * heads * weights * pixels : 0);
+    const bool weighted = out.readout_weights.data != nullptr;
+    pixel_reads = arena.take<Real>(weighted ? rows * heads * pixels * reads : 0);
+  }
+
+  bool wants_keys() const { return out.key.data != nullptr || out.image_key.data != nullptr; }
+  bool wants_values() const { return out.value.data != nullptr || out.image_value.data != nullptr; }
+  bool wants_bias() const {
+    return out.key_bias.data != nullptr || out.image_key_bias.data != nullptr;
+  }
+
+  // A stream with a weight of 0 has a gradient only where it is read out.
+  void find_reached(Scratch<Real>& scratch) const {
+    const Lanes<Real>& lanes = scratch.lanes;
+    for (int64_t lane = 0; lane < lanes.count; ++lane) {
+      const int64_t image = lanes.stream[lane];
+      scratch.is_reached[lane] = image >= 0 && reads > 0 && lanes.is_read[image] ? -1 : 0;
+    }
+  }
+
+  void pack(Scratch<Real>& scratch, int64_t row, int64_t head) const {
+    Lanes<Real>& lanes = scratch.lanes;
+    find_broken<Element>(op, row, head, lanes);
+    for (int64_t lane = 0; lane < lanes.count; ++lane) {
+      alignas(64) Real value_row[kMaxHeadDim];
+      Real* key_row = scratch.key_rows + lane * padded;
+      const auto* key = in_lane<Element>(op.key, op.image_key, lanes, lane, row, head);
+      const auto* value = in_lane<Element>(op.value, op.image_value, lanes, lane, row, head);
+      if (key != nullptr && !is_zero_in(lanes, lane)) {
+        load_row(key, dims, key_row);
+        load_row(value, dims, value_row);
+      } else {
+        std::memset(key_row, 0, padded * sizeof(Real));
+        std::memset(value_row, 0, padded * sizeof(Real));
+      }
+      for (int64_t d = 0; d < dims; ++d) {
+        scratch.keys[d * lanes.count + lane] = key_row[d];
+        scratch.values[d * lanes.count + lane] = value_row[d];
+      }
+    }
+  }
+
+  void run_piece(Scratch<Real>& scratch, int64_t row, int64_t head, int64_t unit) const {
+    const Lanes<Real>& lanes = scratch.lanes;
+    const int64_t begin = unit % pieces * piece, end = smaller(begin + piece, pixels);
+    std::memset(scratch.grad_keys, 0, lanes.count * padded * sizeof(Real));
+    std::memset(scratch.grad_values, 0, lanes.count * padded * sizeof(Real));
+    std::memset(scratch.grad_bias, 0, lanes.count * sizeof(Real));
+    for (int64_t image = 0; image < op.images; ++image) {
+      scratch.grad_weights[image] = 0;
+      if (out.image_weights.data == nullptr || !has_weights_per_pixel(op)) continue;
+      const int64_t at = ((row * heads + head) * op.images + image) * pixels + begin;
+      std::memset(pixel_weights + at, 0, (end - begin) * sizeof(Real));
+    }
+    for (int64_t first = begin; first < end; first += kBlock) {
+      run_block(scratch, row, head, first, smaller(kBlock, end - first));
+    }
+    put_rows(scratch, scratch.grad_keys, wants_keys(), partial_keys + unit * keys * dims,
+             static_cast<Real>(op.scale));
+    put_rows(scratch, scratch.grad_values, wants_values(), partial_values + unit * keys * dims, 1);
+    if (wants_bias()) {
+      Real* to = partial_bias + unit * keys;
+      std::memset(to, 0, keys * sizeof(Real));
+      for (int64_t lane = 0; lane < lanes.count; ++lane) {
+        if (lanes.source[lane] >= 0) to[lanes.source[lane]] = scratch.grad_bias[lane];
+      }
+    }
+    if (out.image_weights.data != nullptr && !has_weights_per_pixel(op)) {
+      std::memcpy(partial_weights + unit * op.images, scratch.grad_weights,
+                  op.images * sizeof(double));
+    }
+  }
+
+  // From lanes to keys; those without a lane get zeros.
+  void put_rows(const Scratch<Real>& scratch, const Real* from, bool is_wanted, Real* to,
+                Real factor) const {
+    if (!is_wanted) return;
+    std::memset(to, 0, keys * dims * sizeof(Real));
+    for (int64_t lane = 0; lane < scratch.lanes.count; ++lane) {
+      const int64_t key = scratch.lanes.source[lane];
+      for (int64_t d = 0; key >= 0 && d < dims; ++d) {
+        to[key * dims + d] = from[lane * padded + d] * factor;
+      }
+    }
+  }
+
+  void load_pixels(const Tensor<4>& tensor, int64_t row, int64_t head, int64_t first, int64_t count,
+                   Real* to) const {
+    for (int64_t i = 0; i < kBlock; ++i) {
+      if (i < count && tensor.data != nullptr) {
+        load_row(row_of<Element>(tensor, row, first + i, head), dims, to + i * padded);
+      } else {
+        std::memset(to + i * padded, 0, padded * sizeof(Real));
+      }
+    }
+  }
+
+  void run_block(Scratch<Real>& scratch, int64_t row, int64_t head, int64_t first,
+                 int64_t count) const {
+    using Step = Single<Real>;
+    const Lanes<Real>& lanes = scratch.lanes;
+    const int64_t vectors = lanes.count / width, padded_vectors = padded / width;
+    load_pixels(op.query, row, head, first, count, scratch.queries);
+    load_pixels(out.grad_out, row, head, first, count, scratch.grads);
+    multiply<Step>(
+        {scratch.queries, padded, 1, scratch.keys, lanes.count, dims, scratch.scores, lanes.count},
+        kBlock, vectors);
+
+    Softmax<Step> softmax = {
+        &lanes, static_cast<Real>(op.scale * kLog2e), scratch.scores, scratch.shares, nullptr, 0,
+        nullptr};
+    if (has_weights_per_pixel(op)) {
+      load_weights(op, lanes, row, first, count, scratch.weights);
+      softmax.weights = scratch.weights;
+      softmax.weights_row = lanes.count + width;
+    } else if (op.image_weights.data != nullptr) {
+      softmax.weights = lanes.weights;
+    }
+    if (op.query_regions.data != nullptr) {
+      load_regions(op, row, first, count, scratch.pixel_regions);
+      softmax.pixel_regions = scratch.pixel_regions;
+    }
+    soften(softmax);
+
+    multiply<Step>(
+        {scratch.grads, padded, 1, scratch.values, lanes.count, dims, scratch.slopes, lanes.count},
+        kBlock, vectors);
+    for (int64_t i = 0; i < kBlock; ++i) {
+      weigh(scratch, softmax, row, head, first, i, i < count);
+      if (i < count) add_readout(scratch, row, head, first, i);
+      slope(scratch, softmax, i);
+    }
+
+    if (out.query.data != nullptr) {
+      multiply<Step>({scratch.slopes, lanes.count, 1, scratch.key_rows, padded, lanes.count,
+                      scratch.grad_queries, padded},
+                     kBlock, padded_vectors);
+      for (int64_t i = 0; i < count; ++i) {
+        Real* grad = scratch.grad_queries + i * padded;
+        for (int64_t d = 0; d < padded; ++d) grad[d] *= static_cast<Real>(op.scale);
+        store_row(grad, dims, row_of<Element>(out.query, row, first + i, head));
+      }
+    }
+    if (wants_keys()) {
+      multiply<Step, true>({scratch.slopes, 1, lanes.count, scratch.queries, padded, kBlock,
+                            scratch.grad_keys, padded},
+                           lanes.count, padded_vectors);
+    }
+    if (wants_values() && out.grad_out.data != nullptr) {
+      multiply<Step, true>({scratch.shares, 1, lanes.count, scratch.grads, padded, kBlock,
+                            scratch.grad_values, padded},
+                           lanes.count, padded_vectors);
+    }
+  }
+
+  // The image streams' dP = w (dO . V), and dw = sum of P (dO . V).
+  void weigh(Scratch<Real>& scratch, const Softmax<Single<Real>>& softmax, int64_t row,
+             int64_t head, int64_t first, int64_t i, bool is_inside) const {
+    if (softmax.weights == nullptr) return;
+    const Lanes<Real>& lanes = scratch.lanes;
+    const Real* p = scratch.scores + i * lanes.count;
+    const Real* weights = softmax.weights + i * softmax.weights_row;
+    Real* slopes = scratch.slopes + i * lanes.count;
+    for (int64_t index = 0; index < lanes.groups; ++index) {
+      const Group& group = lanes.group[index];
+      if (!group.is_image) continue;
+      const int64_t end = group.first + group.vectors * width;
+      Full<Real> sum{};
+      for (int64_t lane = group.first; lane < end; lane += width) {
+        const auto w = widen<width>(weights + lane);
+        const auto slope = widen<width>(slopes + lane);
+        sum += widen<width>(p + lane) * slope;
+        write_bits(slopes + lane, w == 0 ? Full<Real>{} : w * slope);
+      }
+      if (out.image_weights.data == nullptr || !is_inside) continue;
+      sum = over_groups<Real>(sum, group.span, [](Full<Real> a, Full<Real> b) { return a + b; });
+      Real sums[width];
+      write_bits(sums, sum);
+      const int64_t step = group.vectors > 1 ? width : group.span;
+      for (int64_t lane = 0; lane < width; lane += step) {
+        const int64_t image = lanes.stream[group.first + lane];
+        if (image < 0) continue;
+        // Of a stream that is switched off only what is finite is seen.
+        const bool is_off = weights[group.first + lane] == 0;
+        const Real grad = is_off && sums[lane] - sums[lane] != 0 ? 0 : sums[lane];
+        if (has_weights_per_pixel(op)) {
+          pixel_weights[((row * heads + head) * op.images + image) * pixels + first + i] = grad;
+        } else {
+          scratch.grad_weights[image] += static_cast<double>(grad);
+        }
+      }
+    }
+  }
+
+  void add_readout(Scratch<Real>& scratch, int64_t row, int64_t head, int64_t first,
+                   int64_t i) const {
+    const Lanes<Real>& lanes = scratch.lanes;
+    const bool is_sum = op.readout_weights.data != nullptr;
+    const int64_t* strides = op.readout_weights.strides;
+    for (int64_t m = 0; m < reads; ++m) {
+      const int32_t lane = lanes.read_at[m];
+      const Real* grads = row_of<Real>(out.grad_readout, row, head, is_sum ? 0 : first + i);
+      Real grad = grads[m * out.grad_readout.strides[3]];
+      if (out.readout_weights.data != nullptr) {
+        pixel_reads[((row * heads + head) * pixels + first + i) * reads + m] =
+            lane < 0 ? 0 : grad * scratch.scores[i * lanes.count + lane];
+      }
+      if (lane < 0) continue;
+      if (is_sum) {
+        Real weight;
+        load_side(op.readout_weights.data, op.readout_weights.type,
+                  row * strides[0] + (first + i) * strides[1] + m * strides[2], 0, 1, &weight);
+        grad *= weight;
+      }
+      scratch.slopes[i * lanes.count + lane] += grad;
+    }
+  }
+
+  // From dP to the scores' gradient P (dP - sum P dP), and its sum over pixels: the bias' own.
+  void slope(Scratch<Real>& scratch, const Softmax<Single<Real>>& softmax, int64_t i) const {
+    const Lanes<Real>& lanes = scratch.lanes;
+    const Real* p = scratch.scores + i * lanes.count;
+    Real* slopes = scratch.slopes + i * lanes.count;
+    for (int64_t index = 0; index < lanes.groups; ++index) {
+      const Group& group = lanes.group[index];
+      const int64_t end = group.first + group.vectors * width;
+      Full<Real> mean{};
+      for (int64_t lane = group.first; lane < end; lane += width) {
+        mean += widen<width>(p + lane) * widen<width>(slopes + lane);
+      }
+      mean = over_groups<Real>(mean, group.span, [](Full<Real> a, Full<Real> b) { return a + b; });
+      for (int64_t lane = group.first; lane < end; lane += width) {
+        auto slope = widen<width>(p + lane) * (widen<width>(slopes + lane) - mean);
+        Integers<Real> is_met = Integers<Real>{} - 1;
+        if (group.is_image && softmax.weights != nullptr) {
+          const auto w = widen<width>(softmax.weights + i * softmax.weights_row + lane);
+          is_met = (w != 0) | read_bits<Integer, width>(scratch.is_reached + lane);
+        } else if (!group.is_image && softmax.pixel_regions != nullptr) {
+          const auto regions = read_bits<Integer, width>(lanes.regions + lane);
+          is_met = (regions & softmax.pixel_regions[i]) != 0;
+        }
+        slope = is_met ? slope : Full<Real>{};
+        write_bits(slopes + lane, slope);
+        write_bits(scratch.grad_bias + lane, widen<width>(scratch.grad_bias + lane) + slope);
+        if (lanes.has_broken) {
+          Real* shares = scratch.shares + i * lanes.count + lane;
+          write_bits(shares, is_met ? widen<width>(shares) : Full<Real>{});
+        }
+      }
+    }
+  }
+
+  static void put_side(void* data, DataType type, int64_t index, double value) {
+    Real number[width] = {static_cast<Real>(value)};
+    switch (type) {
+      case DataType::float64: static_cast<double*>(data)[index] = value; break;
+      case DataType::float32: static_cast<float*>(data)[index] = static_cast<float>(value); break;
+      case DataType::float16: put_half(static_cast<Float16*>(data) + index, number); break;
+      default: put_half(static_cast<Bfloat16*>(data) + index, number);
+    }
+  }
+
+  template <class Half>
+  static void put_half(Half* to, const Real* number) {
+    if constexpr (sizeof(Real) == 4) store_row(number, 1, to);
+  }
+
+  // Sums over pieces, and over heads where heads share a number, in order.
+  void add_key(int64_t row, int64_t key) const {
+    const bool is_text = key < text;
+    const int64_t index = is_text ? key : key - text;
+    const auto& grad_key = is_text ? out.key : out.image_key;
+    const auto& grad_value = is_text ? out.value : out.image_value;
+    const auto& grad_bias = is_text ? out.key_bias : out.image_key_bias;
+    double bias = 0;
+    for (int64_t head = 0; head < heads; ++head) {
+      const int64_t first = (row * heads + head) * pieces;
+      if (grad_key.data != nullptr) {
+        add_row(partial_keys, first, key, row_of<Element>(grad_key, row, index, head));
+      }
+      if (grad_value.data != nullptr) {
+        add_row(partial_values, first, key, row_of<Element>(grad_value, row, index, head));
+      }
+      for (int64_t i = 0; grad_bias.data != nullptr && i < pieces; ++i) {
+        bias += static_cast<double>(partial_bias[(first + i) * keys + key]);
+      }
+    }
+    if (grad_bias.data != nullptr) {
+      put_side(grad_bias.data, grad_bias.type, row * grad_bias.sizes[1] + index, bias);
+    }
+  }
+
+  void add_row(const Real* partial, int64_t first, int64_t key, Element* to) const {
+    alignas(64) Real sum[kMaxHeadDim] = {};
+    for (int64_t i = 0; i < pieces; ++i) {
+      const Real* from = partial + ((first + i) * keys + key) * dims;
+      for (int64_t d = 0; d < dims; ++d) sum[d] += from[d];
+    }
+    store_row(sum, dims, to);
+  }
+
+  void add_weights(int64_t row) const {
+    const auto& weights = out.image_weights;
+    const bool is_wanted = weights.data != nullptr && weights.sizes[2] > 0;
+    for (int64_t image = 0; is_wanted && image < op.images; ++image) {
+      if (has_weights_per_pixel(op)) {
+        for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+          double sum = 0;
+          for (int64_t head = 0; head < heads; ++head) {
+            sum += static_cast<double>(
+                pixel_weights[((row * heads + head) * op.images + image) * pixels + pixel]);
+          }
+          put_side(weights.data, weights.type, (row * op.images + image) * pixels + pixel, sum);
+        }
+      } else {
+        double sum = 0;
+        for (int64_t i = 0; i < heads * pieces; ++i) {
+          sum += partial_weights[(row * heads * pieces + i) * op.images + image];
+        }
+        put_side(weights.data, weights.type, row * op.images + image, sum);
+      }
+    }
+    const auto& reading = out.readout_weights;
+    for (int64_t i = 0; reading.data != nullptr && i < pixels * reads; ++i) {
+      double sum = 0;
+      for (int64_t head = 0; head < heads; ++head) {
+        sum += static_cast<double>(pixel_reads[(row * heads + head) * pixels * reads + i]);
+      }
+      put_side(reading.data, reading.type, row * pixels * reads + i, sum);
+    }
+  }
+
+  const LocalizedAttentionBackward& out;
+  const LocalizedAttention& op;
+  const int64_t rows, pixels, heads, dims, padded, piece, pieces, units, text, keys, reads;
+  Real *partial_keys, *partial_values;  // [units, T + L, D]
+  Real* partial_bias;                   // [units, T + L]
+  double* partial_weights;              // [units, images]
+  Real* pixel_weights;                  // [B, H, images, N]
+  Real* pixel_reads;                    // [B, H, N, M]
+};
+
+// A gradient that is asked for has the sizes and the type of what it belongs to.
+template <int rank>
+Status validate_like(const Tensor<rank, void>& grad, const Tensor<rank>& input) {
+  if (grad.data == nullptr) return Status::ok;
+  if (grad.type != input.type) return Status::unsupported_type;
+  return has_sizes(grad, input.sizes) ? Status::ok : Status::shape_mismatch;
+}
+
+Status validate(const LocalizedAttentionBackward& out) {
+  const LocalizedAttention& op = out.op;
+  if (out.grad_out.data != nullptr) {
+    if (out.grad_out.type != op.query.type) return Status::unsupported_type;
+    if (!has_sizes(out.grad_out, op.query.sizes) || !has_rows(out.grad_out)) {
+      return Status::shape_mismatch;
+    }
+  }
+  if (out.grad_readout.data != nullptr) {
+    const Status status = validate_readout(op, out.grad_readout);
+    if (status != Status::ok) return status;
+  }
+  const auto& weights = out.image_weights;
+  if (weights.data != nullptr) {
+    const int64_t* sizes = op.query.sizes;
+    const int64_t pixels = has_weights_per_pixel(op) ? sizes[1] : smaller(1, weights.sizes[2]);
+    if (weights.type != op.image_weights.type) return Status::unsupported_type;
+    if (!has_sizes(weights, {sizes[0], op.images, pixels})) return Status::shape_mismatch;
+  }
+  const Status found[] = {validate_inputs(op),
+                          validate_like(out.query, op.query),
+                          validate_like(out.key, op.key),
+                          validate_like(out.value, op.value),
+                          validate_like(out.key_bias, op.key_bias),
+                          validate_like(out.image_key, op.image_key),
+                          validate_like(out.image_value, op.image_value),
+                          validate_like(out.image_key_bias, op.image_key_bias),
+                          validate_like(out.readout_weights, op.readout_weights)};
+  for (const Status status : found) {
+    if (status != Status::ok) return status;
+  }
+  return Status::ok;
+}
+
+}  // namespace
+
+Status localized_attention_backward(const LocalizedAttentionBackward& backward, int threads) {
+  const Status status = validate(backward);
+  if (status != Status::ok) return status;
+  switch (backward.op.query.type) {
+    case DataType::float32: return Backward<float>(backward).run(threads);
+    case DataType::float64: return Backward<double>(backward).run(threads);
+    case DataType::float16: return Backward<Float16>(backward).run(threads);
+    case DataType::bfloat16: return Backward<Bfloat16>(backward).run(threads);
+    default: return Status::unsupported_type;
+  }
+}
+
+}  // namespace keylock::KEYLOCK_ISA

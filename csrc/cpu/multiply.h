@@ -1,0 +1,113 @@
+// The matrix product that attention is made of: c[rows, columns] = a[rows, depth] b[depth,
+// columns], operands in scratch memory, in cache. Each sum runs over the depth in order, wherever
+// its element lies: what a row of a gives depends on that row alone.
+#pragma once
+
+#include "vector.h"
+
+namespace keylock::KEYLOCK_ISA {
+namespace {
+
+constexpr bool kWide = KEYLOCK_VECTOR_BYTES == 64;  // and thus 32 vector registers
+constexpr int kTileRows = 4;                        // of a, per register tile
+constexpr int kTileVectors = kWide ? 6 : 3;         // of b, per register tile
+
+// How products are formed: of `Operand`s, each `kDepth` numbers along the depth, into `Real`s.
+template <class Scalar>
+struct Single {
+  using Real = Scalar;
+  using Operand = Scalar;
+  static constexpr int kDepth = 1;
+
+  static void add(Full<Real>& sum, Full<Operand> a, Full<Operand> b) { sum += a * b; }
+};
+
+#if defined(__AVX512BF16__)
+#define KEYLOCK_HAVE_PAIRS
+// Two bfloat16 numbers at a time. Products are exact, sums in float; subnormal numbers count as 0.
+struct Pairs {
+  using Real = float;
+  using Operand = int32_t;
+  static constexpr int kDepth = 2;
+
+  static void add(Full<Real>& sum, Full<Operand> a, Full<Operand> b) {
+    sum = _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+  }
+};
+#endif
+
+template <class Step>
+struct Product {
+  const typename Step::Operand* a;
+  int64_t a_row, a_depth;  // strides: a may lie transposed
+  const typename Step::Operand* b;
+  int64_t b_depth;
+  int64_t depth;
+  typename Step::Real* c;
+  int64_t c_row;
+};
+
+template <class Step, int vectors, bool is_added>
+inline void multiply_tile(const Product<Step>& product, int64_t row, int64_t column) {
+  using Operand = typename Step::Operand;
+  using Real = typename Step::Real;
+  constexpr int lanes = kLanes<Real>;
+  const Operand* a = product.a + row * product.a_row;
+  const Operand* b = product.b + column;
+  Real* c = product.c + row * product.c_row + column;
+  Full<Real> sums[kTileRows][vectors] = {};
+  for (int64_t k = 0; k < product.depth; ++k) {
+    Full<Operand> right[vectors];
+#pragma GCC unroll 8
+    for (int j = 0; j < vectors; ++j) right[j] = read_bits<Operand, lanes>(b + j * lanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < kTileRows; ++i) {
+      const Full<Operand> left = all(read_one(a + i * product.a_row));
+#pragma GCC unroll 8
+      for (int j = 0; j < vectors; ++j) Step::add(sums[i][j], left, right[j]);
+    }
+    a += product.a_depth;
+    b += product.b_depth;
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kTileRows; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < vectors; ++j) {
+      Real* to = c + i * product.c_row + j * lanes;
+      write_bits(to, is_added ? read_bits<Real, lanes>(to) + sums[i][j] : sums[i][j]);
+    }
+  }
+}
+
+template <class Step, int vectors, bool is_added>
+void multiply_columns(const Product<Step>& product, int64_t rows, int64_t column) {
+  for (int64_t row = 0; row < rows; row += kTileRows) {
+    multiply_tile<Step, vectors, is_added>(product, row, column);
+  }
+}
+
+// `rows` is rounded up to whole tiles, and `vectors` counts b's columns in vectors: what lies
+// beyond in a, b and c is read and written, and so must exist.
+template <class Step, bool is_added = false>
+void multiply(const Product<Step>& product, int64_t rows, int64_t vectors) {
+  constexpr int lanes = kLanes<typename Step::Real>;
+  int64_t done = 0;
+  for (int64_t passes = divide_up(vectors, kTileVectors); passes > 0; --passes) {
+    const int64_t now = divide_up(vectors - done, passes);  // even shares: a lone vector is slow
+    const int64_t column = done * lanes;
+    switch (now) {
+      case 1: multiply_columns<Step, 1, is_added>(product, rows, column); break;
+      case 2: multiply_columns<Step, 2, is_added>(product, rows, column); break;
+      case 3: multiply_columns<Step, 3, is_added>(product, rows, column); break;
+#if KEYLOCK_VECTOR_BYTES == 64
+      case 4: multiply_columns<Step, 4, is_added>(product, rows, column); break;
+      case 5: multiply_columns<Step, 5, is_added>(product, rows, column); break;
+      case 6: multiply_columns<Step, 6, is_added>(product, rows, column); break;
+#endif
+    }
+    done += now;
+  }
+}
+
+}  // namespace
+}  // namespace keylock::KEYLOCK_ISA
