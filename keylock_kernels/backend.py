@@ -215,5 +215,6 @@ def _explain(op: str, device: str) -> list[str]:
         if not entry.chosen_float64:
             lines.append("    auto passes it over for float64 inputs, where exactness is what is wanted")
     absent = [name for name in BACKENDS[1:] if name not in {entry.backend for entry in candidates}]
-    lines.append(f"  no implementation of this op: {', '.join(absent)}")
+    if absent:
+        lines.append(f"  no implementation of this op: {', '.join(absent)}")
     return lines
