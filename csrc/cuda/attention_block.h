@@ -143,8 +143,9 @@ struct AttentionBlock {
         is_broken |= !is_finite<T>(*shared_cast<Chunk>(keys + (t * kStride + c))) ||
                      !is_finite<T>(*shared_cast<Chunk>(values + (t * kStride + c)));
       }
+      const bool is_hidden =
+          bias[t] == minus_infinity();  // seen by all lanes before one changes it
       is_broken = any(is_broken);
-      const bool is_hidden = bias[t] == minus_infinity();
       if (!is_broken && !is_hidden) continue;
       for (int c = lane_index() * kChunk<T>; c < kColumns; c += kWarp * kChunk<T>) {
         *shared_cast<Chunk>(keys + (t * kStride + c)) = Chunk{};
