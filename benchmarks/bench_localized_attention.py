@@ -33,7 +33,7 @@ SCALE = 0.6  # of an image prompt
 GPU = DEVICE.type == "cuda"
 LEVELS = [s for s in SHAPES if GPU or s.model in ("sd1.5", "sdxl") and s.pixels >= 256]
 LEVELS = [s for s in SHAPES if s.model == "sd1.5" and s.pixels == 64] if QUICK else LEVELS
-BATCHES = (1, 8, 32) if GPU and not QUICK else (2,)
+BATCHES = (2,) if QUICK else (1, 8, 32) if GPU else (2, 8)
 
 over_dtypes = pytest.mark.parametrize("dtype", dtypes(), ids=dtype_name)
 over_rows = pytest.mark.parametrize("rows", BATCHES, ids="B{}".format)
@@ -244,7 +244,7 @@ def test_text_only(level, rows, dtype, compare):
 @over_rows
 @over_levels
 @pytest.mark.parametrize(
-    ("images", "tokens"), [(1, 4), (2, 16), (4, 4), (4, 16), (8, 4)] if GPU else [(2, 16), (4, 16)], ids=str
+    ("images", "tokens"), [(1, 4), (2, 16), (4, 4), (4, 16), (8, 4)] if GPU else [(2, 4), (4, 4), (4, 16)], ids=str
 )
 def test_image_streams(images, tokens, level, rows, dtype, compare):
     peers = [

@@ -95,7 +95,51 @@ def table(results: list[dict[str, Any]], machine: dict[str, Any]) -> list[str]:
     ]
     for result in results:
         lines += ["", *_block(result, machine["rates"])]
-    return lines
+    return [*lines, "", *_summary(results)]
+
+
+def _summary(results: list[dict[str, Any]]) -> list[str]:
+    """A line a case: what "auto" takes, how many times faster than the strongest peer, and its time over the floor."""
+    lines = []
+    for result in results:
+        times = _times(result)
+        first = next((row["contestant"] for row in result["rows"] if row["kind"] == "library"), None)
+        if first not in times:
+            continue
+        peer, floor, noise = _strongest_peer(result), _floor(result), _noise(result)
+        cells = [f"{times[peer] / times[first]:.2f}" if peer in times else "", peer or ""]
+        cells += [
+            f"{times[first] / times[floor]:.2f}" if floor in times else "",
+            "" if noise is None else f"{noise:.0%}",
+        ]
+        lines.append([result["case"], first, *cells])
+    heads = ["case", "backend", "faster", "than", "x floor", "noise"]
+    widths = [max(len(line[i]) for line in [heads, *lines]) for i in range(len(heads))]
+    return ["  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)) for line in [heads, *lines]]
+
+
+def _times(result: dict[str, Any]) -> dict[str, float]:
+    return {row["contestant"]: row["seconds"] for row in result["rows"] if row["seconds"] is not None}
+
+
+def _strongest_peer(result: dict[str, Any]) -> str | None:
+    times = _times(result)
+    peers = [row["contestant"] for row in result["rows"] if row["kind"] == "peer" and row["contestant"] in times]
+    return min(peers, key=times.__getitem__, default=None)
+
+
+def _floor(result: dict[str, Any]) -> str | None:
+    return next((row["contestant"] for row in result["rows"] if row["kind"] == "floor"), None)
+
+
+def _noise(result: dict[str, Any]) -> float | None:
+    """How far apart the same backend, timed twice, came out."""
+    times = _times(result)
+    for row in result["rows"]:
+        first = row["contestant"].removesuffix(", again")
+        if row["kind"] == "again" and {row["contestant"], first} <= set(times):
+            return abs(times[row["contestant"]] / times[first] - 1)
+    return None
 
 
 def _counted_floor(result: dict[str, Any], rates: dict[str, float]) -> float | None:
@@ -108,10 +152,7 @@ def _counted_floor(result: dict[str, Any], rates: dict[str, float]) -> float | N
 
 def _block(result: dict[str, Any], rates: dict[str, float]) -> list[str]:
     rows = result["rows"]
-    times = {row["contestant"]: row["seconds"] for row in rows if row["seconds"] is not None}
-    peers = [row["contestant"] for row in rows if row["kind"] == "peer" and row["contestant"] in times]
-    peer = min(peers, key=times.__getitem__, default=None)
-    floor = next((row["contestant"] for row in rows if row["kind"] == "floor"), None)
+    times, peer, floor, noise = _times(result), _strongest_peer(result), _floor(result), _noise(result)
     title = [result["case"]]
     if result["bytes"] is not None:
         title.append(f"{result['bytes'] / 1e6:.1f} MB")
@@ -121,10 +162,8 @@ def _block(result: dict[str, Any], rates: dict[str, float]) -> list[str]:
     if counted is not None:
         title.append(f"counted floor {_time(counted)}")
     title += [f"{result['input_sets']} input sets", f"{result['rounds']} rounds"]
-    for row in rows:
-        first = row["contestant"].removesuffix(", again")
-        if row["kind"] == "again" and {row["contestant"], first} <= set(times):
-            title.append(f"noise {abs(times[row['contestant']] / times[first] - 1):.0%}")
+    if noise is not None:
+        title.append(f"noise {noise:.0%}")
     on_gpu = any(row["host_seconds"] is not None for row in rows)
     width = max(len(_label(row)) for row in rows)
     heads = ["time", *(["host"] if on_gpu else []), "x peer", "x floor", "GB/s", "GFLOP/s"]

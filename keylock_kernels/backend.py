@@ -110,7 +110,11 @@ def _cuda(op: str, summary: str) -> Implementation:
 # Fastest first: "auto" takes the first that is willing and able.
 IMPLEMENTATIONS = (
     Implementation(
-        "rank_one_linear", "native", "torch GEMM, then the C++ update", devices=("cpu",), missing=_native_missing
+        "rank_one_linear",
+        "native",
+        "C++; without AVX-512 torch's GEMM, then the C++ update",
+        devices=("cpu",),
+        missing=_native_missing,
     ),
     Implementation(
         "rank_one_linear",
@@ -136,7 +140,12 @@ IMPLEMENTATIONS = (
     _cuda("rank_one_update", "one CUDA C++ kernel"),
     Implementation("rank_one_update", "eager", "plain torch, one product per row"),
     Implementation(
-        "localized_attention", "native", "C++, all streams in one pass", devices=("cpu",), missing=_native_missing
+        "localized_attention",
+        "native",
+        "C++, all streams in one pass",
+        devices=("cpu",),
+        missing=_native_missing,
+        chosen_float64=False,
     ),
     Implementation(
         "localized_attention",

@@ -11,11 +11,12 @@
 #include "multiply.h"
 #include "scratch.h"
 #include "shapes.h"
+#include "transpose.h"
 
 namespace keylock::KEYLOCK_ISA {
 namespace {
 
-constexpr int64_t kBlock = 16;  // pixels whose scores are held at once
+constexpr int64_t kBlock = 32;  // pixels whose scores are held at once
 constexpr int64_t kMaxHeadDim = 256;
 constexpr int64_t kSerialProducts = 1 << 20;  // below this, waking threads costs more than it saves
 constexpr double kLog2e = 1.4426950408889634;
@@ -260,6 +261,88 @@ void find_broken(const LocalizedAttention& op, int64_t row, int64_t head, Lanes<
 template <class Real>
 bool is_zero_in(const Lanes<Real>& lanes, int64_t lane) {
   return lanes.has_broken && lanes.broken[lane] != 0;
+}
+
+// A row of a tensor as operands along the depth, numbers or pairs of them, and zeros up to
+// `padded`.
+template <class Real, class Element>
+inline void load_operands(const Element* from, int64_t count, int64_t, Real* to) {
+  load_row(from, count, to);
+}
+template <class Element>
+inline void load_operands(const Element* from, int64_t count, int64_t padded, int32_t* to) {
+  std::memcpy(to, from, count * sizeof(Element));
+  std::memset(reinterpret_cast<Element*>(to) + count, 0,
+              padded * sizeof(int32_t) - count * sizeof(Element));
+}
+
+// Two rows of bfloat16 numbers as one of pairs; a null row is one of zeros.
+inline void pair_rows(const Bfloat16* low, const Bfloat16* high, int64_t count, int64_t padded,
+                      int32_t* to) {
+  alignas(64) Bfloat16 rows[2][kMaxHeadDim + kLanes<int32_t>] = {};
+  if (low != nullptr) std::memcpy(rows[0], low, count * sizeof(Bfloat16));
+  if (high != nullptr) std::memcpy(rows[1], high, count * sizeof(Bfloat16));
+  constexpr int lanes = kLanes<int32_t>;
+  for (int64_t i = 0; i < padded; i += lanes) {
+    const auto bits = [&](const Bfloat16* row) {
+      return __builtin_convertvector(read_bits<uint16_t, lanes>(row + i), Full<int32_t>);
+    };
+    write_bits(to + i, bits(rows[0]) | bits(rows[1]) << 16);
+  }
+}
+
+// One (row, head)'s keys or values, lane by lane; `is_met` says of a lane whether to read it.
+template <class Element>
+struct InLanes {
+  const Tensor<4>& text;
+  const Tensor<4>& images;
+  int64_t row, head;
+};
+
+// [depth, lanes], transposed.
+template <class Step, class Element, class Real, class IsMet>
+void pack_columns(const InLanes<Element>& from, const Lanes<Real>& lanes, IsMet is_met,
+                  typename Step::Operand* to) {
+  using Operand = typename Step::Operand;
+  constexpr int64_t width = kLanes<Real>;
+  const int64_t dims = from.text.sizes[3], depth = divide_up(dims, Step::kDepth);
+  const int64_t padded = round_up(depth, width);
+  alignas(64) Operand rows[width * kMaxHeadDim];
+  for (int64_t first = 0; first < lanes.count; first += width) {
+    for (int64_t i = 0; i < width; ++i) {
+      const auto* row =
+          in_lane<Element>(from.text, from.images, lanes, first + i, from.row, from.head);
+      if (row != nullptr && is_met(first + i)) {
+        load_operands(row, dims, padded, rows + i * padded);
+      } else {
+        std::memset(rows + i * padded, 0, padded * sizeof(Operand));
+      }
+    }
+    for (int64_t k = 0; k < depth; k += width) {
+      transpose(rows + k, padded, to + k * lanes.count + first, lanes.count);
+    }
+  }
+}
+
+// [lanes / kDepth, padded head dimension].
+template <class Step, class Element, class Real, class IsMet>
+void pack_rows(const InLanes<Element>& from, const Lanes<Real>& lanes, IsMet is_met,
+               typename Step::Operand* to) {
+  const int64_t dims = from.text.sizes[3], padded = round_up(dims, kLanes<Real>);
+  const auto row_in = [&](int64_t lane) {
+    return is_met(lane) ? in_lane<Element>(from.text, from.images, lanes, lane, from.row, from.head)
+                        : nullptr;
+  };
+  for (int64_t lane = 0; lane < lanes.count; lane += Step::kDepth, to += padded) {
+    const Element* row = row_in(lane);
+    if constexpr (Step::kDepth == 2) {
+      pair_rows(row, row_in(lane + 1), dims, padded, to);
+    } else if (row != nullptr) {
+      load_row(row, dims, to);
+    } else {
+      std::memset(to, 0, padded * sizeof(Real));
+    }
+  }
 }
 
 // Each lane's weight in `count` pixels from `first` on: [kBlock, lanes and a vector to spare].

@@ -8,18 +8,6 @@
 namespace keylock::KEYLOCK_ISA {
 namespace {
 
-// Rows of query or key as operands along the depth: numbers, or pairs of them.
-template <class Real, class Element>
-inline void load_operands(const Element* from, int64_t count, int64_t, Real* to) {
-  load_row(from, count, to);
-}
-template <class Element>
-inline void load_operands(const Element* from, int64_t count, int64_t padded, int32_t* to) {
-  std::memcpy(to, from, count * sizeof(Element));
-  std::memset(reinterpret_cast<Element*>(to) + count, 0,
-              padded * sizeof(int32_t) - count * sizeof(Element));
-}
-
 template <class Step>
 struct Scratch {
   using Real = typename Step::Real;
@@ -110,56 +98,16 @@ class Forward {
     return scratch;
   }
 
-  // Keys and values of a (row, head), lane by lane. A stream whose weight is 0 may have a lane, to
-  // be read out; its values are never met.
+  // A stream whose weight is 0 may have lanes, to be read out; its values are never met.
   void pack(Scratch<Step>& scratch, int64_t row, int64_t head) const {
     Lanes<Real>& lanes = scratch.lanes;
     lanes.has_broken = false;
     if (hides_by_pixel(op)) find_broken<Element>(op, row, head, lanes);
-    alignas(64) Operand rows_of_keys[width][kMaxHeadDim];
-    for (int64_t first = 0; first < lanes.count; first += width) {
-      for (int lane = 0; lane < width; ++lane) {
-        const auto* key = in_lane<Element>(op.key, op.image_key, lanes, first + lane, row, head);
-        if (key != nullptr && !is_zero_in(lanes, first + lane)) {
-          load_operands(key, dims, depth_stride, rows_of_keys[lane]);
-        } else {
-          std::memset(rows_of_keys[lane], 0, depth_stride * sizeof(Operand));
-        }
-      }
-      for (int64_t d = 0; d < depth; ++d) {
-        Operand* to = scratch.keys + d * lanes.count + first;
-        for (int lane = 0; lane < width; ++lane) to[lane] = rows_of_keys[lane][d];
-      }
-    }
-    for (int64_t lane = 0; lane < lanes.count; lane += Step::kDepth) {
-      pack_values(scratch, lane, row, head, scratch.values + lane / Step::kDepth * padded);
-    }
-  }
-
-  const Element* value_in(const Scratch<Step>& scratch, int64_t lane, int64_t row,
-                          int64_t head) const {
-    const bool is_silent = scratch.lanes.weights[lane] == 0 || is_zero_in(scratch.lanes, lane);
-    return is_silent ? nullptr
-                     : in_lane<Element>(op.value, op.image_value, scratch.lanes, lane, row, head);
-  }
-
-  void pack_values(const Scratch<Step>& scratch, int64_t lane, int64_t row, int64_t head,
-                   Operand* to) const {
-    const Element* value = value_in(scratch, lane, row, head);
-    if constexpr (Step::kDepth == 1) {
-      if (value != nullptr) {
-        load_row(value, dims, to);
-      } else {
-        std::memset(to, 0, padded * sizeof(Operand));
-      }
-    } else {
-      const Element* next = value_in(scratch, lane + 1, row, head);
-      for (int64_t d = 0; d < padded; ++d) {
-        const uint32_t low = value != nullptr && d < dims ? static_cast<uint32_t>(value[d]) : 0;
-        const uint32_t high = next != nullptr && d < dims ? static_cast<uint32_t>(next[d]) : 0;
-        to[d] = static_cast<int32_t>(low | high << 16);
-      }
-    }
+    const auto is_whole = [&](int64_t lane) { return !is_zero_in(lanes, lane); };
+    const auto is_heard = [&](int64_t lane) { return is_whole(lane) && lanes.weights[lane] != 0; };
+    pack_columns<Step, Element>({op.key, op.image_key, row, head}, lanes, is_whole, scratch.keys);
+    pack_rows<Step, Element>({op.value, op.image_value, row, head}, lanes, is_heard,
+                             scratch.values);
   }
 
   void attend(Scratch<Step>& scratch, int64_t row, int64_t head, int64_t unit) const {

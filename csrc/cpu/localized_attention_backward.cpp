@@ -4,33 +4,55 @@
 // Work is cut as in the forward pass: pieces of one (row, head)'s pixels, a block of them at a
 // time. Probabilities are computed again; nothing of the size of pixels times keys is stored. What
 // is summed over pixels is summed per piece, and over pieces and heads at the end, in order.
+#include <type_traits>
+
 #include "attention.h"
 
 namespace keylock::KEYLOCK_ISA {
 namespace {
 
-template <class Real>
+template <class Step>
 struct Scratch {
+  using Real = typename Step::Real;
+  using Operand = typename Step::Operand;
   using Integer = typename BitsOf<Real>::Type;
 
   Lanes<Real> lanes;
-  Integer* is_reached;  // [lanes] ones where gradients come even with a weight of 0
-  Real *keys, *values;  // [D, lanes] transposed
-  Real* key_rows;       // [lanes, padded]
-  Real *queries, *grads, *grad_queries;  // [kBlock, padded]
-  Real* scores;                          // [kBlock, lanes] P
-  Real* shares;                          // [kBlock, lanes] P times w
-  Real* slopes;                          // [kBlock, lanes] dP, then the scores' gradient
-  Real* weights;                         // [kBlock, lanes and a vector to spare]
-  Integer* pixel_regions;                // [kBlock]
-  Real *grad_keys, *grad_values;         // [lanes in whole tiles, padded] sums over a piece
-  Real* grad_bias;                       // [lanes]
-  double* grad_weights;                  // [images]
+  Integer* is_reached;               // [lanes] ones where gradients come even with a weight of 0
+  Operand *keys, *values;            // [depth, lanes] transposed
+  Operand* key_rows;                 // [lanes / kDepth, padded]
+  Operand *queries, *grads;          // [kBlock, depth_stride]
+  Operand *query_rows, *grad_rows;   // [kBlock / kDepth, padded] the same, to sum over pixels
+  Real* scores;                      // [kBlock, lanes] P
+  Real* shares;                      // [kBlock, lanes] P times w
+  Real* slopes;                      // [kBlock, lanes] dP, then the scores' gradient
+  Real* weights;                     // [kBlock, lanes and a vector to spare]
+  Operand* slope_operands;           // [kBlock, lanes / kDepth]
+  Operand *slope_rows, *share_rows;  // [kBlock / kDepth, lanes]
+  Real* grad_queries;                // [kBlock, padded]
+  Integer* pixel_regions;            // [kBlock]
+  Real *grad_keys, *grad_values;     // [lanes in whole tiles, padded] sums over a piece
+  Real* grad_bias;                   // [lanes]
+  double* grad_weights;              // [images]
 };
 
-template <class Element>
+#if defined(KEYLOCK_HAVE_PAIRS)
+// Rounds two rows of `count` numbers, whole vectors, into one of pairs.
+inline void pair_rows(const float* low, const float* high, int64_t count, int32_t* to) {
+  constexpr int width = kLanes<float>;
+  for (int64_t i = 0; i < count; i += width) {
+    const auto bits = [&](const float* row) {
+      return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(widen<width>(row + i)));
+    };
+    write_bits(to + i, (Full<int32_t>)bits(low) | (Full<int32_t>)bits(high) << 16);
+  }
+}
+#endif
+
+template <class Element, class Step>
 class Backward {
-  using Real = Accumulator<Element>;
+  using Real = typename Step::Real;
+  using Operand = typename Step::Operand;
   using Integer = typename BitsOf<Real>::Type;
   static constexpr int width = kLanes<Real>;
 
@@ -43,6 +65,8 @@ class Backward {
         heads(op.query.sizes[2]),
         dims(op.query.sizes[3]),
         padded(round_up(dims, width)),
+        depth(divide_up(dims, Step::kDepth)),
+        depth_stride(round_up(depth, width)),
         piece(piece_of(pixels)),
         pieces(divide_up(pixels, piece)),
         units(rows * heads * pieces),
@@ -66,7 +90,7 @@ class Backward {
 #pragma omp parallel num_threads(threads) if (is_parallel)
     {
       Arena arena = {memory + sizes.used * thread_number(), 0};
-      Scratch<Real> scratch = take(arena);
+      Scratch<Step> scratch = take(arena);
       int64_t row = -1, column = -1;
 #pragma omp for schedule(static)
       for (int64_t unit = 0; unit < units; ++unit) {
@@ -91,19 +115,30 @@ class Backward {
   }
 
  private:
-  Scratch<Real> take(Arena& arena) const {
-    Scratch<Real> scratch = {};
+  Scratch<Step> take(Arena& arena) const {
+    Scratch<Step> scratch = {};
     scratch.lanes = Lanes<Real>::take(arena, op);
     const int64_t lanes = scratch.lanes.count;
     scratch.is_reached = arena.take<Integer>(lanes);
     const auto take_into = [&](int64_t count, auto&... matrices) {
-      ((matrices = arena.take<Real>(count)), ...);
+      ((matrices = arena.take<std::remove_reference_t<decltype(*matrices)>>(count)), ...);
     };
-    take_into(lanes * padded, scratch.keys, scratch.values, scratch.key_rows);
+    take_into(depth_stride * lanes, scratch.keys, scratch.values);
+    take_into(lanes * padded, scratch.key_rows);
     take_into((lanes + kTileRows) * padded, scratch.grad_keys, scratch.grad_values);
-    take_into(kBlock * padded, scratch.queries, scratch.grads, scratch.grad_queries);
+    take_into(kBlock * depth_stride, scratch.queries, scratch.grads);
+    take_into(kBlock * padded, scratch.grad_queries);
     take_into(kBlock * (lanes + width), scratch.scores, scratch.shares, scratch.slopes,
               scratch.weights);
+    if constexpr (Step::kDepth == 1) {
+      scratch.query_rows = scratch.queries, scratch.grad_rows = scratch.grads;
+      scratch.slope_operands = scratch.slope_rows = scratch.slopes;
+      scratch.share_rows = scratch.shares;
+    } else {
+      take_into(kBlock * padded, scratch.query_rows, scratch.grad_rows);
+      take_into(kBlock * (lanes + width), scratch.slope_operands, scratch.slope_rows,
+                scratch.share_rows);
+    }
     scratch.pixel_regions = arena.take<Integer>(kBlock);
     scratch.grad_bias = arena.take<Real>(lanes);
     scratch.grad_weights = arena.take<double>(op.images);
@@ -129,7 +164,7 @@ class Backward {
   }
 
   // A stream with a weight of 0 has a gradient only where it is read out.
-  void find_reached(Scratch<Real>& scratch) const {
+  void find_reached(Scratch<Step>& scratch) const {
     const Lanes<Real>& lanes = scratch.lanes;
     for (int64_t lane = 0; lane < lanes.count; ++lane) {
       const int64_t image = lanes.stream[lane];
@@ -137,29 +172,18 @@ class Backward {
     }
   }
 
-  void pack(Scratch<Real>& scratch, int64_t row, int64_t head) const {
+  void pack(Scratch<Step>& scratch, int64_t row, int64_t head) const {
     Lanes<Real>& lanes = scratch.lanes;
     find_broken<Element>(op, row, head, lanes);
-    for (int64_t lane = 0; lane < lanes.count; ++lane) {
-      alignas(64) Real value_row[kMaxHeadDim];
-      Real* key_row = scratch.key_rows + lane * padded;
-      const auto* key = in_lane<Element>(op.key, op.image_key, lanes, lane, row, head);
-      const auto* value = in_lane<Element>(op.value, op.image_value, lanes, lane, row, head);
-      if (key != nullptr && !is_zero_in(lanes, lane)) {
-        load_row(key, dims, key_row);
-        load_row(value, dims, value_row);
-      } else {
-        std::memset(key_row, 0, padded * sizeof(Real));
-        std::memset(value_row, 0, padded * sizeof(Real));
-      }
-      for (int64_t d = 0; d < dims; ++d) {
-        scratch.keys[d * lanes.count + lane] = key_row[d];
-        scratch.values[d * lanes.count + lane] = value_row[d];
-      }
-    }
+    const auto is_whole = [&](int64_t lane) { return !is_zero_in(lanes, lane); };
+    const InLanes<Element> keys_in = {op.key, op.image_key, row, head};
+    const InLanes<Element> values_in = {op.value, op.image_value, row, head};
+    pack_columns<Step>(keys_in, lanes, is_whole, scratch.keys);
+    pack_columns<Step>(values_in, lanes, is_whole, scratch.values);
+    pack_rows<Step>(keys_in, lanes, is_whole, scratch.key_rows);
   }
 
-  void run_piece(Scratch<Real>& scratch, int64_t row, int64_t head, int64_t unit) const {
+  void run_piece(Scratch<Step>& scratch, int64_t row, int64_t head, int64_t unit) const {
     const Lanes<Real>& lanes = scratch.lanes;
     const int64_t begin = unit % pieces * piece, end = smaller(begin + piece, pixels);
     std::memset(scratch.grad_keys, 0, lanes.count * padded * sizeof(Real));
@@ -191,7 +215,7 @@ class Backward {
   }
 
   // From lanes to keys; those without a lane get zeros.
-  void put_rows(const Scratch<Real>& scratch, const Real* from, bool is_wanted, Real* to,
+  void put_rows(const Scratch<Step>& scratch, const Real* from, bool is_wanted, Real* to,
                 Real factor) const {
     if (!is_wanted) return;
     std::memset(to, 0, keys * dims * sizeof(Real));
@@ -203,29 +227,54 @@ class Backward {
     }
   }
 
+  // A block of queries or their gradients: along the depth, and to be summed over pixels.
   void load_pixels(const Tensor<4>& tensor, int64_t row, int64_t head, int64_t first, int64_t count,
-                   Real* to) const {
-    for (int64_t i = 0; i < kBlock; ++i) {
-      if (i < count && tensor.data != nullptr) {
-        load_row(row_of<Element>(tensor, row, first + i, head), dims, to + i * padded);
+                   Operand* along, [[maybe_unused]] Operand* rows_of) const {
+    const auto pixel = [&](int64_t i) {
+      const bool is_there = i < count && tensor.data != nullptr;
+      return is_there ? row_of<Element>(tensor, row, first + i, head) : nullptr;
+    };
+    for (int64_t i = 0; i < kBlock; ++i, along += depth_stride) {
+      if (const Element* from = pixel(i)) {
+        load_operands(from, dims, depth_stride, along);
       } else {
-        std::memset(to + i * padded, 0, padded * sizeof(Real));
+        std::memset(along, 0, depth_stride * sizeof(Operand));
+      }
+    }
+    if constexpr (Step::kDepth == 2) {
+      for (int64_t i = 0; i < kBlock; i += 2, rows_of += padded) {
+        pair_rows(pixel(i), pixel(i + 1), dims, padded, rows_of);
       }
     }
   }
 
-  void run_block(Scratch<Real>& scratch, int64_t row, int64_t head, int64_t first,
+  // Slopes and shares as operands, where those are not the numbers themselves.
+  void convert([[maybe_unused]] Scratch<Step>& scratch) const {
+    if constexpr (Step::kDepth == 2) {
+      const int64_t lanes = scratch.lanes.count;
+      for (int64_t i = 0; i < kBlock; i += 2) {
+        const float* slopes = scratch.slopes + i * lanes;
+        const float* shares = scratch.shares + i * lanes;
+        pair_rows(slopes, slopes + lanes, lanes, scratch.slope_rows + i / 2 * lanes);
+        pair_rows(shares, shares + lanes, lanes, scratch.share_rows + i / 2 * lanes);
+      }
+      for (int64_t lane = 0; lane < kBlock * lanes; lane += width) {
+        put_shares(scratch.slope_operands, lane, widen<width>(scratch.slopes + lane));
+      }
+    }
+  }
+
+  void run_block(Scratch<Step>& scratch, int64_t row, int64_t head, int64_t first,
                  int64_t count) const {
-    using Step = Single<Real>;
     const Lanes<Real>& lanes = scratch.lanes;
     const int64_t vectors = lanes.count / width, padded_vectors = padded / width;
-    load_pixels(op.query, row, head, first, count, scratch.queries);
-    load_pixels(out.grad_out, row, head, first, count, scratch.grads);
-    multiply<Step>(
-        {scratch.queries, padded, 1, scratch.keys, lanes.count, dims, scratch.scores, lanes.count},
-        kBlock, vectors);
+    load_pixels(op.query, row, head, first, count, scratch.queries, scratch.query_rows);
+    load_pixels(out.grad_out, row, head, first, count, scratch.grads, scratch.grad_rows);
+    multiply<Step>({scratch.queries, depth_stride, 1, scratch.keys, lanes.count, depth,
+                    scratch.scores, lanes.count},
+                   kBlock, vectors);
 
-    Softmax<Step> softmax = {
+    Softmax<Single<Real>> softmax = {
         &lanes, static_cast<Real>(op.scale * kLog2e), scratch.scores, scratch.shares, nullptr, 0,
         nullptr};
     if (has_weights_per_pixel(op)) {
@@ -241,18 +290,19 @@ class Backward {
     }
     soften(softmax);
 
-    multiply<Step>(
-        {scratch.grads, padded, 1, scratch.values, lanes.count, dims, scratch.slopes, lanes.count},
-        kBlock, vectors);
+    multiply<Step>({scratch.grads, depth_stride, 1, scratch.values, lanes.count, depth,
+                    scratch.slopes, lanes.count},
+                   kBlock, vectors);
     for (int64_t i = 0; i < kBlock; ++i) {
       weigh(scratch, softmax, row, head, first, i, i < count);
       if (i < count) add_readout(scratch, row, head, first, i);
       slope(scratch, softmax, i);
     }
+    convert(scratch);
 
     if (out.query.data != nullptr) {
-      multiply<Step>({scratch.slopes, lanes.count, 1, scratch.key_rows, padded, lanes.count,
-                      scratch.grad_queries, padded},
+      multiply<Step>({scratch.slope_operands, lanes.count / Step::kDepth, 1, scratch.key_rows,
+                      padded, lanes.count / Step::kDepth, scratch.grad_queries, padded},
                      kBlock, padded_vectors);
       for (int64_t i = 0; i < count; ++i) {
         Real* grad = scratch.grad_queries + i * padded;
@@ -260,20 +310,21 @@ class Backward {
         store_row(grad, dims, row_of<Element>(out.query, row, first + i, head));
       }
     }
+    constexpr int64_t pixels_deep = kBlock / Step::kDepth;
     if (wants_keys()) {
-      multiply<Step, true>({scratch.slopes, 1, lanes.count, scratch.queries, padded, kBlock,
-                            scratch.grad_keys, padded},
+      multiply<Step, true>({scratch.slope_rows, 1, lanes.count, scratch.query_rows, padded,
+                            pixels_deep, scratch.grad_keys, padded},
                            lanes.count, padded_vectors);
     }
     if (wants_values() && out.grad_out.data != nullptr) {
-      multiply<Step, true>({scratch.shares, 1, lanes.count, scratch.grads, padded, kBlock,
-                            scratch.grad_values, padded},
+      multiply<Step, true>({scratch.share_rows, 1, lanes.count, scratch.grad_rows, padded,
+                            pixels_deep, scratch.grad_values, padded},
                            lanes.count, padded_vectors);
     }
   }
 
   // The image streams' dP = w (dO . V), and dw = sum of P (dO . V).
-  void weigh(Scratch<Real>& scratch, const Softmax<Single<Real>>& softmax, int64_t row,
+  void weigh(Scratch<Step>& scratch, const Softmax<Single<Real>>& softmax, int64_t row,
              int64_t head, int64_t first, int64_t i, bool is_inside) const {
     if (softmax.weights == nullptr) return;
     const Lanes<Real>& lanes = scratch.lanes;
@@ -311,7 +362,7 @@ class Backward {
     }
   }
 
-  void add_readout(Scratch<Real>& scratch, int64_t row, int64_t head, int64_t first,
+  void add_readout(Scratch<Step>& scratch, int64_t row, int64_t head, int64_t first,
                    int64_t i) const {
     const Lanes<Real>& lanes = scratch.lanes;
     const bool is_sum = op.readout_weights.data != nullptr;
@@ -336,7 +387,7 @@ class Backward {
   }
 
   // From dP to the scores' gradient P (dP - sum P dP), and its sum over pixels: the bias' own.
-  void slope(Scratch<Real>& scratch, const Softmax<Single<Real>>& softmax, int64_t i) const {
+  void slope(Scratch<Step>& scratch, const Softmax<Single<Real>>& softmax, int64_t i) const {
     const Lanes<Real>& lanes = scratch.lanes;
     const Real* p = scratch.scores + i * lanes.count;
     Real* slopes = scratch.slopes + i * lanes.count;
@@ -451,7 +502,8 @@ class Backward {
 
   const LocalizedAttentionBackward& out;
   const LocalizedAttention& op;
-  const int64_t rows, pixels, heads, dims, padded, piece, pieces, units, text, keys, reads;
+  const int64_t rows, pixels, heads, dims, padded, depth, depth_stride, piece, pieces, units, text,
+      keys, reads;
   Real *partial_keys, *partial_values;  // [units, T + L, D]
   Real* partial_bias;                   // [units, T + L]
   double* partial_weights;              // [units, images]
@@ -507,10 +559,14 @@ Status localized_attention_backward(const LocalizedAttentionBackward& backward, 
   const Status status = validate(backward);
   if (status != Status::ok) return status;
   switch (backward.op.query.type) {
-    case DataType::float32: return Backward<float>(backward).run(threads);
-    case DataType::float64: return Backward<double>(backward).run(threads);
-    case DataType::float16: return Backward<Float16>(backward).run(threads);
-    case DataType::bfloat16: return Backward<Bfloat16>(backward).run(threads);
+    case DataType::float32: return Backward<float, Single<float>>(backward).run(threads);
+    case DataType::float64: return Backward<double, Single<double>>(backward).run(threads);
+    case DataType::float16: return Backward<Float16, Single<float>>(backward).run(threads);
+#if defined(KEYLOCK_HAVE_PAIRS)
+    case DataType::bfloat16: return Backward<Bfloat16, Pairs>(backward).run(threads);
+#else
+    case DataType::bfloat16: return Backward<Bfloat16, Single<float>>(backward).run(threads);
+#endif
     default: return Status::unsupported_type;
   }
 }

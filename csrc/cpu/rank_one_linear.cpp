@@ -10,6 +10,7 @@
 #include "multiply.h"
 #include "rank_one.h"
 #include "scratch.h"
+#include "transpose.h"
 
 namespace keylock::KEYLOCK_ISA {
 
@@ -22,41 +23,6 @@ constexpr int64_t kHeldBytes = 512 << 10;     // of the weight, where there are 
 constexpr int64_t kSerialProducts = 1 << 20;  // below this, waking threads costs more than it saves
 constexpr int width = kLanes<float>;
 constexpr int64_t kColumns = kTileVectors * width;  // of y, together
-
-// Transposes 16 rows of 16 integers: to[j][i] = from[i][j].
-inline void transpose(const void* rows, int64_t from_row, void* columns, int64_t to_row) {
-  const auto* from = static_cast<const int32_t*>(rows);
-  auto* to = static_cast<int32_t*>(columns);
-  __m512i a[16], b[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(from + i * from_row);
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
-    b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
-    b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
-    b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    _mm512_storeu_si512(to + i * to_row, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
-    _mm512_storeu_si512(to + (i + 8) * to_row, _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
-    _mm512_storeu_si512(to + (i + 4) * to_row, _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0x88));
-    _mm512_storeu_si512(to + (i + 12) * to_row, _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0xdd));
-  }
-}
 
 template <class Element, class Step>
 class Linear {
@@ -147,9 +113,9 @@ class Linear {
     }
   }
 
-  const void* weight_at(int64_t column, int64_t k) const {
-    return static_cast<const Element*>(op.weight.data) + column * op.weight.strides[0] +
-           k * Step::kDepth;
+  const Operand* weight_at(int64_t column, int64_t k) const {
+    return reinterpret_cast<const Operand*>(static_cast<const Element*>(op.weight.data) +
+                                            column * op.weight.strides[0] + k * Step::kDepth);
   }
 
   // Tokens of all batch rows in one go: each has sums of its own.

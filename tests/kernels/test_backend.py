@@ -52,8 +52,8 @@ def test_an_explicit_backend_that_cannot_run_raises(without_native):
         backend.choose("rank_one_update", "native", torch.device("cuda"), torch.float32)
 
 
-def test_auto_takes_sdpa_but_for_float64():
-    for dtype, expected in ((torch.float32, "sdpa"), (torch.bfloat16, "sdpa"), (torch.float64, "eager")):
+def test_auto_takes_native_but_for_float64():
+    for dtype, expected in ((torch.float32, "native"), (torch.bfloat16, "native"), (torch.float64, "eager")):
         assert backend.choose("localized_attention", "auto", CPU, dtype) == expected
         inputs = attention_inputs(1, 64, 77, 2, 16, dtype=dtype)
         assert torch.equal(localized_attention(**inputs), localized_attention(**inputs, backend=expected))

@@ -83,8 +83,9 @@ def backward(
         for tensor, need in zip(differentiable, needs, strict=True)
     ]
     described = [None if grad is None else native.describe(grad) for grad in grads]
-    if grads[among] is not None and weights.dim() == 2:
-        described[among] = native.describe(grads[among][..., None])
+    grad_weights = grads[among]
+    if grad_weights is not None and grad_weights.dim() == 2:
+        described[among] = native.describe(grad_weights[..., None])
     status = native.extension().localized_attention_backward(
         _inputs(*inputs),
         *(None if grad is None else native.describe(grad) for grad in (grad_out, grad_readout)),
