@@ -1,6 +1,6 @@
 """The forward kernels of csrc/cuda on GPU tensors: what they take is checked, outputs allocated, and they are launched.
 
-Without autograd; the ops of `keylock_kernels` put it around them. What they write is new memory, which overlaps nothing.
+Without autograd; the ops of `keylock_kernels` put it around them. They write new memory, which overlaps nothing.
 """
 
 from __future__ import annotations
