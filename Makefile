@@ -14,7 +14,7 @@ GPU_TEST := KEYLOCK_TEST_DEVICE=cuda CUBLAS_WORKSPACE_CONFIG=:4096:8 PYTHONPATH=
 # What an editable install depends on; Python files are read from the checkout as they are.
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt keylock_kernels/_version.py $(shell find csrc -type f)
 
-.PHONY: help demo test test-gpu lint bench report clean
+.PHONY: help demo test test-gpu gpu-record lint bench report clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 SHELL := /bin/bash
@@ -24,6 +24,7 @@ help:
 	@echo "make test      every test that needs no GPU"
 	@echo "make test-csrc the C++ kernels alone, with sanitizers"
 	@echo "make test-gpu  the tests that need one; SHARD=2/4 runs the second quarter"
+	@echo "make gpu-record  puts on record that the CUDA C++ kernels passed every shard of make test-gpu"
 	@echo "make lint      ruff, mypy, clang-format"
 	@echo "make bench     the benchmarks; SHARD=2/4 runs every fourth, BENCH=--write-data keeps the numbers"
 	@echo "make report    what the Triton kernels compile to for four GPUs"
@@ -58,6 +59,9 @@ test-gpu: $(if $(filter $(BIN)/python,$(RUN)),$(VENV)/installed-test,native-in-p
 	  $(GPU_TEST) -v @build/shard | tee build/test-gpu-$(subst /,-of-,$(SHARD)).log; \
 	  else echo "shard $(SHARD) has no tests"; fi
 
+gpu-record:
+	PYTHONPATH=.:python $(RUN) -m tests.kernels.gpu_record
+
 .PHONY: native-in-place
 native-in-place:
 	$(RUN) setup.py -q build_ext --inplace
@@ -66,7 +70,7 @@ lint: $(VENV)/installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+	find csrc tests/csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 
 bench: $(if $(filter $(BIN)/python,$(RUN)),$(VENV)/installed-test,native-in-place)
 	SHARD=$(SHARD) PYTHONPATH=.:python $(RUN) -m pytest benchmarks -q $(BENCH)

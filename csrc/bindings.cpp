@@ -9,6 +9,10 @@
 #include <tuple>
 #include <vector>
 
+#if defined(KEYLOCK_HAVE_CUDA)
+#include "cuda_bindings.h"
+#endif
+#include "descriptions.h"
 #include "keylock/instruction_set.h"
 #include "keylock/localized_attention.h"
 #include "keylock/rank_one_linear.h"
@@ -19,33 +23,6 @@ namespace py = pybind11;
 
 namespace keylock {
 namespace {
-
-// A tensor comes as (address, DataType, sizes, strides).
-template <int rank>
-using Description =
-    std::tuple<uintptr_t, DataType, std::array<int64_t, rank>, std::array<int64_t, rank>>;
-
-template <class Data, int rank>
-Tensor<rank, Data> describe(const Description<rank>& description) {
-  static char nothing;  // an empty tensor is not an absent one
-  const auto& [address, type, sizes, strides] = description;
-  Tensor<rank, Data> tensor{
-      address == 0 ? &nothing : reinterpret_cast<Data*>(address), type, {}, {}};
-  for (int d = 0; d < rank; ++d) {
-    tensor.sizes[d] = sizes[d];
-    tensor.strides[d] = strides[d];
-  }
-  return tensor;
-}
-
-// An absent tensor comes as None, and goes on with null data.
-template <int rank>
-using Optional = std::optional<Description<rank>>;
-
-template <class Data, int rank>
-Tensor<rank, Data> describe(const Optional<rank>& description) {
-  return description ? describe<Data, rank>(*description) : Tensor<rank, Data>{};
-}
 
 void require_usable(InstructionSet set) {
   if (!is_usable(set)) throw py::value_error("this machine cannot run that instruction set");
@@ -89,36 +66,6 @@ Status rank_one_update_backward_of(const Description<3>& grad, const Description
       describe<void, 2>(grad_u),      describe<void, 3>(grad_coefficients)};
   const py::gil_scoped_release release;
   return rank_one_update_backward(op, set, threads);
-}
-
-// LocalizedAttention's members up to the outputs, with the lengths where the op's schema has them.
-using AttentionInputs =
-    std::tuple<Description<4>, Description<4>, Description<4>, double, Optional<2>, Optional<2>,
-               Optional<2>, Optional<4>, Optional<4>, std::vector<int64_t>, Optional<2>,
-               Optional<3>, Optional<2>, Optional<3>>;
-
-// Points into `inputs`, which must outlive it.
-LocalizedAttention attention_of(const AttentionInputs& inputs) {
-  const auto& [query, key, value, scale, key_bias, query_regions, key_regions, image_key,
-               image_value, image_lengths, image_key_bias, image_weights, readout_tokens,
-               readout_weights] = inputs;
-  return {describe<const void, 4>(query),
-          describe<const void, 4>(key),
-          describe<const void, 4>(value),
-          scale,
-          describe<const void, 2>(key_bias),
-          describe<const void, 2>(query_regions),
-          describe<const void, 2>(key_regions),
-          describe<const void, 4>(image_key),
-          describe<const void, 4>(image_value),
-          image_lengths.data(),
-          static_cast<int64_t>(image_lengths.size()),
-          describe<const void, 2>(image_key_bias),
-          describe<const void, 3>(image_weights),
-          describe<const void, 2>(readout_tokens),
-          describe<const void, 3>(readout_weights),
-          {},
-          {}};
 }
 
 Status localized_attention_of(const AttentionInputs& inputs, const Description<4>& out,
@@ -186,7 +133,10 @@ PYBIND11_MODULE(_native, module) {
       .value("shape_mismatch", Status::shape_mismatch)
       .value("slot_out_of_range", Status::slot_out_of_range)
       .value("token_out_of_range", Status::token_out_of_range)
-      .value("out_of_memory", Status::out_of_memory);
+      .value("out_of_memory", Status::out_of_memory)
+      .value("too_many_streams", Status::too_many_streams)
+      .value("too_large", Status::too_large)
+      .value("launch_failed", Status::launch_failed);
   py::enum_<InstructionSet>(module, "InstructionSet")
       .value("portable", InstructionSet::portable)
       .value("avx2", InstructionSet::avx2)
@@ -216,4 +166,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("localized_attention_backward", &localized_attention_backward_of, py::arg("inputs"),
              py::arg("grad_out"), py::arg("grad_readout"), py::arg("gradients"), py::kw_only(),
              py::arg("instruction_set"), py::arg("threads"));
+#if defined(KEYLOCK_HAVE_CUDA)
+  cuda::define_ops(module);
+#endif
 }

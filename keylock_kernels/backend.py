@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -27,12 +30,41 @@ def _triton_missing() -> str | None:
     return None
 
 
+def _cuda_missing() -> str | None:
+    from . import native_cuda
+
+    return native_cuda.missing()
+
+
 def _present() -> str | None:
+    return None
+
+
+def _proven(device: torch.device) -> str | None:
     return None
 
 
 # Under Triton's interpreter its kernels run on CPU tensors, for tests.
 _TRITON_DEVICES = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
+
+
+# For which GPUs the tests of these very CUDA kernels have passed: what tests/kernels/gpu_record.py writes, committed.
+_GPU_RECORD = Path(__file__).with_name("gpu_record.json")
+
+
+@functools.cache
+def _recorded_architectures() -> tuple[str, ...]:
+    from . import native_cuda
+
+    record = json.loads(_GPU_RECORD.read_text()) if _GPU_RECORD.exists() else {}
+    sources = native_cuda.sources()
+    return tuple(name for name, passed in record.items() if passed["sources"] == sources)
+
+
+def _unproven(device: torch.device) -> str | None:
+    """Why `auto` does not take CUDA kernels on a GPU, or None."""
+    name = "sm_{}{}".format(*torch.cuda.get_device_capability(device)) if torch.cuda.is_available() else "any GPU"
+    return None if name in _recorded_architectures() else f"no passing GPU test record for {name} is on record"
 
 
 @dataclass(frozen=True)
@@ -46,15 +78,34 @@ class Implementation:
     chosen_float64: bool = True  # whether "auto" takes it for float64
     caveat: str | None = None  # what explain() adds
     missing: Callable[[], str | None] = _present  # why it cannot run in this process
+    dtypes: tuple[str, ...] = ()  # of the tensors it runs on; empty: any floating-point
+    unproven: Callable[[torch.device], str | None] = _proven  # why "auto" passes it over on a device
 
-    def refusal(self, device: str) -> str | None:
-        """Why this implementation cannot run on a device type, or None."""
+    def refusal(self, device: str, dtype: torch.dtype | None = None) -> str | None:
+        """Why this implementation cannot run on a device type, or for a dtype, or None."""
         if self.devices and device not in self.devices:
             return f"it runs on {', '.join(self.devices)} tensors only"
+        if dtype is not None and self.dtypes and str(dtype).removeprefix("torch.") not in self.dtypes:
+            return f"it computes in {', '.join(self.dtypes)} only, not in {str(dtype).removeprefix('torch.')}"
         return self.missing()
 
 
 _NO_GPU_RUN = "checked in Triton's interpreter and compiled for GPUs; no run on a GPU is on record yet"
+
+
+def _cuda(op: str, summary: str) -> Implementation:
+    """The CUDA C++ kernels, behind Triton's, whose backward they use, until measured to be faster."""
+    return Implementation(
+        op,
+        "cuda",
+        f"{summary}; gradients are Triton's",
+        devices=("cuda",),
+        missing=_cuda_missing,
+        chosen_float64=False,
+        dtypes=("float16", "bfloat16", "float32"),
+        unproven=_unproven,
+    )
+
 
 # Fastest first: "auto" takes the first that is willing and able.
 IMPLEMENTATIONS = (
@@ -74,6 +125,7 @@ IMPLEMENTATIONS = (
         chosen_float64=False,
         caveat=_NO_GPU_RUN,
     ),
+    _cuda("rank_one_linear", "one CUDA C++ GEMM with the updates in its epilogue"),
     Implementation("rank_one_linear", "eager", "plain torch, one product per row"),
     Implementation("rank_one_update", "native", "C++", devices=("cpu",), missing=_native_missing),
     Implementation(
@@ -85,6 +137,7 @@ IMPLEMENTATIONS = (
         chosen_float64=False,
         caveat=_NO_GPU_RUN,
     ),
+    _cuda("rank_one_update", "one CUDA C++ kernel"),
     Implementation("rank_one_update", "eager", "plain torch, one product per row"),
     Implementation(
         "localized_attention",
@@ -103,6 +156,7 @@ IMPLEMENTATIONS = (
         chosen_float64=False,
         caveat=_NO_GPU_RUN,
     ),
+    _cuda("localized_attention", "one CUDA C++ kernel, all streams in one pass"),
     Implementation(
         "localized_attention",
         "sdpa",
@@ -123,12 +177,12 @@ def choose(op: str, requested: str, device: torch.device, dtype: torch.dtype) ->
     if requested == "auto":
         for entry in candidates:
             wanted = entry.chosen_float64 or dtype != torch.float64
-            if wanted and entry.refusal(device.type) is None:
+            if wanted and entry.refusal(device.type, dtype) is None and entry.unproven(device) is None:
                 return entry.backend
         raise ValueError(f"{op}: no implementation runs on {device.type} tensors")
     for entry in candidates:
         if entry.backend == requested:
-            reason = entry.refusal(device.type)
+            reason = entry.refusal(device.type, dtype)
             if reason is not None:
                 raise ValueError(f"{op}: backend {requested!r} cannot run on {device.type} tensors: {reason}")
             return requested
@@ -163,10 +217,13 @@ def _explain(op: str, device: str) -> list[str]:
         reason = entry.refusal(device)
         state = "available" if reason is None else f"not available: {reason}"
         lines.append(f"  {entry.backend}: {entry.summary}; {state}")
-        if entry.caveat is not None:
-            lines.append(f"    {entry.caveat}")
+        unproven = entry.unproven(torch.device("cuda"))
+        for text in (entry.caveat, unproven and f"auto passes it over: {unproven}"):
+            if text is not None:
+                lines.append(f"    {text}")
         if not entry.chosen_float64:
             lines.append("    auto passes it over for float64 inputs, where exactness is what is wanted")
     absent = [name for name in BACKENDS[1:] if name not in {entry.backend for entry in candidates}]
-    lines.append(f"  no implementation of this op: {', '.join(absent)}")
+    if absent:
+        lines.append(f"  no implementation of this op: {', '.join(absent)}")
     return lines

@@ -193,11 +193,11 @@ class _Accesses:
         return wide / every if every else 1.0
 
 
-def _nvidia_tool(name: str, *arguments: str) -> str:
+def _nvidia_tool(name: str, *arguments: str, cwd: str | None = None) -> str:
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True, cwd=cwd).stdout
 
 
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)")
@@ -297,3 +297,35 @@ def _read_amd(compiled: Any, warps: int, passes: int) -> dict[str, Any]:
         "wide": accesses.wide(passes),
         "narrow": accesses.others,
     }
+
+
+@dataclass(frozen=True)
+class CudaKernel:
+    """A kernel of csrc/cuda as it lies in the compiled module."""
+
+    name: str
+    target: str
+    registers: int  # per thread
+    stack: int  # bytes per thread
+    opcodes: tuple[str, ...]  # in the code, each once, loops or not
+
+    def count(self, pattern: str) -> int:
+        return sum(1 for opcode in self.opcodes if re.match(pattern, opcode))
+
+
+def cuda_kernels(module: Path) -> list[CudaKernel]:
+    """The kernels for every architecture that a module or object file holds machine code for."""
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        _nvidia_tool("cuobjdump", "-xelf", "all", str(module.resolve()), cwd=folder)
+        for cubin in sorted(Path(folder).glob("*.cubin")):
+            target = re.findall(r"sm_\d+", cubin.name)[-1]
+            usage = re.findall(
+                r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", _nvidia_tool("cuobjdump", "-res-usage", str(cubin))
+            )
+            code = re.split(r"^\.text\.(\S+):$", _nvidia_tool("nvdisasm", "-c", str(cubin)), flags=re.M)
+            texts = dict(zip(code[1::2], code[2::2], strict=True))
+            for name, registers, stack in usage:
+                opcodes = tuple(m[1] for m in map(_INSTRUCTION.match, texts[name].splitlines()) if m)
+                found.append(CudaKernel(name, target, int(registers), int(stack), opcodes))
+    return found

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from keylock_kernels import rank_one_linear
+from keylock_kernels import native_cuda, rank_one_linear
 from keylock_kernels.testing import attention_inputs, rank_one_inputs
 
 # Triton's interpreter takes a process of its own, in which the same tests judge its kernels alone.
@@ -17,8 +17,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # `make test-gpu` runs the same tests on a GPU (conftest.py makes it torch's default device).
 DEVICE = os.environ.get("KEYLOCK_TEST_DEVICE", "cpu")
 TRITON_ALONE = INTERPRETED or DEVICE != "cpu"
-RANK_ONE_BACKENDS = ("triton",) if TRITON_ALONE else ("eager", "native")
-ATTENTION_BACKENDS = ("triton",) if TRITON_ALONE else ("eager", "sdpa", "native")
+GPU_BACKENDS = ("triton",) if INTERPRETED or native_cuda.missing() is not None else ("triton", "cuda")
+RANK_ONE_BACKENDS = GPU_BACKENDS if TRITON_ALONE else ("eager", "native")
+ATTENTION_BACKENDS = GPU_BACKENDS if TRITON_ALONE else ("eager", "sdpa", "native")
 
 # Every option alone and all of them together; sizes are odd on purpose.
 RANK_ONE_CASES: dict[str, dict[str, Any]] = {

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
 import keylock_kernels
-from keylock_kernels import backend, explain, localized_attention, native, rank_one_update
+from keylock_kernels import backend, explain, localized_attention, native, native_cuda, rank_one_update
 from keylock_kernels.testing import attention_inputs
+from tests.kernels import gpu_record
 
 CPU = torch.device("cpu")
 ROOT = Path(keylock_kernels.__file__).parent.parent
@@ -65,6 +68,87 @@ def test_auto_takes_triton_on_a_gpu_but_for_float64(monkeypatch):
             without.setitem(sys.modules, "triton", None)
             assert backend.choose(op, "auto", cuda, torch.bfloat16) == second
     assert "no run on a GPU is on record yet" in explain()
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """CUDA kernels on an sm_90, and no Triton; `record` is what is on record about them."""
+
+    def record(passed):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+        monkeypatch.setattr(native_cuda, "missing", lambda: None)
+        monkeypatch.setattr(native_cuda, "sources", lambda: "these sources")
+        monkeypatch.setitem(sys.modules, "triton", None)
+        monkeypatch.setattr(backend, "_recorded_architectures", backend._recorded_architectures.__wrapped__)
+        monkeypatch.setattr(backend, "_GPU_RECORD", passed)
+
+    return record
+
+
+OPS_AND_OTHERS = (("rank_one_linear", "eager"), ("rank_one_update", "eager"), ("localized_attention", "sdpa"))
+
+
+@pytest.mark.parametrize(
+    ("record", "is_taken"),
+    [
+        (None, False),
+        ({"sm_90": {"sources": "these sources"}}, True),
+        ({"sm_90": {"sources": "other sources"}}, False),
+        ({"sm_80": {"sources": "these sources"}}, False),
+    ],
+)
+def test_auto_takes_cuda_only_where_its_tests_are_on_record(on_a_gpu, tmp_path, record, is_taken):
+    path = tmp_path / "record.json"
+    if record is not None:
+        path.write_text(json.dumps(record))
+    on_a_gpu(path)
+    for op, other in OPS_AND_OTHERS:
+        assert backend.choose(op, "auto", torch.device("cuda"), torch.bfloat16) == ("cuda" if is_taken else other)
+        assert backend.choose(op, "auto", torch.device("cuda"), torch.float64) == "eager"
+        assert backend.choose(op, "cuda", torch.device("cuda"), torch.bfloat16) == "cuda"
+    text = "auto passes it over: no passing GPU test record for sm_90 is on record"
+    assert (text in explain()) is not is_taken
+
+
+def test_no_record_is_there_without_the_tests_having_passed():
+    if not backend._GPU_RECORD.exists():
+        assert "no passing GPU test record for any GPU is on record" in explain() or torch.cuda.is_available()
+
+
+def test_cuda_refuses_what_it_cannot_do(on_a_gpu, tmp_path):
+    on_a_gpu(tmp_path / "none.json")
+    for op, _ in OPS_AND_OTHERS:
+        with pytest.raises(ValueError, match="'cuda' cannot run on cpu tensors: it runs on cuda tensors only"):
+            backend.choose(op, "cuda", CPU, torch.float32)
+        with pytest.raises(ValueError, match="'cuda' cannot run on cuda tensors: .* float32 only, not in float64"):
+            backend.choose(op, "cuda", torch.device("cuda"), torch.float64)
+
+
+def test_gradients_of_cuda_are_tritons(monkeypatch):
+    """Whatever ran forward, the backward asks Triton's launcher."""
+    from keylock_kernels.ops.localized_attention import op as attention
+    from keylock_kernels.ops.rank_one import op as rank_one
+
+    called = []
+
+    def launcher(name, found):
+        return lambda *arguments, **options: called.append(name) or found
+
+    attention_triton = types.SimpleNamespace(backward=launcher("attention", []))
+    rank_one_triton = types.SimpleNamespace(
+        linear_backward=launcher("linear", {}), update_backward=launcher("update", (None, None))
+    )
+    for module, launchers in ((attention, attention_triton), (rank_one, rank_one_triton)):
+        package = module.__name__.rpartition(".")[0]
+        monkeypatch.setitem(sys.modules, f"{package}.triton", launchers)
+        monkeypatch.setattr(sys.modules[package], "triton", launchers, raising=False)
+    x = torch.ones(1, 2, 3)
+    slots = torch.zeros(1, 1, dtype=torch.int32)
+    attention._backward(None, None, x, x, x, 1.0, *[None] * 5, [], *[None] * 4, "cuda", [False] * 9)
+    rank_one._linear_backward(x, x, x[0], x[0], x[0], slots, *[None] * 5, "cuda", [False] * 10)
+    rank_one._update_backward(x, x[0], slots, x[..., :1], "cuda", [False] * 3)
+    assert called == ["attention", "linear", "update"]
 
 
 def test_explain_names_every_op_and_every_backend():
@@ -119,3 +203,19 @@ def test_every_public_name_resolves_and_no_other_does():
 def test_the_docstrings_examples_run(module):
     results = doctest.testmod(importlib.import_module(f"keylock_kernels.{module}"))
     assert results.attempted > 0 and results.failed == 0
+
+
+def test_a_record_needs_every_test_to_have_passed(tmp_path):
+    here, there = tmp_path / "outcomes.json", tmp_path / "record.json"
+    collected = ["a.py::test_x[cuda-1]", "a.py::test_x[triton-1]", "a.py::test_y[cuda]", "2 tests collected"]
+    gpu_record.remember({"a.py::test_x[cuda-1]": "passed", "a.py::test_x[triton-1]": "failed"}, "sm_90", "s", here)
+    with pytest.raises(ValueError, match=r"1 of 2 tests have not passed: a.py::test_y\[cuda\]"):
+        gpu_record.put_on_record(json.loads(here.read_text()), collected, there)
+    gpu_record.remember({"a.py::test_y[cuda]": "skipped"}, "sm_90", "s", here)
+    gpu_record.put_on_record(json.loads(here.read_text()), collected, there)
+    record = json.loads(there.read_text())
+    assert record["sm_90"]["sources"] == "s" and record["sm_90"]["passed"] == 1
+    gpu_record.remember({"a.py::test_y[cuda]": "passed"}, "sm_90", "changed sources", here)
+    with pytest.raises(ValueError, match="1 of 2 tests have not passed"):
+        gpu_record.put_on_record(json.loads(here.read_text()), collected, there)
+    assert json.loads(there.read_text()) == record

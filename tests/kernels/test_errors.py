@@ -46,7 +46,10 @@ LINEAR = {
         "coefficients must be float32 [3, 7, 3], got float32 [3, 7, 2]",
     ),
     "backend": (dict(backend="fast"), "backend must be one of auto, eager, sdpa, native, triton, cuda, got 'fast'"),
-    "sdpa": (dict(backend="sdpa"), "backend 'sdpa' has no implementation of this op; it has native, triton, eager"),
+    "sdpa": (
+        dict(backend="sdpa"),
+        "backend 'sdpa' has no implementation of this op; it has native, triton, cuda, eager",
+    ),
     "triton": (dict(backend="triton"), "backend 'triton' cannot run on cpu tensors: it runs on cuda tensors only"),
 }
 ATTENTION = {
@@ -108,7 +111,7 @@ ATTENTION = {
     "triton": (dict(backend="triton"), "backend 'triton' cannot run on cpu tensors: it runs on cuda tensors only"),
     "cuda": (
         dict(backend="cuda"),
-        "backend 'cuda' has no implementation of this op; it has native, triton, sdpa, eager",
+        "backend 'cuda' cannot run on cpu tensors: it runs on cuda tensors only",
     ),
 }
 NO_IMAGES = {"image_key": None, "image_value": None}

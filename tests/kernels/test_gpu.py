@@ -1,6 +1,6 @@
 """On a GPU: the same promises, with nothing that waits for the device.
 
-`make test-gpu` also runs the numeric tests of this folder there, on the Triton kernels.
+`make test-gpu` also runs the numeric tests of this folder there, on the Triton and the CUDA C++ kernels.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ import torch
 
 from keylock_kernels import localized_attention, rank_one_coefficients, rank_one_linear, rank_one_update
 from keylock_kernels.testing import SHAPES, assert_as_accurate_as_eager, attention_inputs, cast, rank_one_inputs
-from tests.kernels.helpers import ATTENTION_CASES, run
+from tests.kernels.helpers import ATTENTION_CASES, GPU_BACKENDS, run
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-backends = pytest.mark.parametrize("backend", ["sdpa", "triton"])
+backends = pytest.mark.parametrize("backend", ["sdpa", *GPU_BACKENDS])
+kernels = pytest.mark.parametrize("backend", GPU_BACKENDS)
 
 
 @backends
@@ -37,13 +38,14 @@ def test_attention_errs_at_most_twice_what_eager_errs(shape, dtype, backend):
         assert_as_accurate_as_eager(grad, eager_grads[name], exact_grads[name], name)
 
 
+@kernels
 @dtypes
 @pytest.mark.parametrize("tokens", [77, 1024])
-def test_layers_err_at_most_twice_what_eager_errs(tokens, dtype):
+def test_layers_err_at_most_twice_what_eager_errs(tokens, dtype, backend):
     inputs = rank_one_inputs(4, tokens, 768, 320, 6, 3, dtype=dtype, device="cuda")
     exact, exact_grads = run(rank_one_linear, cast(inputs, torch.float64), backend="eager")
     eager, eager_grads = run(rank_one_linear, inputs, backend="eager")
-    actual, grads = run(rank_one_linear, inputs, backend="triton")
+    actual, grads = run(rank_one_linear, inputs, backend=backend)
     assert_as_accurate_as_eager(actual[0], eager[0], exact[0])
     for name, grad in grads.items():
         assert_as_accurate_as_eager(grad, eager_grads[name], exact_grads[name], name)
@@ -60,7 +62,7 @@ def test_attention_on_the_gpu_is_attention_on_the_cpu(case):
         torch.testing.assert_close({k: g.cpu() for k, g in grads.items()}, wanted_grads)
 
 
-@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("backend", ["eager", *GPU_BACKENDS])
 def test_a_layer_repeats_every_bit_and_never_uses_tf32(backend):
     inputs = rank_one_inputs(4, 77, 768, 320, 3, 6, dtype=torch.float32, device="cuda")
     first, first_grads = run(rank_one_linear, inputs, backend=backend)
@@ -73,16 +75,17 @@ def test_a_layer_repeats_every_bit_and_never_uses_tf32(backend):
     assert all(torch.equal(first_grads[name], second_grads[name]) for name in first_grads)
 
 
-def test_attention_repeats_every_bit():
+@kernels
+def test_attention_repeats_every_bit(backend):
     options = dict(images=(4, 4), bias=True, regions=True, weights="pixel", read=4, sums=True)
     inputs = attention_inputs(4, 4096, 77, 8, 40, dtype=torch.bfloat16, device="cuda", **options)
-    first, first_grads = run(localized_attention, inputs, backend="triton")
-    second, second_grads = run(localized_attention, inputs, backend="triton")
+    first, first_grads = run(localized_attention, inputs, backend=backend)
+    second, second_grads = run(localized_attention, inputs, backend=backend)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert all(torch.equal(first_grads[name], second_grads[name]) for name in first_grads)
 
 
-@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("backend", ["eager", *GPU_BACKENDS])
 def test_a_slot_or_token_that_does_not_exist_gives_nan_without_a_synchronisation(backend):
     inputs = rank_one_inputs(2, 3, 4, 5, 3, 1, gate=None, dtype=torch.float32, device="cuda")
     inputs["slots"] = torch.tensor([[0], [3]], dtype=torch.int32, device="cuda")
@@ -106,7 +109,8 @@ def test_a_slot_or_token_that_does_not_exist_gives_nan_without_a_synchronisation
         assert result[0].isfinite().all() and result[1].isnan().all()
 
 
-def test_a_captured_graph_serves_other_inputs():
+@kernels
+def test_a_captured_graph_serves_other_inputs(backend):
     """Forward and backward of both ops in one graph: replayed, it gives what the ops give on what lies there now."""
     options = dict(images=(4, 4), weights="row", read=2)
     layers = [rank_one_inputs(2, 77, 64, 80, 4, 2, seed=s, dtype=torch.bfloat16, device="cuda") for s in (0, 1)]
@@ -118,8 +122,8 @@ def test_a_captured_graph_serves_other_inputs():
     )
 
     def step(layer, picture):
-        results, grads = run(rank_one_linear, layer, backend="triton")
-        more, more_grads = run(localized_attention, picture, backend="triton")
+        results, grads = run(rank_one_linear, layer, backend=backend)
+        more, more_grads = run(localized_attention, picture, backend=backend)
         return [*results, *more, *grads.values(), *more_grads.values()]
 
     side = torch.cuda.Stream()
@@ -132,8 +136,8 @@ def test_a_captured_graph_serves_other_inputs():
     with torch.cuda.graph(graph):
         leaves = [held["x"].detach().requires_grad_(), shown["query"].detach().requires_grad_()]
         found = [
-            rank_one_linear(**{**held, "x": leaves[0]}, backend="triton"),
-            *localized_attention(**{**shown, "query": leaves[1]}, backend="triton"),
+            rank_one_linear(**{**held, "x": leaves[0]}, backend=backend),
+            *localized_attention(**{**shown, "query": leaves[1]}, backend=backend),
         ]
         found += torch.autograd.grad(found, leaves, upstream)
     for target, source in ((held, layers[1]), (shown, pictures[1])):
@@ -143,14 +147,15 @@ def test_a_captured_graph_serves_other_inputs():
     graph.replay()
     leaves = [layers[1]["x"].clone().requires_grad_(), pictures[1]["query"].clone().requires_grad_()]
     wanted = [
-        rank_one_linear(**{**layers[1], "x": leaves[0]}, backend="triton"),
-        *localized_attention(**{**pictures[1], "query": leaves[1]}, backend="triton"),
+        rank_one_linear(**{**layers[1], "x": leaves[0]}, backend=backend),
+        *localized_attention(**{**pictures[1], "query": leaves[1]}, backend=backend),
     ]
     wanted += torch.autograd.grad(wanted, leaves, upstream)
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
-def test_kernels_run_on_the_current_stream_and_the_tensors_own_device():
+@kernels
+def test_kernels_run_on_the_current_stream_and_the_tensors_own_device(backend):
     device = torch.device("cuda", torch.cuda.device_count() - 1)
     inputs = rank_one_inputs(2, 77, 64, 80, 4, 2, dtype=torch.float32, device=device)
     stream = torch.cuda.Stream(device)
@@ -160,6 +165,6 @@ def test_kernels_run_on_the_current_stream_and_the_tensors_own_device():
     with torch.cuda.stream(stream):
         torch.cuda._sleep(10**8)
         base.fill_(1)  # behind the pause: a kernel on another stream would not see it
-        y = rank_one_update(base, inputs["u"], inputs["slots"], c, backend="triton")
+        y = rank_one_update(base, inputs["u"], inputs["slots"], c, backend=backend)
     stream.synchronize()
-    assert torch.equal(y, rank_one_update(base, inputs["u"], inputs["slots"], c, backend="triton"))
+    assert torch.equal(y, rank_one_update(base, inputs["u"], inputs["slots"], c, backend=backend))

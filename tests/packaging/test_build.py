@@ -62,45 +62,135 @@ def files(checkout: Path, folder: str, pattern: str) -> set[str]:
     return {path.relative_to(checkout).as_posix() for path in (checkout / folder).rglob(pattern) if path.is_file()}
 
 
+@pytest.fixture
+def compiling(setup_py, monkeypatch):
+    """What is compiled is recorded instead; fails where `fails` says so of its CUDA."""
+    calls = []
+
+    def fake(fails=lambda cuda: None):
+        def compile_native(environ, scratch, cuda):
+            calls.append(cuda)
+            reason = fails(cuda)
+            if reason is not None:
+                raise setup_py.BuildSkipped(reason)
+            return "a compiler"
+
+        monkeypatch.setattr(setup_py, "compile_native", compile_native)
+        monkeypatch.setattr(setup_py, "check_loads", lambda scratch: None)
+        return calls
+
+    return fake
+
+
+@pytest.fixture
+def nvcc(tmp_path) -> str:
+    path = tmp_path / "bin" / "nvcc"
+    path.parent.mkdir()
+    path.touch(0o755)
+    return str(path)
+
+
 def test_summary_is_one_line(setup_py):
-    line = setup_py.summary(
-        setup_py.Decision(True, "GNU 12.2.0; portable avx2; OpenMP 4.5"), setup_py.cuda_decision({})
-    )
-    assert line == (
-        "keylock-kernels: native CPU kernels: yes (GNU 12.2.0; portable avx2; OpenMP 4.5); "
-        "CUDA: skipped (this version contains no CUDA kernels)"
+    native, cuda = setup_py.Decision(True, "GNU 12.2.0; portable"), setup_py.Decision(False, "nvcc is not installed")
+    assert setup_py.summary(native, cuda) == (
+        "keylock-kernels: native CPU kernels: yes (GNU 12.2.0; portable); CUDA: skipped (nvcc is not installed)"
     )
 
 
-def test_cuda_can_be_forbidden_but_not_had(setup_py):
-    assert setup_py.cuda_decision({"KEYLOCK_BUILD_CUDA": "0"}) == (False, "KEYLOCK_BUILD_CUDA=0")
-    with pytest.raises(setup_py.SetupError, match="KEYLOCK_BUILD_CUDA=1, but this version contains no CUDA kernels"):
-        setup_py.cuda_decision({"KEYLOCK_BUILD_CUDA": "1"})
+def test_cuda_is_built_where_nvcc_is(setup_py, tmp_path, compiling, nvcc):
+    calls = compiling()
+    folder = str(Path(nvcc).parent)
+    for environ in ({"PATH": folder}, {"PATH": "", "CUDA_HOME": str(tmp_path)}, {"PATH": "", "CUDACXX": nvcc}):
+        native, cuda, architectures = setup_py.decide(environ, tmp_path)
+        assert native == (True, "a compiler")
+        assert cuda == (True, f"{nvcc}; sm_80 sm_90 sm_100 compute_100")
+        assert architectures == ["sm_80", "sm_90", "sm_100", "compute_100"]
+        assert calls.pop() == (nvcc, "80-real;90-real;100") and not calls
+
+
+def test_cuda_that_is_not_there_or_not_wanted_is_skipped_or_an_error(setup_py, tmp_path, compiling, nvcc):
+    calls = compiling()
+    here = {"PATH": str(Path(nvcc).parent)}
+    for environ, reason in (
+        ({"PATH": ""}, "nvcc is not installed"),
+        ({**here, "CUDACXX": "no-such-nvcc"}, "no-such-nvcc is not installed"),
+        ({**here, "KEYLOCK_BUILD_CUDA": "0"}, "KEYLOCK_BUILD_CUDA=0"),
+        ({**here, "TORCH_CUDA_ARCH_LIST": "Hopper"}, "TORCH_CUDA_ARCH_LIST names 'Hopper'"),
+        ({**here, "KEYLOCK_BUILD_NATIVE": "0"}, "KEYLOCK_BUILD_NATIVE=0"),
+    ):
+        native, cuda, architectures = setup_py.decide(environ, tmp_path)
+        assert native.built is ("KEYLOCK_BUILD_NATIVE" not in environ)
+        assert not cuda.built and cuda.reason.startswith(reason) and architectures == []
+        assert not any(calls)
+        if environ.get("KEYLOCK_BUILD_CUDA") != "0":
+            with pytest.raises(setup_py.SetupError, match=f"KEYLOCK_BUILD_CUDA=1, but {reason}"):
+                setup_py.decide({**environ, "KEYLOCK_BUILD_CUDA": "1"}, tmp_path)
+
+
+def test_cuda_that_fails_leaves_the_rest(setup_py, tmp_path, compiling, nvcc):
+    calls = compiling(lambda cuda: "the compiler failed: no room" if cuda else None)
+    environ = {"PATH": str(Path(nvcc).parent)}
+    native, cuda, architectures = setup_py.decide(environ, tmp_path)
+    assert native == (True, "a compiler") and architectures == []
+    assert cuda == (False, "the compiler failed: no room")
+    assert [bool(cuda) for cuda in calls] == [True, False]
+    with pytest.raises(setup_py.SetupError, match="KEYLOCK_BUILD_CUDA=1, but the compiler failed: no room"):
+        setup_py.decide({**environ, "KEYLOCK_BUILD_CUDA": "1"}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("environ", "cmake", "names"),
+    [
+        ({}, "80-real;90-real;100", ["sm_80", "sm_90", "sm_100", "compute_100"]),
+        ({"CUDAARCHS": "86-real;90a-virtual"}, "86-real;90a-virtual", ["sm_86", "compute_90a"]),
+        (
+            {"TORCH_CUDA_ARCH_LIST": "8.0;9.0a 12.0+PTX"},
+            "80-real;90a-real;120",
+            "sm_80 sm_90a sm_120 compute_120".split(),
+        ),
+        ({"TORCH_CUDA_ARCH_LIST": "8.6", "CUDAARCHS": "90"}, "90", ["sm_90", "compute_90"]),
+    ],
+)
+def test_architectures_are_those_asked_for(setup_py, environ, cmake, names):
+    assert setup_py.cuda_architectures(environ) == cmake
+    assert setup_py.architecture_names(cmake) == names
+
+
+def test_nvcc_takes_no_more_memory_than_there_is(setup_py, monkeypatch):
+    monkeypatch.setattr(setup_py.os, "cpu_count", lambda: 64)
+    for gib, jobs in ((1, 1), (5, 2), (4000, 64)):
+        text = f"MemTotal:  9 kB\nMemAvailable:   {gib << 20} kB\n"
+        monkeypatch.setattr(setup_py.Path, "read_text", lambda self, text=text: text)
+        assert setup_py.jobs_for_memory() == jobs
 
 
 def test_native_can_be_forbidden(setup_py, tmp_path):
-    decision = setup_py.native_decision({"KEYLOCK_BUILD_NATIVE": "0"}, tmp_path)
-    assert decision == (False, "KEYLOCK_BUILD_NATIVE=0")
+    native, *_ = setup_py.decide({"KEYLOCK_BUILD_NATIVE": "0"}, tmp_path)
+    assert native == (False, "KEYLOCK_BUILD_NATIVE=0")
 
 
-def test_native_that_cannot_be_built_is_skipped_or_an_error(setup_py, tmp_path, monkeypatch):
-    def fail(*_):
-        raise setup_py.BuildSkipped("the compiler failed: no such thing")
-
-    monkeypatch.setattr(setup_py, "compile_native", fail)
-    assert setup_py.native_decision({}, tmp_path) == (False, "the compiler failed: no such thing")
+def test_native_that_cannot_be_built_is_skipped_or_an_error(setup_py, tmp_path, compiling):
+    compiling(lambda cuda: "the compiler failed: no such thing")
+    native, cuda, _ = setup_py.decide({"PATH": ""}, tmp_path)
+    assert native == (False, "the compiler failed: no such thing") and not cuda.built
     with pytest.raises(setup_py.SetupError, match="KEYLOCK_BUILD_NATIVE=1, but the compiler failed: no such thing"):
-        setup_py.native_decision({"KEYLOCK_BUILD_NATIVE": "1"}, tmp_path)
+        setup_py.decide({"PATH": "", "KEYLOCK_BUILD_NATIVE": "1"}, tmp_path)
 
 
-def test_max_jobs_reaches_the_compiler(setup_py, tmp_path, monkeypatch):
+@pytest.mark.parametrize("cuda", [None, ("nvcc", "90")], ids=["no CUDA", "CUDA"])
+def test_max_jobs_reaches_the_compiler(setup_py, tmp_path, monkeypatch, cuda):
     commands = []
     monkeypatch.setattr(setup_py, "find_tool", lambda name, _: name)
     monkeypatch.setattr(setup_py, "run", lambda command, _: commands.append(command))
     monkeypatch.setattr(setup_py.shutil, "rmtree", lambda *_, **__: None)
+    monkeypatch.setattr(setup_py, "jobs_for_memory", lambda: 7)
     (tmp_path / "summary.txt").write_text("a compiler")
-    assert setup_py.compile_native({"MAX_JOBS": "3"}, tmp_path) == "a compiler"
+    cuda = cuda and setup_py.Cuda(*cuda)
+    assert setup_py.compile_native({"MAX_JOBS": "3"}, tmp_path, cuda) == "a compiler"
     assert commands[-1][-2:] == ["--parallel", "3"]
+    assert f"-DKEYLOCK_CUDA_ARCHITECTURES={'90' if cuda else ''}" in commands[0]
+    setup_py.compile_native({}, tmp_path, cuda)
+    assert commands[-1][-2:] == (["--parallel", "7"] if cuda else ["--build", str(tmp_path)])
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from keylock_kernels import native
+from keylock_kernels import native, native_cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_native = pytest.mark.skipif(not native.available(), reason=f"native: {native.unavailable_reason()}")
@@ -93,10 +93,34 @@ def test_build_info_where_torch_is_broken():
         assert "torch is broken" in info["openmp"]["threads_reason"]
 
 
-def test_cuda_is_reported_as_absent():
+def test_cuda_is_reported_as_it_was_built():
     info = native.build_info()
-    assert info["cuda"]["built"] is False and info["cuda"]["architectures"] == []
-    assert info["skipped"]["cuda"] == info["cuda"]["reason"] != ""
+    assert info["cuda"]["reason"]
+    if info["cuda"]["built"]:
+        assert info["cuda"]["architectures"] and "cuda" not in info["skipped"]
+        assert native_cuda.missing() is None and native_cuda.sources()
+    else:
+        assert info["cuda"]["architectures"] == []
+        assert info["skipped"]["cuda"] == native_cuda.missing() == info["cuda"]["reason"]
+        assert native_cuda.sources() is None
+
+
+@pytest.mark.skipif(native_cuda.missing() is not None, reason=f"CUDA: {native_cuda.missing()}")
+def test_without_a_driver_a_launch_is_refused(monkeypatch):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a driver")
+    monkeypatch.setattr(native_cuda, "_DEVICE", "cpu")
+    monkeypatch.setattr(native_cuda, "_stream", lambda device: 0)
+    x, slots = torch.ones(1, 4, 8), torch.zeros(1, 1, dtype=torch.int32)
+    for call in (
+        lambda: native_cuda.rank_one_update(x, x[0], slots, x[..., :1]),
+        lambda: native_cuda.rank_one_linear(x, x[0], x[0][:, :4], slots, None, x[..., :1]),
+        lambda: native_cuda.localized_attention(*[x[:, :, None]] * 3, 1.0, *[None] * 5, [], *[None] * 4),
+    ):
+        with pytest.raises(RuntimeError, match="the CUDA kernel was not launched: launch_failed"):
+            call()
 
 
 @needs_native

@@ -26,7 +26,10 @@ enum class Status {
   shape_mismatch,
   slot_out_of_range,
   token_out_of_range,
-  out_of_memory
+  out_of_memory,
+  too_many_streams,
+  too_large,      // more pixels, keys or blocks of work than one launch can have
+  launch_failed,  // the GPU's driver refused
 };
 
 }  // namespace keylock

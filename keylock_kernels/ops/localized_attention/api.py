@@ -60,7 +60,7 @@ def localized_attention(
         readout_tokens: keys whose columns are read out, int32 [B, M]: text keys first, then image
             keys; -1 reads zeros.
         readout_weights: r, query's dtype or float32 [B, N, M]; absent: columns instead of sums.
-        backend: "auto", "native" (CPU tensors), "triton" (GPU tensors), "sdpa" or "eager".
+        backend: "auto", "native" (CPU tensors), "triton" or "cuda" (GPU tensors), "sdpa" or "eager".
 
     The last dimension of query, keys and values is contiguous; other strides are free.
 

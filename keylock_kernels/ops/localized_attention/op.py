@@ -71,6 +71,13 @@ def _forward(
             query, key, value, scale, key_bias, query_regions, key_regions, image_key, image_value, image_lengths,
             image_key_bias, image_weights, readout_tokens, readout_weights,
         )  # fmt: skip
+    if backend == "cuda":
+        from ... import native_cuda
+
+        return native_cuda.localized_attention(
+            query, key, value, scale, key_bias, query_regions, key_regions, image_key, image_value, image_lengths,
+            image_key_bias, image_weights, readout_tokens, readout_weights,
+        )  # fmt: skip
     if backend == "native":
         from . import native
 
@@ -99,7 +106,7 @@ def _backward(
 ) -> list[Tensor]:
     """The gradients; torch's backends run the forward again with autograd recording, a stream at a time."""
     inputs, needs = list(arguments[:-1]), arguments[-1]
-    if inputs[-1] == "triton":
+    if inputs[-1] in ("triton", "cuda"):
         from . import triton
 
         return triton.backward(grad_out, grad_readout, *inputs[:-1], needs=needs)  # type: ignore[misc]

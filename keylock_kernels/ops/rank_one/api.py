@@ -46,7 +46,7 @@ def rank_one_linear(
         tau: a gate's width, in units of s; given with beta or not at all. Exactly 0 means linear.
         strength: factor on each update, x's dtype or float32 [B, R].
         coefficients: c itself, x's dtype or float32 [B, T, R], instead of v, beta, tau and strength.
-        backend: "auto", "eager", "native" or "triton".
+        backend: "auto", "eager", "native", "triton" or "cuda".
 
     Returns:
         y [B, T, O] in x's dtype, accumulated in float32 (float64 for float64) and rounded once.
@@ -166,7 +166,7 @@ def rank_one_update(
         u: output vector of each update, base's dtype or float32 [S, O].
         slots: the updates a row takes, int32 [B, R]; -1 is exactly nothing, duplicates add.
         coefficients: base's dtype or float32 [B, T, R].
-        backend: "auto", "eager", "native" or "triton".
+        backend: "auto", "eager", "native", "triton" or "cuda".
 
     Returns:
         y [B, T, O] in base's dtype, accumulated in float32 (float64 for float64), rounded once.

@@ -130,6 +130,10 @@ def _linear(
         if coefficients is None:
             assert v is not None  # the schema cannot say "one of the two"; api.py does
             coefficients = reference.coefficients(x, v, slots, beta, tau, strength)
+        if backend == "cuda":
+            from ... import native_cuda
+
+            return native_cuda.rank_one_linear(x, weight, u, slots, bias, coefficients)
         return reference.linear(x, weight, u, slots, bias, coefficients).contiguous()
 
 
@@ -157,7 +161,7 @@ def _linear_backward(
         if need_weight:
             dweight = wide.flatten(0, 1).mT @ x.to(dtype).flatten(0, 1)
         dbias = wide.sum((0, 1)) if need_bias else None
-        if backend == "triton":
+        if backend in ("triton", "cuda"):
             from . import triton
 
             wanted = dict(zip(_NAMES, needs, strict=True))
@@ -225,6 +229,10 @@ def _update(
         from . import triton
 
         return triton.update(base, u, slots, coefficients)
+    if backend == "cuda":
+        from ... import native_cuda
+
+        return native_cuda.rank_one_update(base, u, slots, coefficients)
     with exact_products(base.device):
         if backend == "native":
             return _native_update(base, u, slots, coefficients)
@@ -239,7 +247,7 @@ def _update_backward(
     backend: str,
     needs: list[bool],
 ) -> list[Tensor]:
-    if backend == "triton":
+    if backend in ("triton", "cuda"):
         from . import triton
 
         du, dc = triton.update_backward(grad, u, slots, coefficients, needs[0], needs[2])

@@ -1,0 +1,7 @@
+#include "attention_launch.h"
+
+namespace keylock::cuda {
+
+template Status attend<float>(const LocalizedAttention& op, void* stream);
+
+}  // namespace keylock::cuda
