@@ -130,7 +130,7 @@ class Linear {
       std::memcpy(scratch.last + (i - whole) * depth, x + i * stride, depth * sizeof(Operand));
     }
     float* const rest = scratch.sums + whole * kColumns;
-    const int64_t stretches = divide_up(depth, kBlockDepth);
+    const int64_t stretches = larger(1, divide_up(depth, kBlockDepth));
     for (int64_t i = 0; i < stretches; ++i) {
       const int64_t k = i * depth / stretches, now = (i + 1) * depth / stretches - k;
       const Product<Step> most = {x + k, stride,       1,       packed + k * kColumns, kColumns,
@@ -217,7 +217,7 @@ Status validate(const RankOneLinear& op) {
       (sizes[0] * sizes[1] > sizes[1] && op.x.strides[0] != sizes[1] * op.x.strides[1])) {
     return Status::shape_mismatch;
   }
-  if (type == DataType::bfloat16 && (depth % 2 != 0 || op.x.strides[1] % 2 != 0)) {
+  if (type == DataType::bfloat16 && (depth % 2 != 0 || (depth > 0 && op.x.strides[1] % 2 != 0))) {
     return Status::shape_mismatch;
   }
   if (op.bias.data != nullptr && (!has_sizes(op.bias, {sizes[2]}) || !has_rows(op.bias))) {

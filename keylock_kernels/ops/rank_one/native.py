@@ -50,7 +50,7 @@ def rank_one_linear(
     native.require_cpu(op, *given)
     bias = None if bias is None else bias.contiguous()
     if x.stride(2) != 1 or x.stride(1) % 2 or x.stride(0) != x.shape[1] * x.stride(1):
-        x = x.contiguous()
+        x = x.contiguous().view(-1).view(x.shape)  # whose strides are odd no more where a size is 1
     weight, u = (t if t.stride(1) == 1 else t.contiguous() for t in (weight, u))
     y = torch.empty(*x.shape[:2], weight.shape[0], dtype=x.dtype)
     status = native.extension().rank_one_linear(
