@@ -139,9 +139,7 @@ def test_any_stride_of_the_layers_inputs_will_do():
     odd = torch.nn.functional.pad(x, (0, 1)).bfloat16()[:1, :1, :64]  # counts as contiguous, its strides odd
     if rank_one.multiplies(odd):
         arguments = (weight.bfloat16(), bias, u, slots[:1], coefficients[:1, :1])
-        assert torch.equal(
-            rank_one.rank_one_linear(odd, *arguments), rank_one.rank_one_linear(odd.clone(), *arguments)
-        )
+        assert torch.equal(rank_one.rank_one_linear(odd, *arguments), rank_one.rank_one_linear(odd.clone(), *arguments))
 
 
 def test_the_layer_refuses_a_slot_that_does_not_exist_and_foreign_tensors():
