@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,8 @@ def _best(run: Any, argument: Any) -> float:
 
 def write(result: dict[str, Any], machine: dict[str, Any], folder: Path = DATA) -> Path:
     """Adds one case to the device's data file; a file of another environment is started anew."""
-    slug = re.sub(r"[^a-z0-9]+", "-", machine["environment"]["device"].lower()).strip("-")
+    name = machine["environment"]["device"]
+    slug = re.sub(r"[^a-z0-9]+", "-", (name if DEVICE.type == "cuda" else f"cpu {name}").lower()).strip("-")
     path = folder / f"{slug}.json"
     old = json.loads(path.read_text()) if path.exists() else {}
     cases = old.get("cases", {}) if old.get("environment") == machine["environment"] else {}
@@ -96,6 +98,13 @@ def table(results: list[dict[str, Any]], machine: dict[str, Any]) -> list[str]:
     for result in results:
         lines += ["", *_block(result, machine["rates"])]
     return [*lines, "", *_summary(results)]
+
+
+def main() -> None:
+    """``python -m benchmarks.report data/<device>.json``: the lines of a data file."""
+    data = json.loads(Path(sys.argv[1]).read_text())
+    print(", ".join(f"{key} {value}" for key, value in data["environment"].items() if value is not None))
+    print(*_summary([{"case": name, **case} for name, case in data["cases"].items()]), sep="\n")
 
 
 def _summary(results: list[dict[str, Any]]) -> list[str]:
@@ -194,3 +203,7 @@ def _time(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.2f} {unit}"
     return f"{seconds * 1e6:.1f} us"
+
+
+if __name__ == "__main__":
+    main()

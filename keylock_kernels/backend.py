@@ -67,6 +67,15 @@ def _unproven(device: torch.device) -> str | None:
     return None if name in _recorded_architectures() else f"no passing GPU test record for {name} is on record"
 
 
+def _unmeasured(device: torch.device) -> str | None:
+    """Why `auto` does not take the C++ attention on this CPU, or None: docs/performance.md has the measurements."""
+    from . import native
+
+    if native.instruction_sets() == ("portable",):
+        return "only its portable code runs on this CPU, which has not been measured to be the faster one"
+    return None
+
+
 @dataclass(frozen=True)
 class Implementation:
     """One way to compute one op."""
@@ -146,6 +155,7 @@ IMPLEMENTATIONS = (
         devices=("cpu",),
         missing=_native_missing,
         chosen_float64=False,
+        unproven=_unmeasured,
     ),
     Implementation(
         "localized_attention",
@@ -217,7 +227,7 @@ def _explain(op: str, device: str) -> list[str]:
         reason = entry.refusal(device)
         state = "available" if reason is None else f"not available: {reason}"
         lines.append(f"  {entry.backend}: {entry.summary}; {state}")
-        unproven = entry.unproven(torch.device("cuda"))
+        unproven = entry.unproven(torch.device(device if device in entry.devices else "cuda"))
         for text in (entry.caveat, unproven and f"auto passes it over: {unproven}"):
             if text is not None:
                 lines.append(f"    {text}")

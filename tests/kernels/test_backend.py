@@ -59,6 +59,16 @@ def test_auto_takes_native_but_for_float64():
         assert torch.equal(localized_attention(**inputs), localized_attention(**inputs, backend=expected))
 
 
+def test_auto_takes_sdpa_where_the_native_kernel_is_missing_or_only_portable(without_native, monkeypatch):
+    assert backend.choose("localized_attention", "auto", CPU, torch.float32) == "sdpa"
+    monkeypatch.setattr(native, "available", lambda: True)
+    monkeypatch.setattr(native, "instruction_sets", lambda: ("portable",))
+    assert backend.choose("localized_attention", "auto", CPU, torch.float32) == "sdpa"
+    assert "auto passes it over: only its portable code runs on this CPU" in explain()
+    monkeypatch.setattr(native, "instruction_sets", lambda: ("portable", "avx2"))
+    assert backend.choose("localized_attention", "auto", CPU, torch.float32) == "native"
+
+
 def test_auto_takes_triton_on_a_gpu_but_for_float64(monkeypatch):
     cuda = torch.device("cuda")
     for op, second in (("rank_one_linear", "eager"), ("rank_one_update", "eager"), ("localized_attention", "sdpa")):

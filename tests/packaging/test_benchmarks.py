@@ -94,7 +94,7 @@ def test_the_tables_ratios_are_to_the_strongest_peer_and_the_floor():
 def test_data_of_one_environment_is_kept_together(tmp_path):
     result, _ = run(line_up())
     path = report.write(result, MACHINE, tmp_path)
-    assert path.name == "some-cpu-2-ghz.json"
+    assert path.name == "cpu-some-cpu-2-ghz.json"
     report.write({**result, "case": "double/8"}, MACHINE, tmp_path)
     written = json.loads(path.read_text())
     assert list(written["cases"]) == ["double/4", "double/8"] and written["environment"] == MACHINE["environment"]
