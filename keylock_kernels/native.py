@@ -179,7 +179,7 @@ def require_cpu(op: str, *tensors: Tensor) -> None:
 
 
 def raise_for(op: str, status: Any) -> None:
-    """RuntimeError unless a kernel says that all is well."""
+    """MemoryError or RuntimeError unless a kernel says that all is well."""
     if status.name == "out_of_memory":
         raise MemoryError(f"{op}: no memory for the kernel's scratch")
     if status.name != "ok":

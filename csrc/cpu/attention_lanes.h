@@ -138,6 +138,15 @@ Real bias_of(const Tensor<2>& bias, int64_t row, int64_t key) {
   return value;
 }
 
+template <class Real>
+Real readout_weight(const LocalizedAttention& op, int64_t row, int64_t pixel, int64_t m) {
+  const int64_t* strides = op.readout_weights.strides;
+  const int64_t offset = row * strides[0] + pixel * strides[1] + m * strides[2];
+  Real weight;
+  load_side(op.readout_weights.data, op.readout_weights.type, offset, 0, 1, &weight);
+  return weight;
+}
+
 // Which keys of a row get which lane. `keeps_silent` keeps streams whose weight is 0 (their
 // weight's gradient is asked for).
 template <class Real>

@@ -20,6 +20,28 @@ struct Softmax {
   const Integer* pixel_regions;  // [kBlock], or null: everything is seen from everywhere
 };
 
+// For `count` pixels from `first` on. `weights` [kBlock, lanes and a vector to spare] and
+// `pixel_regions` [kBlock] are filled where the op has them.
+template <class Step, class Real = typename Step::Real>
+Softmax<Step> softmax_of(const LocalizedAttention& op, const Lanes<Real>& lanes, int64_t row,
+                         int64_t first, int64_t count, Real* scores, typename Step::Operand* shares,
+                         Real* weights, typename BitsOf<Real>::Type* pixel_regions) {
+  Softmax<Step> softmax = {&lanes, static_cast<Real>(op.scale * kLog2e), scores, shares, nullptr, 0,
+                           nullptr};
+  if (has_weights_per_pixel(op)) {
+    load_weights(op, lanes, row, first, count, weights);
+    softmax.weights = weights;
+    softmax.weights_row = lanes.count + kLanes<Real>;
+  } else if (op.image_weights.data != nullptr) {
+    softmax.weights = lanes.weights;
+  }
+  if (op.query_regions.data != nullptr) {
+    load_regions(op, row, first, count, pixel_regions);
+    softmax.pixel_regions = pixel_regions;
+  }
+  return softmax;
+}
+
 inline void put_shares(float* shares, int64_t lane, Full<float> p) { write_bits(shares + lane, p); }
 inline void put_shares(double* shares, int64_t lane, Full<double> p) {
   write_bits(shares + lane, p);
@@ -117,6 +139,22 @@ void soften(const Softmax<Step>& softmax) {
         soften_group<Step, false>(softmax, group, pixel);
       }
     }
+  }
+}
+
+// Runs one of the two passes for the type of query, keys and values.
+template <template <class Element, class Step> class Pass, class Op>
+Status run_for(DataType type, const Op& op, int threads) {
+  switch (type) {
+    case DataType::float32: return Pass<float, Single<float>>(op).run(threads);
+    case DataType::float64: return Pass<double, Single<double>>(op).run(threads);
+    case DataType::float16: return Pass<Float16, Single<float>>(op).run(threads);
+#if defined(KEYLOCK_HAVE_PAIRS)
+    case DataType::bfloat16: return Pass<Bfloat16, Pairs>(op).run(threads);
+#else
+    case DataType::bfloat16: return Pass<Bfloat16, Single<float>>(op).run(threads);
+#endif
+    default: return Status::unsupported_type;
   }
 }
 

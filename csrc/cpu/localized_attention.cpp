@@ -86,12 +86,12 @@ class Forward {
   Scratch<Step> take(Arena& arena) const {
     Scratch<Step> scratch = {};
     scratch.lanes = Lanes<Real>::take(arena, op);
-    const int64_t lanes = scratch.lanes.count, slack = kTileRows * width;
+    const int64_t lanes = scratch.lanes.count;
     scratch.keys = arena.take<Operand>(depth_stride * lanes);
     scratch.values = arena.take<Operand>(divide_up(lanes, Step::kDepth) * padded);
     scratch.queries = arena.take<Operand>(kBlock * depth_stride);
-    scratch.scores = arena.take<Real>(kBlock * lanes + slack);
-    scratch.shares = arena.take<Operand>(kBlock * lanes + slack);
+    scratch.scores = arena.take<Real>(kBlock * lanes);
+    scratch.shares = arena.take<Operand>(kBlock * lanes / Step::kDepth);
     scratch.weights = arena.take<Real>(kBlock * (lanes + width));
     scratch.sums = arena.take<Real>(kBlock * padded);
     scratch.readout = arena.take<double>(reads);
@@ -137,27 +137,16 @@ class Forward {
                     scratch.scores, lanes.count},
                    kBlock, lanes.count / width);
 
-    Softmax<Step> softmax = {
-        &lanes, static_cast<Real>(op.scale * kLog2e), scratch.scores, scratch.shares, nullptr, 0,
-        nullptr};
+    Operand* shares = scratch.shares;
     if constexpr (Step::kDepth == 1) {
-      if (reads == 0) softmax.shares = scratch.scores;
+      if (reads == 0) shares = scratch.scores;
     }
-    if (has_weights_per_pixel(op)) {
-      load_weights(op, lanes, row, first, count, scratch.weights);
-      softmax.weights = scratch.weights;
-      softmax.weights_row = lanes.count + width;
-    } else if (op.image_weights.data != nullptr) {
-      softmax.weights = lanes.weights;
-    }
-    if (op.query_regions.data != nullptr) {
-      load_regions(op, row, first, count, scratch.pixel_regions);
-      softmax.pixel_regions = scratch.pixel_regions;
-    }
+    const Softmax<Step> softmax = softmax_of<Step>(op, lanes, row, first, count, scratch.scores,
+                                                   shares, scratch.weights, scratch.pixel_regions);
     soften(softmax);
     if (reads > 0) read_out(scratch, row, head, first, count);
 
-    multiply<Step>({softmax.shares, lanes.count / Step::kDepth, 1, scratch.values, padded,
+    multiply<Step>({shares, lanes.count / Step::kDepth, 1, scratch.values, padded,
                     lanes.count / Step::kDepth, scratch.sums, padded},
                    kBlock, padded / width);
     for (int64_t i = 0; i < count; ++i) {
@@ -176,7 +165,8 @@ class Forward {
         if (op.readout_weights.data == nullptr) {
           row_of<Real>(op.readout, row, head, first + i)[m * op.readout.strides[3]] = share;
         } else if (lane >= 0) {
-          scratch.readout[m] += static_cast<double>(readout_weight(op, row, first + i, m) * share);
+          scratch.readout[m] +=
+              static_cast<double>(readout_weight<Real>(op, row, first + i, m) * share);
         }
       }
     }
@@ -191,14 +181,6 @@ class Forward {
             static_cast<Real>(sum);
       }
     }
-  }
-
-  static Real readout_weight(const LocalizedAttention& op, int64_t row, int64_t pixel, int64_t m) {
-    const int64_t* strides = op.readout_weights.strides;
-    Real weight;
-    load_side(op.readout_weights.data, op.readout_weights.type,
-              row * strides[0] + pixel * strides[1] + m * strides[2], 0, 1, &weight);
-    return weight;
   }
 
   const LocalizedAttention& op;
@@ -223,17 +205,7 @@ Status validate(const LocalizedAttention& op) {
 Status localized_attention(const LocalizedAttention& op, int threads) {
   const Status status = validate(op);
   if (status != Status::ok) return status;
-  switch (op.query.type) {
-    case DataType::float32: return Forward<float, Single<float>>(op).run(threads);
-    case DataType::float64: return Forward<double, Single<double>>(op).run(threads);
-    case DataType::float16: return Forward<Float16, Single<float>>(op).run(threads);
-#if defined(KEYLOCK_HAVE_PAIRS)
-    case DataType::bfloat16: return Forward<Bfloat16, Pairs>(op).run(threads);
-#else
-    case DataType::bfloat16: return Forward<Bfloat16, Single<float>>(op).run(threads);
-#endif
-    default: return Status::unsupported_type;
-  }
+  return run_for<Forward>(op.query.type, op, threads);
 }
 
 }  // namespace keylock::KEYLOCK_ISA

@@ -233,20 +233,9 @@ class Backward {
                     scratch.scores, lanes.count},
                    kBlock, vectors);
 
-    Softmax<Single<Real>> softmax = {
-        &lanes, static_cast<Real>(op.scale * kLog2e), scratch.scores, scratch.shares, nullptr, 0,
-        nullptr};
-    if (has_weights_per_pixel(op)) {
-      load_weights(op, lanes, row, first, count, scratch.weights);
-      softmax.weights = scratch.weights;
-      softmax.weights_row = lanes.count + width;
-    } else if (op.image_weights.data != nullptr) {
-      softmax.weights = lanes.weights;
-    }
-    if (op.query_regions.data != nullptr) {
-      load_regions(op, row, first, count, scratch.pixel_regions);
-      softmax.pixel_regions = scratch.pixel_regions;
-    }
+    const auto softmax =
+        softmax_of<Single<Real>>(op, lanes, row, first, count, scratch.scores, scratch.shares,
+                                 scratch.weights, scratch.pixel_regions);
     soften(softmax);
 
     multiply<Step>({scratch.grads, depth_stride, 1, scratch.values, lanes.count, depth,
@@ -325,7 +314,6 @@ class Backward {
                    int64_t i) const {
     const Lanes<Real>& lanes = scratch.lanes;
     const bool is_sum = op.readout_weights.data != nullptr;
-    const int64_t* strides = op.readout_weights.strides;
     for (int64_t m = 0; m < sums.reads; ++m) {
       const int32_t lane = lanes.read_at[m];
       const Real* grads = row_of<Real>(out.grad_readout, row, head, is_sum ? 0 : first + i);
@@ -335,12 +323,7 @@ class Backward {
             lane < 0 ? 0 : grad * scratch.scores[i * lanes.count + lane];
       }
       if (lane < 0) continue;
-      if (is_sum) {
-        Real weight;
-        load_side(op.readout_weights.data, op.readout_weights.type,
-                  row * strides[0] + (first + i) * strides[1] + m * strides[2], 0, 1, &weight);
-        grad *= weight;
-      }
+      if (is_sum) grad *= readout_weight<Real>(op, row, first + i, m);
       scratch.slopes[i * lanes.count + lane] += grad;
     }
   }
@@ -432,17 +415,7 @@ Status validate(const LocalizedAttentionBackward& out) {
 Status localized_attention_backward(const LocalizedAttentionBackward& backward, int threads) {
   const Status status = validate(backward);
   if (status != Status::ok) return status;
-  switch (backward.op.query.type) {
-    case DataType::float32: return Backward<float, Single<float>>(backward).run(threads);
-    case DataType::float64: return Backward<double, Single<double>>(backward).run(threads);
-    case DataType::float16: return Backward<Float16, Single<float>>(backward).run(threads);
-#if defined(KEYLOCK_HAVE_PAIRS)
-    case DataType::bfloat16: return Backward<Bfloat16, Pairs>(backward).run(threads);
-#else
-    case DataType::bfloat16: return Backward<Bfloat16, Single<float>>(backward).run(threads);
-#endif
-    default: return Status::unsupported_type;
-  }
+  return run_for<Backward>(backward.op.query.type, backward, threads);
 }
 
 }  // namespace keylock::KEYLOCK_ISA

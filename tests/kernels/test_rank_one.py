@@ -100,6 +100,19 @@ def test_coefficients_made_first_give_the_same_layer(case, backend):
     torch.testing.assert_close(parts_grads, whole_grads)
 
 
+@halves
+@backends
+def test_coefficients_may_have_the_dtype_of_x(backend, dtype):
+    inputs = rank_one_inputs(2, 5, 8, 6, 3, 2, gate=None, bias=True, strength=False, dtype=dtype)
+    c = rank_one_coefficients(inputs["x"], inputs.pop("v"), inputs["slots"]).to(dtype)
+    layer, grads = run(rank_one_linear, {**inputs, "v": None, "coefficients": c}, backend=backend)
+    wide, _ = run(rank_one_linear, {**inputs, "v": None, "coefficients": c.float()}, backend=backend)
+    assert torch.equal(layer[0], wide[0]) and grads["coefficients"].dtype == dtype
+    base, u, slots = layer[0], inputs["u"], inputs["slots"]
+    updated = rank_one_update(base, u, slots, c, backend=backend)
+    assert torch.equal(updated, rank_one_update(base, u, slots, c.float(), backend=backend))
+
+
 @backends
 def test_an_update_on_the_layers_output_gives_the_same_layer(backend):
     inputs = rank_one_case("linear")
@@ -244,6 +257,16 @@ def test_strides_do_not_matter(backend):
     wanted, wanted_grads = run(rank_one_linear, inputs, backend=backend)
     torch.testing.assert_close(results, wanted)
     torch.testing.assert_close(grads, wanted_grads)
+
+
+@backends
+def test_gates_have_gradients_where_x_has_no_columns(backend):
+    inputs = rank_one_inputs(1, 2, 0, 3, 1, 1, gate="table", bias=False, strength=True)
+    inputs["slots"].zero_()
+    _, exact = run(plain, inputs)
+    _, grads = run(rank_one_linear, inputs, backend=backend)
+    assert exact["beta"].abs().min() > 0
+    torch.testing.assert_close(grads, exact)
 
 
 @given(

@@ -15,25 +15,14 @@ _NAME = "localized_attention"
 _WEIGHTS = 11, 7  # where image_weights stand among the inputs, and among the differentiable ones
 
 
-def forward(
-    query: Tensor,  # [B, N, H, D]
-    key: Tensor,  # [B, T, H, D]
-    value: Tensor,  # [B, T, H, D]
-    scale: float,
-    key_bias: Tensor | None,  # [B, T]
-    query_regions: Tensor | None,  # [B, N]
-    key_regions: Tensor | None,  # [B, T]
-    image_key: Tensor | None,  # [B, sum(L), H, D]
-    image_value: Tensor | None,  # [B, sum(L), H, D]
-    image_lengths: Sequence[int],
-    image_key_bias: Tensor | None,  # [B, sum(L)]
-    image_weights: Tensor | None,  # [B, I] or [B, I, N]
-    readout_tokens: Tensor | None,  # [B, M]
-    readout_weights: Tensor | None,  # [B, N, M]
-    *,
-    instruction_set: str | None = None,
-) -> tuple[Tensor, Tensor]:  # [B, N, H, D], [B, H, N, M] or [B, H, M]
-    """The op's forward pass on the CPU; arguments as in its schema."""
+def forward(*inputs: Any, instruction_set: str | None = None) -> tuple[Tensor, Tensor]:
+    """The op's forward pass on the CPU: out [B, N, H, D], and columns [B, H, N, M] or sums [B, H, M].
+
+    Args:
+        inputs: as in the op's schema, without the backend.
+        instruction_set: one of `native.instruction_sets()`; by default the last.
+    """
+    query, readout_tokens, readout_weights = inputs[0], inputs[12], inputs[13]
     rows, pixels, heads, _ = query.shape
     dtype = accumulate_dtype(query.dtype)
     out = torch.empty(query.shape, dtype=query.dtype)
@@ -46,15 +35,12 @@ def forward(
         readout = torch.empty(rows, heads, readout_tokens.shape[1], dtype=dtype)
         described = native.describe(readout[:, :, None])
     status = native.extension().localized_attention(
-        _inputs(
-            query, key, value, scale, key_bias, query_regions, key_regions, image_key, image_value, image_lengths,
-            image_key_bias, image_weights, readout_tokens, readout_weights,
-        ),
+        _inputs(*inputs),
         native.describe(out),
         described,
         instruction_set=native.instruction_set(_NAME, instruction_set),
         threads=native.threads()[0],
-    )  # fmt: skip
+    )
     native.raise_for(_NAME, status)
     return out, readout
 

@@ -64,27 +64,22 @@ def _forward(
     if readout_tokens is not None:
         keys = key.shape[1] + sum(image_lengths)
         _check_tokens(readout_tokens, keys)
+    inputs = (
+        query, key, value, scale, key_bias, query_regions, key_regions, image_key, image_value, image_lengths,
+        image_key_bias, image_weights, readout_tokens, readout_weights,
+    )  # fmt: skip
     if backend == "triton":
         from . import triton
 
-        return triton.forward(
-            query, key, value, scale, key_bias, query_regions, key_regions, image_key, image_value, image_lengths,
-            image_key_bias, image_weights, readout_tokens, readout_weights,
-        )  # fmt: skip
+        return triton.forward(*inputs)
     if backend == "cuda":
         from ... import native_cuda
 
-        return native_cuda.localized_attention(
-            query, key, value, scale, key_bias, query_regions, key_regions, image_key, image_value, image_lengths,
-            image_key_bias, image_weights, readout_tokens, readout_weights,
-        )  # fmt: skip
+        return native_cuda.localized_attention(*inputs)
     if backend == "native":
         from . import native
 
-        return native.forward(
-            query, key, value, scale, key_bias, query_regions, key_regions, image_key, image_value, image_lengths,
-            image_key_bias, image_weights, readout_tokens, readout_weights,
-        )  # fmt: skip
+        return native.forward(*inputs)
     attend, read = _PARTS[backend]
     with torch.no_grad(), exact_products(query.device):
         text = reference.make_stream(key, value, key_bias, query_regions, key_regions)

@@ -36,7 +36,7 @@ def rank_one_linear(
         bias: [O] float32 or bfloat16.
         u: [S, O] float32 or bfloat16.
         slots: [B, R] int32, the row of u each update takes; -1 is none, exactly; duplicates add.
-        coefficients: [B, T, R] float32 or float64.
+        coefficients: [B, T, R], any floating dtype.
 
     Returns:
         [B, T, O], contiguous, of x's dtype.
@@ -51,6 +51,7 @@ def rank_one_linear(
     bias = None if bias is None else bias.contiguous()
     if x.stride(2) != 1 or x.stride(1) % 2 or x.stride(0) != x.shape[1] * x.stride(1):
         x = x.contiguous().view(-1).view(x.shape)  # whose strides are odd no more where a size is 1
+    coefficients = _wide(coefficients)
     weight, u = (t if t.stride(1) == 1 else t.contiguous() for t in (weight, u))
     y = torch.empty(*x.shape[:2], weight.shape[0], dtype=x.dtype)
     status = native.extension().rank_one_linear(
@@ -95,8 +96,7 @@ def rank_one_update(
         RuntimeError: the compiled kernels are not available.
     """
     _check("rank_one_update", "base", base, u, slots, coefficients)
-    if coefficients.dtype not in (torch.float32, torch.float64):
-        coefficients = coefficients.float()  # the kernel reads no other; they are few
+    coefficients = _wide(coefficients)
     y = torch.empty(base.shape, dtype=base.dtype)
     extension = native.extension()
     status = extension.rank_one_update(
@@ -136,8 +136,7 @@ def rank_one_update_backward(
         TypeError, ValueError, RuntimeError: as in `rank_one_update`.
     """
     _check("rank_one_update_backward", "grad", grad, u, slots, coefficients)
-    if coefficients.dtype not in (torch.float32, torch.float64):
-        coefficients = coefficients.float()
+    coefficients = _wide(coefficients)
     dtype = accumulate_dtype(grad.dtype)
     grad_u = torch.empty(u.shape, dtype=dtype) if need_u else None
     grad_c = torch.empty(coefficients.shape, dtype=dtype) if need_coefficients else None
@@ -163,6 +162,11 @@ def _check(op: str, name: str, activations: Tensor, u: Tensor, slots: Tensor, co
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             strides = list(tensor.stride())
             raise ValueError(f"{op}: {label} must have a contiguous last dimension, got strides {strides}")
+
+
+def _wide(coefficients: Tensor) -> Tensor:  # [B, T, R]
+    """As the kernels read them; they are few."""
+    return coefficients if coefficients.dtype in (torch.float32, torch.float64) else coefficients.float()
 
 
 def _raise_for(op: str, status: Any, u: Tensor, slots: Tensor) -> None:

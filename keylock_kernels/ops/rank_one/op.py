@@ -64,13 +64,14 @@ def _native_linear(
 ) -> Tensor:  # [B, T, O]
     from . import native
 
+    in_one_kernel = native.multiplies(x)
+    if coefficients is None or not in_one_kernel:  # that kernel looks at them itself
+        _check_slots("rank_one_linear", slots, u.shape[0])
     if coefficients is None:
         assert v is not None  # the schema cannot say "one of the two"; api.py does
-        _check_slots("rank_one_linear", slots, u.shape[0])
         coefficients = _coefficients(x, v, slots, beta, tau, strength)
-    if native.multiplies(x):
+    if in_one_kernel:
         return native.rank_one_linear(x, weight, bias, u, slots, coefficients)
-    _check_slots("rank_one_linear", slots, u.shape[0])
     with exact_products(x.device):
         base = reference.base_product(x, weight, bias)
     return _native_update(base, u, slots, coefficients).to(x.dtype)
