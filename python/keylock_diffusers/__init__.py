@@ -7,17 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from keylock_diffusers.concepts import Concept, ConceptBank
-    from keylock_diffusers.generation import Request, RequestError, Use, generate
+    from keylock_diffusers.generation import generate
+    from keylock_diffusers.image_prompts import ImagePrompt
     from keylock_diffusers.personalization import Personalization
     from keylock_diffusers.processors import install, uninstall
+    from keylock_diffusers.requests import Request, RequestError, Use
 
 _HOME = {
     "Concept": "concepts",
     "ConceptBank": "concepts",
+    "ImagePrompt": "image_prompts",
     "Personalization": "personalization",
-    "Request": "generation",
-    "RequestError": "generation",
-    "Use": "generation",
+    "Request": "requests",
+    "RequestError": "requests",
+    "Use": "requests",
     "generate": "generation",
     "install": "processors",
     "uninstall": "processors",
@@ -26,6 +29,7 @@ _HOME = {
 __all__ = [
     "Concept",
     "ConceptBank",
+    "ImagePrompt",
     "Personalization",
     "Request",
     "RequestError",

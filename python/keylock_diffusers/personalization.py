@@ -1,7 +1,8 @@
-"""What one batch carries: which concepts each row of the U-Net uses, and the keys and values they give."""
+"""What one batch carries: each row's concepts and image prompts, and the keys and values they give."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,10 @@ from torch import Tensor
 
 from keylock_diffusers import edits
 from keylock_diffusers.concepts import Concept, cross_attention_layers
+from keylock_diffusers.image_prompts import ImageRouting, ImageUse, projected_images
+from keylock_diffusers.processors.images import ImageStreams
 from keylock_diffusers.processors.swap import unet_of
+from keylock_kernels.ops.precision import accumulate_dtype
 
 
 @dataclass(frozen=True)
@@ -26,20 +30,59 @@ class ConceptUse:
 
 
 class Personalization:
-    """Different users' concepts in one batch of a U-Net, passed as ``cross_attention_kwargs={"personalization": p}``.
+    """Different users' concepts and images in one batch, passed as ``cross_attention_kwargs={"personalization": p}``.
 
     Routing is data: row b of the U-Net's batch belongs to prompt ``row_index[b]``, or to none (-1), as the
-    unconditional rows of guidance do. Such a row is computed without any update.
+    unconditional rows of guidance do. Such a row is computed without any update of its keys and values.
+
+    What `prepare` makes lies in buffers that later calls fill again where shapes are the same: a step that was
+    compiled, or captured as a CUDA graph, stays valid for other users (see `assign`).
 
     Args:
         uses: per prompt, the concepts it uses.
         row_index: int64 [B], the prompt of each row of the U-Net's batch; -1 for none.
+        images: per row of the U-Net's batch, its image prompts, of unconditional rows too; None: no row has any.
+        image_lengths: per adapter, the tokens of each image stream that a batch has room for; default as many as
+            `images` need. Given, all shapes are the same whatever the rows carry.
 
     Raises:
-        ValueError: a row index outside [-1, len(uses)), or one prompt that uses the same concept twice.
+        ValueError: a row index outside [-1, len(uses)), one prompt that uses the same concept twice, or images that do
+            not fit.
     """
 
-    def __init__(self, uses: Sequence[Sequence[ConceptUse]], row_index: Tensor) -> None:
+    def __init__(
+        self,
+        uses: Sequence[Sequence[ConceptUse]],
+        row_index: Tensor,
+        images: Sequence[Sequence[ImageUse]] | None = None,
+        image_lengths: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        self.kv: dict[str, tuple[Tensor, Tensor]] = {}
+        self._spare: dict[str, tuple[Tensor, Tensor]] = {}  # buffers of the users before
+        self._image_lengths = image_lengths
+        self._image_kv: dict[str, tuple[Tensor, Tensor]] = {}
+        self._image_bias: Tensor | None = None
+        self._layer_of: dict[int, str] = {}  # one of each group
+        self._image_groups: dict[str, int] = {}  # layers whose streams count equally share their weights
+        self._image_weights: dict[tuple[int, int], Tensor] = {}
+        self._masks: dict[int, Tensor] = {}
+        self._step = (0, 1)
+        self._text: Tensor | None = None
+        self.assign(uses, row_index, images)
+
+    def assign(
+        self,
+        uses: Sequence[Sequence[ConceptUse]],
+        row_index: Tensor,
+        images: Sequence[Sequence[ImageUse]] | None = None,
+    ) -> Personalization:
+        """Gives the batch to other users; `prepare` must follow and keeps the buffers whose shapes have not changed.
+
+        Args, raises: as for the class.
+
+        Returns:
+            This object.
+        """
         if row_index.ndim != 1 or row_index.dtype != torch.int64:
             raise ValueError(
                 f"Personalization: row_index must be int64 [B], got {row_index.dtype} {list(row_index.shape)}"
@@ -49,28 +92,43 @@ class Personalization:
                 f"Personalization: row_index must lie in [-1, {len(uses)}), "
                 f"got {int(row_index.min())} to {int(row_index.max())}"
             )
-        self.row_index = row_index
-        self.kv: dict[str, tuple[Tensor, Tensor]] = {}
-        self._unseen: Tensor | None = None  # the prepared text, until a layer was given the same
-        self._concepts = list({id(use.concept): use.concept for row in uses for use in row}.values())
-        self._uses = [list(row) for row in uses]
-        for row in self._uses:
-            _gates_of([row], self._concepts)
+        if images is not None and len(images) != len(row_index):
+            raise ValueError(f"Personalization: images must be given for {len(row_index)} rows, got {len(images)}")
+        rows = [list(row) for row in uses]
+        concepts = list({id(use.concept): use.concept for row in rows for use in row}.values())
+        for row in rows:
+            _gates_of([row], concepts)
+        routing = ImageRouting(images or [()] * len(row_index), self._image_lengths)
+        self.row_index, self._uses, self._concepts, self._routing = row_index, rows, concepts, routing
+        self._spare, self.kv = self.kv or self._spare, {}
+        self._seen: tuple[Any, int | None] | None = None  # the text a layer was given last, and its version
+        return self
 
     @torch.no_grad()
-    def prepare(self, pipe: Any, text: Tensor, key_text: Tensor | None = None) -> Personalization:
+    def prepare(
+        self,
+        pipe: Any,
+        text: Tensor,
+        key_text: Tensor | None = None,
+        *,
+        latent_size: tuple[int, int] | None = None,
+        steps: int = 1,
+    ) -> Personalization:
         """Projects every layer's keys and values, which no timestep changes, once for the whole generation.
 
         Args:
             pipe: the pipeline or U-Net whose layers are projected.
             text: the encodings the U-Net is given, [B, T, D], one row per entry of ``row_index``.
             key_text: what keys read where that differs (global key-locking), [B, T, D].
+            latent_size: (height, width) of the latents, which says at which resolutions regions are needed; without it
+                they are resized when a layer first asks, which a compiled step cannot do.
+            steps: of the generation, for image prompts that are switched on or off between steps (see `at_step`).
 
         Returns:
-            This object; a second call replaces what the first one made.
+            This object; a second call fills what the first one made.
 
         Raises:
-            ValueError: the number of rows does not match.
+            ValueError: the number of rows does not match, or the layers cannot hold what the rows carry.
         """
         for name, tensor in (("text", text), ("key_text", key_text)):
             if tensor is not None and (tensor.ndim != 3 or len(tensor) != len(self.row_index)):
@@ -87,9 +145,31 @@ class Personalization:
         value_edits = self._edits(text, locks=("local", "global"))
         edited = key_edits is not None or value_edits is not None
         tables = self._tables(layers, text) if edited else {}
-        self.kv = edits.project_layers(layers, (key_text, text), tables, (key_edits, value_edits))
-        self._unseen = text
+        projected = edits.project_layers(layers, (key_text, text), tables, (key_edits, value_edits))
+        buffers = self.kv or self._spare
+        self.kv = _filled_pairs(buffers, projected)
+        self._prepare_images(unet, layers, text, latent_size, steps)
+        self._text = _filled(self._text, text.clone())
+        self._seen = None
         return self
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether `at_step` must be called between steps."""
+        return self._routing.scheduled
+
+    @torch.no_grad()
+    def at_step(self, step: int, steps: int) -> None:
+        """Puts every image prompt's weight for one step in place, by its start and end.
+
+        Args:
+            step: the step that comes next, from 0.
+            steps: of the whole generation.
+        """
+        self._step = (step, steps)
+        if self.scheduled:
+            for group, pixels in list(self._image_weights):
+                self._weigh(group, pixels)
 
     def keys_and_values(self, layer: str, rows: int, text: Tensor | None) -> tuple[Tensor, Tensor]:
         """A layer's prepared keys and values [B, T, C].
@@ -97,7 +177,8 @@ class Personalization:
         Args:
             layer: the attention module's name.
             rows: the batch size the layer runs at.
-            text: the encodings the layer was given; their values are compared once after each `prepare`.
+            text: the encodings the layer was given. Their values are compared with what was prepared whenever they are
+                another tensor than before, or were written to since; inside a compiled step they are not.
 
         Raises:
             ValueError: the batch differs from what was prepared, or nothing was.
@@ -112,11 +193,86 @@ class Personalization:
                 f"Personalization: prepared for {list(key.shape[:2])} rows and tokens, but {layer} runs on {rows} rows"
                 + ("" if text is None else f" with text {list(text.shape)}")
             )
-        if text is not None and self._unseen is not None and not torch.compiler.is_compiling():
-            if not torch.allclose(text, self._unseen.to(text), rtol=0, atol=0, equal_nan=True):
-                raise ValueError(f"Personalization: {layer} was given another text than was prepared; prepare it again")
-            self._unseen = None
+        if text is not None and self._text is not None and not torch.compiler.is_compiling():
+            self._check_text(layer, text, self._text)
         return key, value
+
+    def image_streams(self, layer: str, pixels: int) -> ImageStreams | None:
+        """A layer's prepared image tokens at a resolution of [N] pixels; None where no row has an image prompt.
+
+        Raises:
+            ValueError: regions were not prepared at this resolution, and the step is being compiled.
+        """
+        if layer not in self._image_kv:
+            return None
+        group = self._image_groups[layer]
+        at = pixels if self._routing.per_pixel else 0
+        if (group, at) not in self._image_weights:
+            if torch.compiler.is_compiling():
+                raise ValueError(
+                    f"Personalization: no regions were prepared for {pixels} pixels; give prepare the latent_size"
+                )
+            self._weigh(group, at)
+        key, value = self._image_kv[layer]
+        return ImageStreams(key, value, self._routing.flat_lengths, self._image_weights[group, at], self._image_bias)
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that stays in memory for a generation."""
+        pairs = [*self.kv.values(), *self._image_kv.values()]
+        single = [t for t in (self._text, self._image_bias) if t is not None]
+        return [*(t for pair in pairs for t in pair), *self._image_weights.values(), *self._masks.values(), *single]
+
+    def _check_text(self, layer: str, text: Tensor, prepared: Tensor) -> None:
+        version = None if text.is_inference() else text._version
+        if self._seen is not None and self._seen[0]() is text:
+            # Inference tensors do not count how often they were written to: those are compared once a step.
+            if version == self._seen[1] and (version is not None or layer != next(iter(self.kv))):
+                return
+        if not torch.allclose(text, prepared.to(text), rtol=0, atol=0, equal_nan=True):
+            raise ValueError(f"Personalization: {layer} was given another text than was prepared; prepare it again")
+        self._seen = weakref.ref(text), version
+
+    def _prepare_images(
+        self,
+        unet: Any,
+        layers: Mapping[str, Any],
+        text: Tensor,
+        latent_size: tuple[int, int] | None,
+        steps: int,
+    ) -> None:
+        routing, self._step, self._masks = self._routing, (0, steps), {}
+        if not routing.flat_lengths:
+            self._image_kv, self._image_weights, self._image_groups, self._image_bias = {}, {}, {}, None
+            return
+        tokens = [
+            routing.tokens(adapter, text, text.shape[-1]) if lengths else None
+            for adapter, lengths in enumerate(routing.lengths)
+        ]
+        projected = {name: projected_images(attn, tokens) for name, attn in layers.items()}
+        self._image_kv = _filled_pairs(self._image_kv, projected)
+        dtype = accumulate_dtype(text.dtype)
+        bias = routing.key_bias(dtype)
+        self._image_bias = None if bias is None else _filled(self._image_bias, bias.to(text.device))
+        counts = {name: routing.scale_pattern(name) for name in layers}
+        patterns = list(dict.fromkeys(counts.values()))
+        self._image_groups = {name: patterns.index(pattern) for name, pattern in counts.items()}
+        self._layer_of = {patterns.index(pattern): name for name, pattern in counts.items()}
+        resolutions = [0] if not routing.per_pixel else _resolutions(unet, latent_size)
+        wanted = {(group, pixels) for group in range(len(patterns)) for pixels in resolutions}
+        self._image_weights = {key: tensor for key, tensor in self._image_weights.items() if key in wanted}
+        for group, pixels in sorted(wanted):
+            self._weigh(group, pixels)
+
+    def _weigh(self, group: int, pixels: int) -> None:
+        """Fills the weights [B, I] (no pixels: [B, I, N] with them) of a group of layers in the current step."""
+        like = next(iter(self._image_kv.values()))[0]
+        dtype = accumulate_dtype(like.dtype)
+        weights = torch.tensor(self._routing.scales(self._layer_of[group], *self._step), dtype=dtype).to(like.device)
+        if pixels:
+            if pixels not in self._masks:
+                self._masks[pixels] = self._routing.masks(pixels, dtype).to(like.device)
+            weights = weights[..., None] * self._masks[pixels]
+        self._image_weights[group, pixels] = _filled(self._image_weights.get((group, pixels)), weights)
 
     def _edits(self, text: Tensor, locks: tuple[str, ...]) -> edits.Edit | None:
         """The edit of the rows' concepts with one of `locks`; None if there are none."""
@@ -141,6 +297,34 @@ class Personalization:
             name: edits.tables(attn, targets, supers, torch.stack([value[name] for value in values]).to(device), dtype)
             for name, attn in layers.items()
         }
+
+
+def _filled(buffer: Tensor | None, value: Tensor) -> Tensor:
+    """The buffer with this value, or the value itself where it does not fit."""
+    if buffer is None or any(
+        of(buffer) != of(value)
+        for of in (lambda t: t.shape, lambda t: t.dtype, lambda t: t.device, Tensor.is_inference)
+    ):
+        return value
+    return buffer.copy_(value)
+
+
+def _filled_pairs(
+    buffers: Mapping[str, tuple[Tensor, Tensor]], values: Mapping[str, tuple[Tensor, Tensor]]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    filled = {}
+    for name, (key, value) in values.items():
+        before = buffers.get(name, (None, None))
+        filled[name] = _filled(before[0], key), _filled(before[1], value)
+    return filled
+
+
+def _resolutions(unet: Any, latent_size: tuple[int, int] | None) -> list[int]:
+    """The numbers of pixels at a U-Net's levels, each half as high and wide as the one before."""
+    if latent_size is None:
+        return []
+    height, width = latent_size
+    return [-(-height // 2**level) * -(-width // 2**level) for level in range(len(unet.config.block_out_channels))]
 
 
 def _gates_of(rows: Sequence[Sequence[ConceptUse]], concepts: Sequence[Concept]) -> tuple[edits.Gates, Tensor]:

@@ -111,6 +111,40 @@ def encode(
     Returns:
         Encodings [B, T, D], differentiable in the embeddings.
     """
+    out = _run(text_encoder, prompts, embeddings, states=clip_skip is not None)
+    if clip_skip is None:
+        return out.last_hidden_state
+    model = getattr(text_encoder, "text_model", text_encoder)
+    return model.final_layer_norm(out.hidden_states[-(clip_skip + 1)])
+
+
+def encode_penultimate(
+    text_encoder: Any,
+    prompts: Sequence[TokenizedPrompt],
+    embeddings: Sequence[Mapping[str, Tensor]] | None = None,  # per prompt, placeholder -> [W]
+    *,
+    clip_skip: int | None = None,
+) -> tuple[Tensor, Tensor | None]:  # [B, T, D], [B, P]
+    """Encodes a batch of prompts as SDXL's pipelines do: the last layer but one, not normalised, and pooled.
+
+    Args:
+        text_encoder, prompts, embeddings: as for `encode`.
+        clip_skip: how many further layers are left out.
+
+    Returns:
+        Encodings [B, T, D], and the pooled projection [B, P] of an encoder that has one.
+    """
+    out = _run(text_encoder, prompts, embeddings, states=True)
+    return out.hidden_states[-((clip_skip or 0) + 2)], getattr(out, "text_embeds", None)
+
+
+def _run(
+    text_encoder: Any,
+    prompts: Sequence[TokenizedPrompt],
+    embeddings: Sequence[Mapping[str, Tensor]] | None,
+    states: bool,
+) -> Any:
+    """The text encoder's output, of every layer if `states`, with each prompt's learned words in place."""
     device = text_encoder.get_input_embeddings().weight.device
     if device.type == "meta":  # sequential offloading: hooks move inputs to where the weights will be
         device = torch.device("cpu")
@@ -125,11 +159,7 @@ def encode(
         if placeholder in learned
     ]
     with _learned_words(text_encoder, places):
-        if clip_skip is None:
-            return text_encoder(ids, attention_mask=mask)[0]
-        states = text_encoder(ids, attention_mask=mask, output_hidden_states=True).hidden_states
-        model = getattr(text_encoder, "text_model", text_encoder)
-        return model.final_layer_norm(states[-(clip_skip + 1)])
+        return text_encoder(ids, attention_mask=mask, output_hidden_states=states)
 
 
 @contextmanager

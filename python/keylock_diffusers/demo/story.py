@@ -19,8 +19,9 @@ from keylock_diffusers.demo import grid, pictures
 from keylock_diffusers.demo.pictures import USERS, User
 from keylock_diffusers.embedded import classifier
 from keylock_diffusers.embedded.evaluate import background_name
-from keylock_diffusers.generation import Request, Use, generate
+from keylock_diffusers.generation import generate
 from keylock_diffusers.processors import install
+from keylock_diffusers.requests import Request, Use
 from keylock_diffusers.training import Covariance, Subject, TrainingConfig, covariance, default_captions, train_concepts
 
 GUIDANCE = 4.0

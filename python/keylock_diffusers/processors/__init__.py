@@ -1,6 +1,6 @@
 """Drop-in attention processors, and what swaps them in and out."""
 
-from keylock_diffusers.processors.attention import CrossAttnProcessor, SelfAttnProcessor
+from keylock_diffusers.processors.attention import CrossAttnProcessor, IPAdapterCrossAttnProcessor, SelfAttnProcessor
 from keylock_diffusers.processors.swap import install, uninstall, verify
 
-__all__ = ["CrossAttnProcessor", "SelfAttnProcessor", "install", "uninstall", "verify"]
+__all__ = ["CrossAttnProcessor", "IPAdapterCrossAttnProcessor", "SelfAttnProcessor", "install", "uninstall", "verify"]

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, IPAdapterAttnProcessor2_0
 from torch import Tensor
 
+from keylock_diffusers.processors.images import ImageStreams, adapter_streams
 from keylock_kernels import localized_attention
+from keylock_kernels.ops.precision import accumulate_dtype
 
 if TYPE_CHECKING:
     from keylock_diffusers.personalization import Personalization
+
+# Text attention's own, whatever `keylock_diffusers.testing.patch` puts in its place.
+_stock_text = AttnProcessor2_0.__call__
+_stock_images = IPAdapterAttnProcessor2_0.__call__
 
 
 class SelfAttnProcessor(AttnProcessor2_0):
@@ -34,7 +41,7 @@ class SelfAttnProcessor(AttnProcessor2_0):
         temb: Tensor | None = None,
         personalization: Personalization | None = None,
     ) -> Tensor:
-        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        return _stock_text(self, attn, hidden_states, encoder_hidden_states, attention_mask, temb)
 
 
 class CrossAttnProcessor:
@@ -56,55 +63,179 @@ class CrossAttnProcessor:
         self,
         attn: Attention,
         hidden_states: Tensor,  # [B, N, C] or [B, C, height, width]
-        encoder_hidden_states: Tensor | None = None,  # [B, T, D]
+        encoder_hidden_states: Tensor | tuple[Tensor, list[Tensor]] | None = None,  # [B, T, D]
         attention_mask: Tensor | None = None,  # [B, 1, T], added to the scores
         temb: Tensor | None = None,
         personalization: Personalization | None = None,
     ) -> Tensor:
-        if attention_mask is not None and not _masks_keys_only(attention_mask, hidden_states, encoder_hidden_states):
+        if isinstance(encoder_hidden_states, tuple):
             if personalization is None:
-                return (self.original or AttnProcessor2_0())(
-                    attn, hidden_states, encoder_hidden_states, attention_mask, temb
+                raise ValueError(
+                    f"{self.layer}: image tokens were given to a layer without an IP-Adapter's processor; "
+                    "call keylock_diffusers.install(pipe) after load_ip_adapter"
                 )
-            raise ValueError(
-                f"{self.layer}: attention_mask must be [B, 1, T] with personalization, got {list(attention_mask.shape)}"
-            )
-        residual = hidden_states
-        if attn.spatial_norm is not None:
-            hidden_states = attn.spatial_norm(hidden_states, temb)
-        shape = hidden_states.shape
-        if len(shape) == 4:
-            hidden_states = hidden_states.flatten(2).transpose(1, 2)
-        if attn.group_norm is not None:
-            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+            encoder_hidden_states = encoder_hidden_states[0]
+        if attention_mask is not None and not _masks_keys_only(attention_mask, hidden_states, encoder_hidden_states):
+            if personalization is not None:
+                raise _unsupported_mask(self.layer, attention_mask)
+            original = self.original
+            if original is None or type(original) is AttnProcessor2_0:
+                return _stock_text(self, attn, hidden_states, encoder_hidden_states, attention_mask, temb)  # type: ignore[arg-type]
+            return original(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        return cross_attention(
+            attn, hidden_states, encoder_hidden_states, attention_mask, temb, personalization, self.layer
+        )
 
-        query = attn.to_q(hidden_states)
-        if personalization is None:
-            context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-            if encoder_hidden_states is not None and attn.norm_cross:
-                context = attn.norm_encoder_hidden_states(context)
-            key, value = attn.to_k(context), attn.to_v(context)
-        else:
-            key, value = personalization.keys_and_values(self.layer, query.shape[0], encoder_hidden_states)
 
-        query, key, value = (t.unflatten(-1, (attn.heads, -1)) for t in (query, key, value))
+class IPAdapterCrossAttnProcessor(IPAdapterAttnProcessor2_0):
+    """Text and image cross-attention of an IP-Adapter in one `keylock_kernels.localized_attention` call.
+
+    It is a view of the processor that `load_ip_adapter` made: the projections ``to_k_ip`` and ``to_v_ip`` and the list
+    of scales are that one's own objects, so that state dicts, `set_ip_adapter_scale` and `unload_ip_adapter` work as
+    before and nothing is held twice. With a personalization, images and scales are its rows' own.
+
+    Args:
+        layer: the attention module's name in the U-Net.
+        original: the IP-Adapter processor this one replaces, kept for `uninstall`.
+
+    Paper: Ye et al., IP-Adapter, arXiv 2308.06721.
+    """
+
+    def __init__(self, layer: str, original: Any) -> None:
+        torch.nn.Module.__init__(self)
+        self.layer = layer
+        self.hidden_size, self.cross_attention_dim = original.hidden_size, original.cross_attention_dim
+        self.num_tokens, self.scale = original.num_tokens, original.scale
+        self.to_k_ip, self.to_v_ip = original.to_k_ip, original.to_v_ip
+        # Not as a submodule: its parameters would be listed twice.
+        self.__dict__["original"] = original
+
+    def __call__(  # type: ignore[override]
+        self,
+        attn: Attention,
+        hidden_states: Tensor,  # [B, N, C] or [B, C, height, width]
+        encoder_hidden_states: Any = None,  # (text [B, T, D], per adapter image tokens [B, n, L, D])
+        attention_mask: Tensor | None = None,  # [B, 1, T], added to the text's scores
+        temb: Tensor | None = None,
+        scale: float = 1.0,
+        ip_adapter_masks: Any = None,  # per adapter None or [1, n, height, width]
+        personalization: Personalization | None = None,
+    ) -> Tensor:
+        return ip_adapter_attention(
+            self, attn, hidden_states, encoder_hidden_states, attention_mask, temb, ip_adapter_masks, personalization
+        )
+
+
+def ip_adapter_attention(
+    processor: Any,
+    attn: Attention,
+    hidden_states: Tensor,  # [B, N, C] or [B, C, height, width]
+    encoder_hidden_states: Any,
+    attention_mask: Tensor | None,  # [B, 1, T]
+    temb: Tensor | None,
+    ip_adapter_masks: Any,
+    personalization: Personalization | None,
+) -> Tensor:
+    """IPAdapterAttnProcessor2_0's forward pass with the scales and projections of `processor`."""
+    layer = getattr(processor, "layer", "attention")
+    text, states = _text_and_images(layer, encoder_hidden_states, processor.num_tokens)
+    if attention_mask is not None and not _masks_keys_only(attention_mask, hidden_states, text):
+        if personalization is not None:
+            raise _unsupported_mask(layer, attention_mask)
+        return _stock_images(
+            processor, attn, hidden_states, (text, states), attention_mask, temb, ip_adapter_masks=ip_adapter_masks
+        )
+
+    def images(query: Tensor) -> ImageStreams | None:  # [B, N, C]
+        return adapter_streams(states, processor.scale, processor.to_k_ip, processor.to_v_ip, ip_adapter_masks, query)
+
+    return cross_attention(attn, hidden_states, text, attention_mask, temb, personalization, layer, images)
+
+
+def cross_attention(
+    attn: Attention,
+    hidden_states: Tensor,  # [B, N, C] or [B, C, height, width]
+    text: Tensor | None,  # [B, T, D]
+    attention_mask: Tensor | None,  # [B, 1, T]
+    temb: Tensor | None,
+    personalization: Personalization | None,
+    layer: str,
+    images: Callable[[Tensor], ImageStreams | None] | None = None,
+) -> Tensor:
+    """A cross-attention layer's forward pass; `images` makes a layer's image streams from its query [B, N, C].
+
+    Like diffusers' processors for IP-Adapters, layers with images do not normalise queries and keys.
+    """
+    residual = hidden_states
+    if attn.spatial_norm is not None:
+        hidden_states = attn.spatial_norm(hidden_states, temb)
+    shape = hidden_states.shape
+    if len(shape) == 4:
+        hidden_states = hidden_states.flatten(2).transpose(1, 2)
+    if attn.group_norm is not None:
+        hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+
+    query = attn.to_q(hidden_states)
+    streams = None
+    if personalization is not None:
+        key, value = personalization.keys_and_values(layer, query.shape[0], text)
+        streams = personalization.image_streams(layer, query.shape[1])
+    else:
+        context = hidden_states if text is None else text
+        if text is not None and attn.norm_cross:
+            context = attn.norm_encoder_hidden_states(context)
+        key, value = attn.to_k(context), attn.to_v(context)
+        if images is not None:
+            streams = images(query)
+
+    query, key, value = (t.unflatten(-1, (attn.heads, -1)) for t in (query, key, value))
+    scale = None
+    if images is None:
+        scale = attn.scale
         if attn.norm_q is not None:
             query = attn.norm_q(query)
         if attn.norm_k is not None:
             key = attn.norm_k(key)
-        bias = None if attention_mask is None else attention_mask.reshape(attention_mask.shape[0], -1)
-        if bias is not None and bias.dtype == torch.bool:
-            bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device).masked_fill(~bias, float("-inf"))
-        elif bias is not None:
-            bias = bias.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
-        hidden_states = cast(Tensor, localized_attention(query, key, value, scale=attn.scale, key_bias=bias)).flatten(2)
+    options: dict[str, Any] = {}
+    if attention_mask is not None:
+        options["key_bias"] = _key_bias(attention_mask, accumulate_dtype(query.dtype))
+    if streams is not None:
+        options.update(
+            image_key=streams.key.unflatten(-1, (attn.heads, -1)),
+            image_value=streams.value.unflatten(-1, (attn.heads, -1)),
+            image_lengths=streams.lengths,
+            image_key_bias=streams.key_bias,
+            image_weights=streams.weights,
+        )
+    hidden_states = cast(Tensor, localized_attention(query, key, value, scale=scale, **options)).flatten(2)
 
-        hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))
-        if len(shape) == 4:
-            hidden_states = hidden_states.transpose(-1, -2).reshape(shape)
-        if attn.residual_connection:
-            hidden_states = hidden_states + residual
-        return hidden_states / attn.rescale_output_factor
+    hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))
+    if len(shape) == 4:
+        hidden_states = hidden_states.transpose(-1, -2).reshape(shape)
+    if attn.residual_connection:
+        hidden_states = hidden_states + residual
+    return hidden_states / attn.rescale_output_factor
+
+
+def _text_and_images(layer: str, given: Any, num_tokens: Any) -> tuple[Tensor, list[Tensor]]:
+    """Text and per adapter image tokens; a plain tensor ends with the image tokens, as diffusers once had it."""
+    if isinstance(given, tuple):
+        return given
+    if given is None:
+        raise ValueError(f"{layer}: encoder_hidden_states must be (text, [image tokens]) with an IP-Adapter, got None")
+    text = given.shape[1] - num_tokens[0]
+    return given[:, :text], [given[:, text:]]
+
+
+def _key_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:  # [B, 1, T] or [B, T] -> [B, T]
+    bias = mask.reshape(mask.shape[0], -1)
+    if bias.dtype == torch.bool:
+        return torch.zeros(bias.shape, dtype=dtype, device=bias.device).masked_fill(~bias, float("-inf"))
+    return bias.to(dtype)
+
+
+def _unsupported_mask(layer: str, mask: Tensor) -> ValueError:
+    return ValueError(f"{layer}: attention_mask must be [B, 1, T] with personalization, got {list(mask.shape)}")
 
 
 def _masks_keys_only(mask: Tensor, hidden_states: Tensor, encoder_hidden_states: Tensor | None) -> bool:

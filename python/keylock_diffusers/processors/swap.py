@@ -9,28 +9,40 @@ from diffusers.models.attention_processor import (
     Attention,
     AttnProcessor,
     AttnProcessor2_0,
+    IPAdapterAttnProcessor,
+    IPAdapterAttnProcessor2_0,
+    IPAdapterXFormersAttnProcessor,
     SlicedAttnProcessor,
     XFormersAttnProcessor,
 )
+from diffusers.models.embeddings import MultiIPAdapterImageProjection
 from torch import nn
 
 from keylock_diffusers.concepts import cross_attention_layers
-from keylock_diffusers.processors.attention import CrossAttnProcessor, SelfAttnProcessor
+from keylock_diffusers.processors.attention import (
+    CrossAttnProcessor,
+    IPAdapterCrossAttnProcessor,
+    SelfAttnProcessor,
+)
+from keylock_diffusers.processors.images import PreparedImageProjection
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # Plain attention whichever way it is computed: these can be replaced without changing a picture.
 _REPLACEABLE = (AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor, SlicedAttnProcessor)
-_OURS = (CrossAttnProcessor, SelfAttnProcessor)
+_IP_ADAPTERS = (IPAdapterAttnProcessor, IPAdapterAttnProcessor2_0, IPAdapterXFormersAttnProcessor)
+_CROSS = (CrossAttnProcessor, IPAdapterCrossAttnProcessor)
+_OURS = (*_CROSS, SelfAttnProcessor)
 
 
 def install(pipe: T) -> T:
     """Replaces a pipeline's attention processors by ours; a drop-in that changes no picture by itself.
 
-    Layers whose processor or module does more than plain attention (an IP-Adapter's, added key and value
-    projections, one shared set of key heads) keep what they have, and one warning names them. Calling it again
-    changes nothing, unless diffusers replaced processors in between: then those are replaced again.
+    A loaded IP-Adapter stays loaded: ours use its weights and scales. Layers whose processor or module does more (added
+    key and value projections, one shared set of key heads, somebody's own processor) keep what they have, and one
+    warning names them. Calling it again changes nothing, unless diffusers replaced processors in between, as
+    `load_ip_adapter` and `unload_ip_adapter` do: then those are replaced again.
 
     Args:
         pipe: a diffusers pipeline with a ``unet``, or the U-Net itself.
@@ -51,15 +63,19 @@ def install(pipe: T) -> T:
     for name, attn in _attention_modules(unet).items():
         processor = attn.processor
         if isinstance(processor, _OURS):
-            if isinstance(processor, CrossAttnProcessor):
+            if isinstance(processor, _CROSS):
                 processor.layer = name  # a processor that was moved by hand
             continue
-        if type(processor) not in _REPLACEABLE or not _is_plain(attn):
+        made = replacement(name, attn) if id(attn) in cross else None
+        if made is not None:
+            attn.set_processor(made)
+        elif type(processor) not in _REPLACEABLE or not _is_plain(attn):
             kept.append(f"{name} ({type(processor).__name__})")
-        elif id(attn) in cross:
-            attn.set_processor(CrossAttnProcessor(name, processor))
         elif not attn.is_cross_attention and attn.scale_qk:
             attn.set_processor(SelfAttnProcessor(processor))
+    projection = getattr(unet, "encoder_hid_proj", None)
+    if type(projection) is MultiIPAdapterImageProjection:
+        unet.encoder_hid_proj = PreparedImageProjection(projection)
     if kept:
         logger.warning("install: %d attention layers keep their processor: %s", len(kept), _shorten(kept))
     return pipe
@@ -77,11 +93,29 @@ def uninstall(pipe: T) -> T:
     Raises:
         TypeError: there is no U-Net in `pipe`.
     """
-    for attn in _attention_modules(unet_of(pipe)).values():
-        if isinstance(attn.processor, _OURS):
+    unet = unet_of(pipe)
+    for attn in _attention_modules(unet).values():
+        processor = attn.processor
+        if isinstance(processor, _OURS):
+            original = processor.original
+            if isinstance(processor, IPAdapterCrossAttnProcessor):
+                original.scale = processor.scale
             # diffusers makes self-attention processors anew in load_ip_adapter; such a one replaced nothing.
-            attn.set_processor(attn.processor.original or AttnProcessor2_0())
+            attn.set_processor(AttnProcessor2_0() if original is None else original)
+    projection = getattr(unet, "encoder_hid_proj", None)
+    if isinstance(projection, PreparedImageProjection):
+        unet.encoder_hid_proj = projection.original
     return pipe
+
+
+def replacement(layer: str, attn: Attention) -> CrossAttnProcessor | IPAdapterCrossAttnProcessor | None:
+    """The processor of ours that can stand in for the one a cross-attention layer has; None if none can."""
+    processor = attn.processor
+    if not _is_plain(attn):
+        return None
+    if type(processor) in _IP_ADAPTERS:
+        return IPAdapterCrossAttnProcessor(layer, processor)
+    return CrossAttnProcessor(layer, processor) if type(processor) in _REPLACEABLE else None
 
 
 def verify(pipe: Any) -> None:
@@ -91,7 +125,7 @@ def verify(pipe: Any) -> None:
         RuntimeError: one has not; the message names the layer and what it has.
     """
     for name, attn in cross_attention_layers(unet_of(pipe)).items():
-        if not isinstance(attn.processor, CrossAttnProcessor):
+        if not isinstance(attn.processor, _CROSS):
             raise RuntimeError(
                 f"{name} has the processor {type(attn.processor).__name__}, which cannot personalise; "
                 "call keylock_diffusers.install(pipe) after anything that sets processors"

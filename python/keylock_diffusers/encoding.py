@@ -1,0 +1,116 @@
+"""The text encodings of a batch's rows, each with its own learned words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from diffusers.utils import scale_lora_layers, unscale_lora_layers
+from torch import Tensor
+
+from keylock_diffusers import text
+
+if TYPE_CHECKING:
+    from keylock_diffusers.personalization import ConceptUse
+    from keylock_diffusers.requests import Plan, Request
+
+
+class Encodings(NamedTuple):
+    """One half of guidance: what cross-attention reads, and SDXL's pooled encodings."""
+
+    text: Tensor  # [B, T, D]
+    pooled: Tensor | None  # [B, P]
+
+
+def text_encoders(pipe: Any) -> list[tuple[Any, Any]]:
+    """A pipeline's tokenizers and text encoders: one of Stable Diffusion 1.x and 2.x, two of SDXL."""
+    pairs = [("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")]
+    found = [(getattr(pipe, tokenizer, None), getattr(pipe, encoder, None)) for tokenizer, encoder in pairs]
+    return [(tokenizer, encoder) for tokenizer, encoder in found if encoder is not None]
+
+
+class BatchEncoder:
+    """Encodes the prompts of a batch's rows.
+
+    Args:
+        pipe: the pipeline.
+        orders: each row's request.
+        plans: what was made of it.
+        clip_skip: the pipeline's argument.
+    """
+
+    def __init__(self, pipe: Any, orders: Sequence[Request], plans: Sequence[Plan], clip_skip: int | None) -> None:
+        self._pipe, self._orders, self._plans, self._clip_skip = pipe, orders, plans, clip_skip
+
+    def positive(self, learned: Callable[[ConceptUse], bool]) -> Encodings:
+        """The rows' prompts; a concept that `learned` refuses is encoded as its super-class."""
+        words = [
+            [
+                {use.concept.placeholder: use.concept.word_embeddings[encoder] for use in plan.uses if learned(use)}
+                for plan in self._plans
+            ]
+            for encoder in range(len(text_encoders(self._pipe)))
+        ]
+        given = [(order.prompt_embeds, order.pooled_prompt_embeds) for order in self._orders]
+        return self._encode([plan.prompts for plan in self._plans], given, words)
+
+    def negative(self) -> Encodings:
+        """The rows' negative prompts; where there is none, SDXL's pipelines may want zeros."""
+        given = [(order.negative_prompt_embeds, order.negative_pooled_prompt_embeds) for order in self._orders]
+        encoded = self._encode([plan.negatives for plan in self._plans], given, None)
+        if getattr(self._pipe.config, "force_zeros_for_empty_prompt", False):
+            absent = torch.tensor(
+                [order.negative_prompt is None and order.negative_prompt_embeds is None for order in self._orders]
+            ).to(encoded.text.device)
+            encoded = Encodings(
+                encoded.text.masked_fill(absent[:, None, None], 0),
+                None if encoded.pooled is None else encoded.pooled.masked_fill(absent[:, None], 0),
+            )
+        return encoded
+
+    def _encode(
+        self,
+        prompts: Sequence[tuple[text.TokenizedPrompt, ...] | None],
+        given: list[tuple[Tensor | None, Tensor | None]],
+        words: Sequence[Sequence[Mapping[str, Tensor]]] | None,  # per text encoder and row
+    ) -> Encodings:
+        encoders = [encoder for _, encoder in text_encoders(self._pipe)]
+        places = [row for row, prompt in enumerate(prompts) if prompt is not None]
+        out: list[Any] = [row_text for row_text, _ in given]
+        pooled: list[Any] = [row_pooled for _, row_pooled in given]
+        if places:
+            parts = []
+            for index, encoder in enumerate(encoders):
+                own = [prompts[row][index] for row in places]  # type: ignore[index]
+                learned = None if words is None else [words[index][row] for row in places]
+                skip = self._clip_skip if words is not None else None
+                if len(encoders) == 1:
+                    parts.append(text.encode(encoder, own, learned, clip_skip=skip))
+                    continue
+                part, last = text.encode_penultimate(encoder, own, learned, clip_skip=skip)
+                parts.append(part)
+                if last is not None:
+                    for row, vector in zip(places, last, strict=True):
+                        pooled[row] = vector
+            for row, encoding in zip(places, torch.cat(parts, -1), strict=True):
+                out[row] = encoding
+
+        def stacked(rows: list[Any]) -> Tensor:
+            return torch.stack([row.to(self._pipe._execution_device, encoders[-1].dtype) for row in rows])
+
+        return Encodings(stacked(out), stacked(pooled) if len(encoders) > 1 else None)
+
+
+@contextmanager
+def lora_scale(pipe: Any, scale: float | None) -> Iterator[None]:
+    """LoRA weights at the scale that the pipeline's own call will give them."""
+    modules = [] if scale is None else [*(encoder for _, encoder in text_encoders(pipe)), pipe.unet]
+    for module in modules:
+        scale_lora_layers(module, scale)
+    try:
+        yield
+    finally:
+        for module in modules:
+            unscale_lora_layers(module, scale)

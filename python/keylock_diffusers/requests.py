@@ -1,0 +1,197 @@
+"""What users order, and the checks that find a bad order before anything is drawn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from keylock_diffusers import image_prompts, text
+from keylock_diffusers.concepts import BaseModel, Concept
+from keylock_diffusers.encoding import text_encoders
+from keylock_diffusers.image_prompts import ImageEncoder, ImagePrompt, ImageUse
+from keylock_diffusers.personalization import ConceptUse, Personalization
+
+_LOCKS = ("local", "global")
+
+
+@dataclass(frozen=True)
+class Use:
+    """One concept in a request.
+
+    Args:
+        concept: an id of the bank that `generate` is given, or a Concept.
+        beta: where the gate opens, in units of the similarity; default the concept's own.
+        tau: the gate's temperature; default the concept's own.
+        strength: 1 is the concept as trained, 0 exactly its absence.
+        lock: "local": keys are locked to the super-class token by token; "global": all keys are those of the prompt
+            with the super-class in the concept's place, which follows the prompt more and the subject less.
+    """
+
+    concept: str | Concept
+    beta: float | None = None
+    tau: float | None = None
+    strength: float = 1.0
+    lock: str = "local"
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture order: everything that may differ between the rows of a batch.
+
+    Args:
+        prompt: text in which each concept's placeholder stands once or more.
+        prompt_embeds: encodings [T, D] instead of a prompt, without concepts.
+        negative_prompt: text for the unconditional half; placeholders are not allowed in it.
+        negative_prompt_embeds: encodings [T, D] instead of a negative prompt.
+        pooled_prompt_embeds: SDXL's pooled encoding [P] that goes with `prompt_embeds`.
+        negative_pooled_prompt_embeds: the same for `negative_prompt_embeds`.
+        guidance_scale: weight of the prompt; 1 or less is without guidance.
+        concepts: what the prompt's placeholders stand for.
+        image_prompts: pictures that the drawn one should resemble, through the pipeline's IP-Adapters.
+        seed: of the first image; image k takes seed + k. None: a different picture every time.
+        num_images: how many.
+    """
+
+    prompt: str | None = None
+    prompt_embeds: Tensor | None = None  # [T, D]
+    negative_prompt: str | None = None
+    negative_prompt_embeds: Tensor | None = None  # [T, D]
+    pooled_prompt_embeds: Tensor | None = None  # [P]
+    negative_pooled_prompt_embeds: Tensor | None = None  # [P]
+    guidance_scale: float = 7.5
+    concepts: Sequence[Use | str | Concept] = ()
+    image_prompts: Sequence[ImagePrompt] = ()
+    seed: int | None = None
+    num_images: int = 1
+
+    def __str__(self) -> str:
+        return repr(self.prompt) if self.prompt is not None else "prompt_embeds"
+
+
+class RequestError(ValueError):
+    """A request that cannot be drawn; ``index`` says which."""
+
+    def __init__(self, index: int, request: Any, reason: str) -> None:
+        super().__init__(f"request {index} ({request}): {reason}")
+        self.index = index
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request whose words, concepts and images were found to be in order."""
+
+    uses: tuple[ConceptUse, ...]
+    prompts: tuple[text.TokenizedPrompt, ...] | None  # one per text encoder
+    negatives: tuple[text.TokenizedPrompt, ...] | None
+    images: tuple[tuple[ImageUse, ImageUse], ...]  # of the conditional and the unconditional half
+
+
+def plan(
+    pipe: Any,
+    request: Request,
+    *,
+    bank: Mapping[str, Concept] | None,
+    base: BaseModel | None,
+    images: ImageEncoder,
+    strict: bool,
+) -> Plan:
+    """Looks up, tokenizes and checks everything a request names, and encodes its images.
+
+    Raises:
+        TypeError, ValueError, KeyError, OSError: what is wrong with the request.
+    """
+    if not isinstance(request, Request):
+        raise TypeError(f"must be a Request, got {type(request).__name__}")
+    if (request.prompt is None) == (request.prompt_embeds is None):
+        raise ValueError("give either prompt or prompt_embeds")
+    if request.negative_prompt is not None and request.negative_prompt_embeds is not None:
+        raise ValueError("give negative_prompt or negative_prompt_embeds, not both")
+    if not isinstance(request.num_images, int) or request.num_images < 1:
+        raise ValueError(f"num_images must be at least 1, got {request.num_images!r}")
+    if request.concepts and request.prompt is None:
+        raise ValueError("concepts need a prompt, not prompt_embeds")
+    guidance, seed = request.guidance_scale, request.seed
+    if isinstance(guidance, bool) or not isinstance(guidance, (int, float)) or not math.isfinite(guidance):
+        raise ValueError(f"guidance_scale must be a finite number, got {guidance!r}")
+    if seed is not None and (not isinstance(seed, int) or not 0 <= seed < 2**63 - request.num_images):
+        raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, got {seed!r}")
+    _check_encodings(pipe, request)
+    uses = tuple(_resolve(use, bank) for use in request.concepts)
+    for use in uses:
+        use.concept.check(base, strict=strict)
+    super_classes = {use.concept.placeholder: use.concept.super_class for use in uses}
+    if len(super_classes) < len(uses):
+        raise ValueError("two of its concepts have the same placeholder")
+    prompts = negatives = None
+    if request.prompt is not None:
+        prompts = tuple(
+            text.tokenize(tokenizer, _converted(pipe, tokenizer, request.prompt), super_classes)
+            for tokenizer, _ in text_encoders(pipe)
+        )
+        Personalization([uses], torch.zeros(1, dtype=torch.int64))  # raises here what would fail the whole batch
+    if request.negative_prompt_embeds is None:
+        negatives = tuple(
+            text.tokenize(tokenizer, _converted(pipe, tokenizer, request.negative_prompt or ""))
+            for tokenizer, _ in text_encoders(pipe)
+        )
+    for image in request.image_prompts:
+        image_prompts.check(image, pipe.unet)
+    return Plan(uses, prompts, negatives, tuple(images.uses(image) for image in request.image_prompts))
+
+
+def _check_encodings(pipe: Any, request: Request) -> None:
+    """Given encodings have the U-Net's width, and both halves of guidance the same length."""
+    width, lengths = pipe.unet.config.cross_attention_dim, []
+    for name, words in (("prompt_embeds", request.prompt), ("negative_prompt_embeds", request.negative_prompt)):
+        embeds = getattr(request, name)
+        if embeds is None:
+            if words is not None and not isinstance(words, str):
+                raise TypeError(f"{name.removesuffix('_embeds')} must be text, got {type(words).__name__}")
+            lengths.append(pipe.tokenizer.model_max_length)
+            continue
+        if not isinstance(embeds, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(embeds).__name__}")
+        if embeds.ndim != 2 or embeds.shape[1] != width:
+            raise ValueError(f"{name} must be [T, {width}], got {list(embeds.shape)}")
+        lengths.append(embeds.shape[0])
+        pooled = name.replace("prompt", "pooled_prompt")
+        if len(text_encoders(pipe)) > 1 and not (
+            isinstance(getattr(request, pooled), Tensor) and getattr(request, pooled).ndim == 1
+        ):
+            raise ValueError(f"{name} need {pooled} [P] with this pipeline")
+    if request.guidance_scale > 1 and lengths[0] != lengths[1]:
+        raise ValueError(f"prompt and negative prompt must have equally many tokens, got {lengths[0]} and {lengths[1]}")
+
+
+def _resolve(use: Use | str | Concept, bank: Mapping[str, Concept] | None) -> ConceptUse:
+    if not isinstance(use, Use):
+        use = Use(use)
+    concept = use.concept
+    if isinstance(concept, str):
+        if bank is None:
+            raise ValueError(f"concept {concept!r} is an id, but generate was given no bank")
+        concept = bank[concept]
+    if not isinstance(concept, Concept):
+        raise TypeError(f"a concept must be an id or a Concept, got {type(concept).__name__}")
+    if use.lock not in _LOCKS:
+        raise ValueError(f'lock must be "local" or "global", got {use.lock!r}')
+    numbers = {
+        "beta": concept.beta if use.beta is None else use.beta,
+        "tau": concept.tau if use.tau is None else use.tau,
+        "strength": use.strength,
+    }
+    for name, number in numbers.items():
+        if not isinstance(number, (int, float)) or not math.isfinite(number):
+            raise ValueError(f"{name} of {concept.placeholder} must be a finite number, got {number!r}")
+    return ConceptUse(concept, lock=use.lock, **numbers)
+
+
+def _converted(pipe: Any, tokenizer: Any, prompt: str) -> str:
+    """The prompt with diffusers' multi-vector textual inversion words spelled out."""
+    convert = getattr(pipe, "maybe_convert_prompt", None)
+    return prompt if convert is None else convert(prompt, tokenizer)
