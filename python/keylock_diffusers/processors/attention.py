@@ -16,9 +16,9 @@ from keylock_kernels.ops.precision import accumulate_dtype
 if TYPE_CHECKING:
     from keylock_diffusers.personalization import Personalization
 
-# Text attention's own, whatever `keylock_diffusers.testing.patch` puts in its place.
-_stock_text = AttnProcessor2_0.__call__
-_stock_images = IPAdapterAttnProcessor2_0.__call__
+# diffusers' own, whatever `keylock_diffusers.testing.patch` puts in their place.
+ATTENTION_OF_TEXT = AttnProcessor2_0.__call__
+ATTENTION_OF_IMAGES = IPAdapterAttnProcessor2_0.__call__
 
 
 class SelfAttnProcessor(AttnProcessor2_0):
@@ -41,7 +41,7 @@ class SelfAttnProcessor(AttnProcessor2_0):
         temb: Tensor | None = None,
         personalization: Personalization | None = None,
     ) -> Tensor:
-        return _stock_text(self, attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        return ATTENTION_OF_TEXT(self, attn, hidden_states, encoder_hidden_states, attention_mask, temb)
 
 
 class CrossAttnProcessor:
@@ -80,7 +80,7 @@ class CrossAttnProcessor:
                 raise _unsupported_mask(self.layer, attention_mask)
             original = self.original
             if original is None or type(original) is AttnProcessor2_0:
-                return _stock_text(self, attn, hidden_states, encoder_hidden_states, attention_mask, temb)  # type: ignore[arg-type]
+                return ATTENTION_OF_TEXT(self, attn, hidden_states, encoder_hidden_states, attention_mask, temb)  # type: ignore[arg-type]
             return original(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
         return cross_attention(
             attn, hidden_states, encoder_hidden_states, attention_mask, temb, personalization, self.layer
@@ -142,7 +142,7 @@ def ip_adapter_attention(
     if attention_mask is not None and not _masks_keys_only(attention_mask, hidden_states, text):
         if personalization is not None:
             raise _unsupported_mask(layer, attention_mask)
-        return _stock_images(
+        return ATTENTION_OF_IMAGES(
             processor, attn, hidden_states, (text, states), attention_mask, temb, ip_adapter_masks=ip_adapter_masks
         )
 

@@ -60,7 +60,7 @@ def install(pipe: T) -> T:
     unet = unet_of(pipe)
     cross = {id(attn) for attn in cross_attention_layers(unet).values()}
     kept = []
-    for name, attn in _attention_modules(unet).items():
+    for name, attn in attention_modules(unet).items():
         processor = attn.processor
         if isinstance(processor, _OURS):
             if isinstance(processor, _CROSS):
@@ -69,7 +69,7 @@ def install(pipe: T) -> T:
         made = replacement(name, attn) if id(attn) in cross else None
         if made is not None:
             attn.set_processor(made)
-        elif type(processor) not in _REPLACEABLE or not _is_plain(attn):
+        elif type(processor) not in _REPLACEABLE or not is_plain(attn):
             kept.append(f"{name} ({type(processor).__name__})")
         elif not attn.is_cross_attention and attn.scale_qk:
             attn.set_processor(SelfAttnProcessor(processor))
@@ -94,7 +94,7 @@ def uninstall(pipe: T) -> T:
         TypeError: there is no U-Net in `pipe`.
     """
     unet = unet_of(pipe)
-    for attn in _attention_modules(unet).values():
+    for attn in attention_modules(unet).values():
         processor = attn.processor
         if isinstance(processor, _OURS):
             original = processor.original
@@ -111,7 +111,7 @@ def uninstall(pipe: T) -> T:
 def replacement(layer: str, attn: Attention) -> CrossAttnProcessor | IPAdapterCrossAttnProcessor | None:
     """The processor of ours that can stand in for the one a cross-attention layer has; None if none can."""
     processor = attn.processor
-    if not _is_plain(attn):
+    if not is_plain(attn):
         return None
     if type(processor) in _IP_ADAPTERS:
         return IPAdapterCrossAttnProcessor(layer, processor)
@@ -142,11 +142,17 @@ def unet_of(pipe: Any) -> nn.Module:
     return unet
 
 
-def _attention_modules(unet: nn.Module) -> dict[str, Attention]:
-    return {name: module for name, module in unet.named_modules() if isinstance(module, Attention)}
+def attention_modules(unet: nn.Module) -> dict[str, Attention]:
+    """A U-Net's attention layers by name; an IP-Adapter's image projection may have some of its own."""
+    return {
+        name: module
+        for name, module in unet.named_modules()
+        if isinstance(module, Attention) and not name.startswith("encoder_hid_proj.")
+    }
 
 
-def _is_plain(attn: Attention) -> bool:
+def is_plain(attn: Attention) -> bool:
+    """Whether a layer has one set of key and value heads per query head, and no added projections."""
     return attn.added_kv_proj_dim is None and attn.inner_kv_dim == attn.inner_dim
 
 
