@@ -207,22 +207,25 @@ class ImageRouting:
         self._fixed = lengths is not None
         count = max([use.adapter + 1 for row in rows for use in row], default=0)
         count = max(count, len(lengths or ()))
-        # Longest first: places of equal rank then need the least padding.
-        per_row = [
+        # A row's k-th longest prompt takes the k-th longest place: least padding, always the same order of sums.
+        ranked = [
             [sorted((u for u in row if u.adapter == a), key=lambda u: -len(u.tokens)) for a in range(count)]
             for row in rows
         ]
         if lengths is None:
             lengths = [
-                [max(len(uses[a][k].tokens) for uses in per_row if k < len(uses[a])) for k in range(places)]
-                for a in range(count)
-                for places in [max(len(uses[a]) for uses in per_row)]
+                [max(len(uses[k].tokens) for uses in column if k < len(uses)) for k in range(max(map(len, column)))]
+                for column in zip(*ranked, strict=True)
             ]
-        self.lengths = tuple(tuple(places) for places in lengths)
-        self._uses = [[_placed(uses[a], self.places(a), a) for a in range(count)] for uses in per_row]
-
-    def places(self, adapter: int) -> tuple[int, ...]:
-        return self.lengths[adapter] if adapter < len(self.lengths) else ()
+        places = [tuple(sorted(given, reverse=True)) for given in lengths]
+        self.lengths = tuple(places + [()] * (count - len(places)))
+        for uses in ranked:
+            for adapter, own in enumerate(uses):
+                _check_room(own, self.lengths[adapter], adapter)
+        self._uses: list[list[list[ImageUse | None]]] = [
+            [[*own, *[None] * (len(room) - len(own))] for own, room in zip(uses, self.lengths, strict=True)]
+            for uses in ranked
+        ]
 
     @property
     def flat_lengths(self) -> tuple[int, ...]:
@@ -320,25 +323,18 @@ def projected_images(
     return sides[0], sides[1]
 
 
-def _placed(uses: list[ImageUse], places: tuple[int, ...], adapter: int) -> list[ImageUse | None]:
-    """One row's uses of an adapter at the places where they fit, None elsewhere."""
+def _check_room(uses: list[ImageUse], places: tuple[int, ...], adapter: int) -> None:
+    """One row's uses of an adapter fit into its places, both longest first."""
     if len(uses) > len(places):
         raise ValueError(
             f"image_lengths has {len(places)} streams for adapter {adapter}, but a row has {len(uses)} image prompts"
         )
-    placed: list[ImageUse | None] = [None] * len(places)
-    # The shortest place that holds it, longest first.
-    free = sorted(range(len(places)), key=lambda k: places[k])
-    for use in uses:
-        fits = [k for k in free if places[k] >= len(use.tokens)]
-        if not fits:
+    for use, length in zip(uses, places, strict=False):
+        if len(use.tokens) > length:
             raise ValueError(
                 f"image_lengths {list(places)} of adapter {adapter} have no place for an image prompt of "
                 f"{len(use.tokens)} tokens"
             )
-        free.remove(fits[0])
-        placed[fits[0]] = use
-    return placed
 
 
 def _expanded(scale: Any, unet: Any) -> float | dict[str, float]:

@@ -240,7 +240,7 @@ class Personalization:
         latent_size: tuple[int, int] | None,
         steps: int,
     ) -> None:
-        routing, self._step, self._masks = self._routing, (0, steps), {}
+        routing, self._step = self._routing, (0, steps)
         if not routing.flat_lengths:
             self._image_kv, self._image_weights, self._image_groups, self._image_bias = {}, {}, {}, None
             return
@@ -260,6 +260,11 @@ class Personalization:
         resolutions = [0] if not routing.per_pixel else _resolutions(unet, latent_size)
         wanted = {(group, pixels) for group in range(len(patterns)) for pixels in resolutions}
         self._image_weights = {key: tensor for key, tensor in self._image_weights.items() if key in wanted}
+        self._masks = {
+            pixels: _filled(self._masks.get(pixels), routing.masks(pixels, dtype).to(text.device))
+            for pixels in resolutions
+            if pixels
+        }
         for group, pixels in sorted(wanted):
             self._weigh(group, pixels)
 
