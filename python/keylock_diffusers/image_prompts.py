@@ -204,7 +204,7 @@ class ImageRouting:
     """
 
     def __init__(self, rows: Sequence[Sequence[ImageUse]], lengths: Sequence[Sequence[int]] | None = None) -> None:
-        self._fixed = lengths is not None
+        self.fixed = lengths is not None
         count = max([use.adapter + 1 for row in rows for use in row], default=0)
         count = max(count, len(lengths or ()))
         # A row's k-th longest prompt takes the k-th longest place: least padding, always the same order of sums.
@@ -238,7 +238,7 @@ class ImageRouting:
     @property
     def per_pixel(self) -> bool:
         """Whether weights differ between pixels; always where the layout is fixed, so that shapes do not change."""
-        return self._fixed or any(use.region is not None for row in self._flat() for use in row if use is not None)
+        return self.fixed or any(use.region is not None for row in self._flat() for use in row if use is not None)
 
     def tokens(self, adapter: int, like: Tensor, width: int) -> Tensor:  # [B, sum(L_a), D]
         """The tokens of one adapter's streams, zeros where a row has none."""
@@ -267,7 +267,7 @@ class ImageRouting:
                 if use is not None:
                     bias[row, start : start + len(use.tokens)] = 0
                 start += length
-        return bias if self._fixed or bias.isinf().any() else None
+        return bias if self.fixed or bias.isinf().any() else None
 
     def scale_pattern(self, layer: str) -> tuple[float, ...]:
         """The scale of every image prompt in a layer; layers with the same pattern have the same weights."""

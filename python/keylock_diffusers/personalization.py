@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +64,7 @@ class Personalization:
         self._image_kv: dict[str, tuple[Tensor, Tensor]] = {}
         self._image_bias: Tensor | None = None
         self._layer_of: dict[int, str] = {}  # one of each group
-        self._image_groups: dict[str, int] = {}  # layers whose streams count equally share their weights
+        self._image_groups: dict[str, int] = {}
         self._image_weights: dict[tuple[int, int], Tensor] = {}
         self._masks: dict[int, Tensor] = {}
         self._step = (0, 1)
@@ -150,7 +151,7 @@ class Personalization:
         self.kv = _filled_pairs(buffers, projected)
         self._prepare_images(unet, layers, text, latent_size, steps)
         self._text = _filled(self._text, text.clone())
-        self._seen = None
+        self._seen = weakref.ref(text), _version(text)
         return self
 
     @property
@@ -223,7 +224,7 @@ class Personalization:
         return [*(t for pair in pairs for t in pair), *self._image_weights.values(), *self._masks.values(), *single]
 
     def _check_text(self, layer: str, text: Tensor, prepared: Tensor) -> None:
-        version = None if text.is_inference() else text._version
+        version = _version(text)
         if self._seen is not None and self._seen[0]() is text:
             # Inference tensors do not count how often they were written to: those are compared once a step.
             if version == self._seen[1] and (version is not None or layer != next(iter(self.kv))):
@@ -253,17 +254,17 @@ class Personalization:
         dtype = accumulate_dtype(text.dtype)
         bias = routing.key_bias(dtype)
         self._image_bias = None if bias is None else _filled(self._image_bias, bias.to(text.device))
-        counts = {name: routing.scale_pattern(name) for name in layers}
-        patterns = list(dict.fromkeys(counts.values()))
-        self._image_groups = {name: patterns.index(pattern) for name, pattern in counts.items()}
-        self._layer_of = {patterns.index(pattern): name for name, pattern in counts.items()}
-        resolutions = [0] if not routing.per_pixel else _resolutions(unet, latent_size)
-        wanted = {(group, pixels) for group in range(len(patterns)) for pixels in resolutions}
+        # Layers whose streams count equally share their weights, but never where that could change between users.
+        patterns = {name: name if routing.fixed else routing.scale_pattern(name) for name in layers}
+        numbers = {pattern: number for number, pattern in enumerate(dict.fromkeys(patterns.values()))}
+        self._image_groups = {name: numbers[pattern] for name, pattern in patterns.items()}
+        self._layer_of = {group: name for name, group in self._image_groups.items()}
+        resolutions = _resolutions(unet, layers, latent_size) if routing.per_pixel else dict.fromkeys(layers, 0)
+        wanted = {(self._image_groups[name], pixels) for name, pixels in resolutions.items()}
         self._image_weights = {key: tensor for key, tensor in self._image_weights.items() if key in wanted}
         self._masks = {
             pixels: _filled(self._masks.get(pixels), routing.masks(pixels, dtype).to(text.device))
-            for pixels in resolutions
-            if pixels
+            for pixels in sorted({pixels for _, pixels in wanted} - {0})
         }
         for group, pixels in sorted(wanted):
             self._weigh(group, pixels)
@@ -304,6 +305,11 @@ class Personalization:
         }
 
 
+def _version(tensor: Tensor) -> int | None:
+    """How often a tensor was written to; None for inference tensors, which do not count it."""
+    return None if tensor.is_inference() else tensor._version
+
+
 def _filled(buffer: Tensor | None, value: Tensor) -> Tensor:
     """The buffer with this value, or the value itself where it does not fit."""
     if buffer is None or any(
@@ -324,12 +330,20 @@ def _filled_pairs(
     return filled
 
 
-def _resolutions(unet: Any, latent_size: tuple[int, int] | None) -> list[int]:
-    """The numbers of pixels at a U-Net's levels, each half as high and wide as the one before."""
+def _resolutions(unet: Any, layers: Iterable[str], latent_size: tuple[int, int] | None) -> dict[str, int]:
+    """The number of pixels each layer runs at: every level of a U-Net is half as high and wide as the one above."""
     if latent_size is None:
-        return []
-    height, width = latent_size
-    return [-(-height // 2**level) * -(-width // 2**level) for level in range(len(unet.config.block_out_channels))]
+        return {}
+    last = len(unet.config.block_out_channels) - 1
+
+    def level(layer: str) -> int:
+        block, _, rest = layer.partition(".")
+        if block not in ("down_blocks", "up_blocks"):
+            return last
+        number = int(rest.partition(".")[0])
+        return number if block == "down_blocks" else last - number
+
+    return {layer: math.prod(-(-size // 2 ** level(layer)) for size in latent_size) for layer in layers}
 
 
 def _gates_of(rows: Sequence[Sequence[ConceptUse]], concepts: Sequence[Concept]) -> tuple[edits.Gates, Tensor]:

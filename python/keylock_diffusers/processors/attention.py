@@ -138,7 +138,11 @@ def ip_adapter_attention(
 ) -> Tensor:
     """IPAdapterAttnProcessor2_0's forward pass with the scales and projections of `processor`."""
     layer = getattr(processor, "layer", "attention")
-    text, states = _text_and_images(layer, encoder_hidden_states, processor.num_tokens)
+    states: list[Tensor] = []
+    if personalization is not None and isinstance(encoder_hidden_states, Tensor):
+        text = encoder_hidden_states  # the personalization has the images
+    else:
+        text, states = _text_and_images(layer, encoder_hidden_states, processor.num_tokens)
     if attention_mask is not None and not _masks_keys_only(attention_mask, hidden_states, text):
         if personalization is not None:
             raise _unsupported_mask(layer, attention_mask)
