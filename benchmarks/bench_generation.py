@@ -1,17 +1,22 @@
-"""Four users' concepts on the embedded model in one batch, against one by one and against no personalisation."""
+"""Whole U-Net steps and whole generations, with concepts and image prompts and without."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
 
 import keylock_diffusers as kd
-from benchmarks.harness import DEVICE, QUICK, Case, Contestant
+from benchmarks.harness import DEVICE, QUICK, Addition, Case, Contestant, dtype_name, dtypes
 from keylock_diffusers import embedded
+from keylock_diffusers.image_prompts import ImageUse
+from keylock_diffusers.personalization import ConceptUse
+from keylock_diffusers.testing import random_ip_adapter, random_unet
 
 if TYPE_CHECKING:
     from keylock_diffusers.concepts import BaseModel
@@ -97,6 +102,208 @@ def test_mixed_batch(compare):
                 Contestant("one batch, again", "again", one_batch),
                 Contestant("one request at a time", "peer", one_by_one),
                 Contestant("same batch unpersonalised, plain diffusers", "floor", unpersonalised),
+            ],
+            judge(one_by_one),
+            graph=False,
+        )
+    )
+
+
+STEP_IMAGES = (4, 8)
+ENCODING = 1024  # the width of an image encoder's output
+WIDER = {torch.bfloat16: torch.float32, torch.float32: torch.float64}
+# Latents at which a step is timed. SDXL in float64, to judge float32 by, needs more memory than most machines have.
+STEPS_OF = [("SD 1.5", 16 if QUICK else 64, dtype) for dtype in dtypes()]
+STEPS_OF += [("SDXL", 64, dtype) for dtype in dtypes() if dtype == torch.bfloat16]
+
+
+def sharing(unet: Any) -> Any:
+    """Another U-Net with the same weights, for other processors."""
+    return copy.deepcopy(unet, {id(t): t for t in [*unet.parameters(), *unet.buffers()]})
+
+
+def stripes(count: int, size: int) -> torch.Tensor:  # [1, count, size, size]
+    """One mask per image, as IPAdapterMaskProcessor makes them."""
+    masks = torch.zeros(1, count, size, size, device=DEVICE)
+    for n in range(count):
+        masks[0, n, :, n * size // count : (n + 1) * size // count] = 1
+    return masks
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "dtype"), STEPS_OF, ids=lambda v: dtype_name(v) if hasattr(v, "itemsize") else v
+)
+def test_step(compare, model, size, dtype):
+    """A guided request's step: ours with everything prepared, diffusers' with its masks on the device beforehand."""
+    stock = random_unet(model, dtype).to(DEVICE)
+    width = stock.config.cross_attention_dim
+    stock._load_ip_adapter_weights([random_ip_adapter(stock, width=ENCODING)])
+    ours = kd.install(sharing(stock))
+
+    def inputs(seed: int) -> dict[str, Any]:
+        random = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=random).to(DEVICE, dtype)
+
+        added = {"text_embeds": normal(2, 1280), "time_ids": normal(2, 6)} if model == "SDXL" else {}
+        return {
+            "latents": normal(2, 4, size, size),
+            "text": normal(2, 77, width),
+            "images": normal(2, max(STEP_IMAGES), ENCODING),
+            "added": added,
+        }
+
+    def step(unet: Any, given: dict[str, Any], images: torch.Tensor, attention: dict[str, Any]) -> torch.Tensor:
+        with torch.no_grad():
+            return unet(
+                given["latents"],
+                500,
+                given["text"],
+                added_cond_kwargs={**given["added"], "image_embeds": [images]},
+                cross_attention_kwargs=attention,
+                return_dict=False,
+            )[0]
+
+    def theirs(count: int) -> Contestant:
+        attention = {"ip_adapter_masks": [stripes(count, 8 * size)]} if count else {}
+
+        def run(given: dict[str, Any]) -> Any:
+            # Without image prompts nobody would have loaded an adapter: its empty branch is not diffusers' to pay for.
+            return count, step(stock if count else plain, given, given["images"][:, :count], attention)
+
+        return Contestant(f"diffusers, {count} masked images" if count else "diffusers, none", "peer", run)
+
+    def mine(count: int, kind: str = "library") -> Contestant:
+        def prepare(given: dict[str, Any]) -> Any:
+            (projection,) = ours.encoder_hid_proj.image_projection_layers
+            with torch.no_grad():
+                tokens = [projection(row[:count]) if count else [] for row in given["images"]]
+            regions = stripes(max(count, 1), 8 * size)[0]
+            rows = [[ImageUse(t, region=region) for t, region in zip(row, regions, strict=False)] for row in tokens]
+            personalization = kd.Personalization([[], []], torch.arange(2), rows)
+            return given, personalization.prepare(ours, given["text"], latent_size=(size, size))
+
+        def run(prepared: Any) -> Any:
+            given, personalization = prepared
+            return count, step(ours, given, given["images"][:, :0], {"personalization": personalization})
+
+        name = f"ours, {count} masked images" if count else "ours, none"
+        return Contestant(name if kind == "library" else f"{name}, again", kind, run, prepare)  # type: ignore[arg-type]
+
+    plain = sharing(stock)
+    plain.encoder_hid_proj = None
+    plain.set_attn_processor(AttnProcessor2_0())
+
+    def judge(given: dict[str, Any]) -> Any:
+        """At most twice what diffusers errs in the same dtype against the next wider one, plus one rounding."""
+        wide = {k: v.to(WIDER[dtype]) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+        wide["added"] = {k: v.to(WIDER[dtype]) for k, v in given["added"].items()}
+        allowed = {}
+        for count in (0, *STEP_IMAGES):
+            source = stock if count else plain
+            exact_unet = copy.deepcopy(source).to(WIDER[dtype])
+            masks = {"ip_adapter_masks": [stripes(count, 8 * size)]} if count else {}
+            exact = step(exact_unet, wide, wide["images"][:, :count], masks)
+            del exact_unet
+            near = theirs(count).run(given)[1]
+            largest = float(exact.abs().max())
+            allowed[count] = exact, 2 * float((near - exact).abs().max()) + torch.finfo(dtype).eps * largest
+
+        def accept(result: tuple[int, torch.Tensor]) -> None:
+            exact, bound = allowed[result[0]]
+            mistake = float((result[1] - exact).abs().max())
+            if not mistake <= bound:  # also true for NaN
+                raise AssertionError(f"errs {mistake:.3g}, allowed {bound:.3g}")
+
+        return accept
+
+    compare(
+        Case(
+            f"step/{model.lower().replace(' ', '')}-{8 * size}px/B2/{dtype_name(dtype)}",
+            [inputs(0)],
+            [mine(0), *map(mine, STEP_IMAGES), mine(0, "again"), theirs(0), *map(theirs, STEP_IMAGES)],
+            judge,
+            additions=[
+                Addition(
+                    f"{n} masked images",
+                    (f"ours, {n} masked images", "ours, none"),
+                    (f"diffusers, {n} masked images", "diffusers, none"),
+                )
+                for n in STEP_IMAGES
+            ],
+            facts=resident(mine(STEP_IMAGES[0]).prepare(inputs(0))[1]),
+        )
+    )
+
+
+def resident(personalization: kd.Personalization) -> dict[str, float]:
+    """What a generation keeps in memory for a row, and how much of it is more than keys and values."""
+
+    def size(tensors: Iterable[torch.Tensor]) -> int:
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    everything = size(personalization.tensors())
+    pairs = [*personalization.kv.values(), *personalization.image_kv.values()]
+    return {
+        f"MB per row, {STEP_IMAGES[0]} images": everything / len(personalization.row_index) / 1e6,
+        "of its keys and values, x": everything / size(t for pair in pairs for t in pair),
+    }
+
+
+def test_eight_users(compare, tmp_path):
+    """A whole generation of 8 users with a concept each, from files to pictures, beside the same without."""
+    from keylock_diffusers.concepts import BaseModel
+
+    if not (embedded.BASE_MODEL / "model_index.json").exists():
+        pytest.skip("this checkout has no embedded base model")
+    stock, pipe = embedded.load(dtype=torch.float32).to(DEVICE), embedded.load(dtype=torch.float32)
+    kd.install(pipe.to(DEVICE))
+    base, bank = BaseModel.of(pipe), kd.ConceptBank(tmp_path / "bank")
+    users = [f"user{n}" for n in range(8)]
+    for seed, user in enumerate(users):
+        bank.add(f"{user}/cat", concept(base, user, seed))
+    scenes = [SCENES[n % len(SCENES)] for n in range(len(users))]
+    steps = 2 if QUICK else 25
+
+    def orders(seed: int) -> list[kd.Request]:
+        return [
+            kd.Request(scene.format(f"<{user}-cat>"), concepts=[f"{user}/cat"], seed=seed + n, guidance_scale=GUIDANCE)
+            for n, (user, scene) in enumerate(zip(users, scenes, strict=True))
+        ]
+
+    def generate(given: list[kd.Request]) -> list[Any]:
+        fresh = kd.ConceptBank(tmp_path / "bank")  # which has loaded nothing yet
+        return kd.generate(pipe, given, bank=fresh, num_inference_steps=steps, output_type="np")
+
+    def one_by_one(given: list[kd.Request]) -> list[Any]:
+        return [generate([order])[0] for order in given]
+
+    def unpersonalised(given: list[kd.Request]) -> Any:
+        return stock(
+            [scene.format("cat") for scene in scenes],
+            guidance_scale=GUIDANCE,
+            generator=[torch.Generator().manual_seed(order.seed or 0) for order in given],
+            num_inference_steps=steps,
+            output_type="np",
+        ).images
+
+    def prepare(given: list[kd.Request]) -> kd.Personalization:
+        uses = [[ConceptUse(bank[f"{user}/cat"], beta=0.7, tau=0.15)] for user in users]
+        index = torch.cat([torch.full((8,), -1), torch.arange(8)])
+        text = torch.randn(16, pipe.tokenizer.model_max_length, base.cross_attention_dim, device=DEVICE)
+        return kd.Personalization(uses, index).prepare(pipe, text)
+
+    compare(
+        Case(
+            f"generation/8-users/embedded-{steps}-steps/float32",
+            [orders(seed) for seed in (0, 100)],
+            [
+                Contestant("one batch", "library", generate),
+                Contestant("one batch, again", "again", generate),
+                Contestant("one request at a time", "peer", one_by_one),
+                Contestant("same batch unpersonalised, plain diffusers", "floor", unpersonalised),
+                Contestant("prepare alone", "floor", prepare),
             ],
             judge(one_by_one),
             graph=False,

@@ -7,8 +7,8 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -43,6 +43,21 @@ class Contestant:
 
 
 @dataclass(frozen=True)
+class Addition:
+    """What a feature adds to the time of a call, ours beside a peer's; differences within each round, then medians.
+
+    Args:
+        name: what the table calls the feature.
+        ours: the names of the contestants with and without it.
+        theirs: the same of the peer.
+    """
+
+    name: str
+    ours: tuple[str, str]
+    theirs: tuple[str, str]
+
+
+@dataclass(frozen=True)
 class Case:
     """One line-up on one problem.
 
@@ -54,6 +69,8 @@ class Case:
         moved_bytes: the least that has to be moved, counted.
         flops: what has to be computed, counted.
         graph: on a GPU, time the replay of a captured graph.
+        additions: what features add, where contestants differ by one.
+        facts: numbers that are counted rather than timed.
     """
 
     name: str
@@ -63,6 +80,8 @@ class Case:
     moved_bytes: int | None = None
     flops: int | None = None
     graph: bool = True
+    additions: Sequence[Addition] = ()
+    facts: Mapping[str, float] = field(default_factory=dict)
 
 
 def dtypes() -> list[torch.dtype]:
@@ -268,6 +287,27 @@ def compare(
         "input_sets": len(case.sets),
         "rounds": rounds,
         "rows": rows,
+        "additions": [_added(addition, seconds) for addition in case.additions],
+        "facts": dict(case.facts),
+    }
+
+
+def _added(addition: Addition, seconds: Mapping[str, list[float]]) -> dict[str, Any]:
+    """Seconds that a feature adds to ours and to the peer's call, and our time with it over that without."""
+
+    def difference(names: tuple[str, str]) -> float | None:
+        if not set(names) <= set(seconds):
+            return None
+        return statistics.median(a - b for a, b in zip(*(seconds[name] for name in names), strict=True))
+
+    with_it, without = addition.ours
+    timed = {with_it, without} <= set(seconds)
+    ratio = statistics.median(seconds[with_it]) / statistics.median(seconds[without]) if timed else None
+    return {
+        "name": addition.name,
+        "seconds": difference(addition.ours),
+        "peer_seconds": difference(addition.theirs),
+        "ratio": ratio,
     }
 
 

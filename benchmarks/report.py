@@ -124,7 +124,23 @@ def _summary(results: list[dict[str, Any]]) -> list[str]:
         lines.append([result["case"], first, *cells])
     heads = ["case", "backend", "faster", "than", "x floor", "noise"]
     widths = [max(len(line[i]) for line in [heads, *lines]) for i in range(len(heads))]
-    return ["  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)) for line in [heads, *lines]]
+    text = ["  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)) for line in [heads, *lines]]
+    extras = [line for result in results for line in _extras(result)]
+    return [*text, "", *extras] if extras else text
+
+
+def _extras(result: dict[str, Any]) -> list[str]:
+    """What features add to a call, and what was counted."""
+    lines = []
+    for added in result.get("additions", ()):
+        ours, peer = added["seconds"], added["peer_seconds"]
+        if ours is None or peer is None:
+            continue
+        lines.append(
+            f"{result['case']}: {added['name']} add {_time(ours)} ({added['ratio']:.3f}x), "
+            f"{ours / peer:.3f} of the {_time(peer)} they add to the peer"
+        )
+    return lines + [f"{result['case']}: {name} {value:.3g}" for name, value in result.get("facts", {}).items()]
 
 
 def _times(result: dict[str, Any]) -> dict[str, float]:
@@ -199,6 +215,8 @@ def _label(row: dict[str, Any]) -> str:
 
 
 def _time(seconds: float) -> str:
+    if seconds < 0:
+        return f"-{_time(-seconds)}"
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= size:
             return f"{seconds / size:.2f} {unit}"

@@ -61,7 +61,7 @@ class Personalization:
         self.kv: dict[str, tuple[Tensor, Tensor]] = {}
         self._spare: dict[str, tuple[Tensor, Tensor]] = {}  # buffers of the users before
         self._image_lengths = image_lengths
-        self._image_kv: dict[str, tuple[Tensor, Tensor]] = {}
+        self.image_kv: dict[str, tuple[Tensor, Tensor]] = {}
         self._image_bias: Tensor | None = None
         self._layer_of: dict[int, str] = {}  # one of each group
         self._image_groups: dict[str, int] = {}
@@ -204,7 +204,7 @@ class Personalization:
         Raises:
             ValueError: regions were not prepared at this resolution, and the step is being compiled.
         """
-        if layer not in self._image_kv:
+        if layer not in self.image_kv:
             return None
         group = self._image_groups[layer]
         at = pixels if self._routing.per_pixel else 0
@@ -214,12 +214,12 @@ class Personalization:
                     f"Personalization: no regions were prepared for {pixels} pixels; give prepare the latent_size"
                 )
             self._weigh(group, at)
-        key, value = self._image_kv[layer]
+        key, value = self.image_kv[layer]
         return ImageStreams(key, value, self._routing.flat_lengths, self._image_weights[group, at], self._image_bias)
 
     def tensors(self) -> list[Tensor]:
         """Everything that stays in memory for a generation."""
-        pairs = [*self.kv.values(), *self._image_kv.values()]
+        pairs = [*self.kv.values(), *self.image_kv.values()]
         single = [t for t in (self._text, self._image_bias) if t is not None]
         return [*(t for pair in pairs for t in pair), *self._image_weights.values(), *self._masks.values(), *single]
 
@@ -243,14 +243,14 @@ class Personalization:
     ) -> None:
         routing, self._step = self._routing, (0, steps)
         if not routing.flat_lengths:
-            self._image_kv, self._image_weights, self._image_groups, self._image_bias = {}, {}, {}, None
+            self.image_kv, self._image_weights, self._image_groups, self._image_bias = {}, {}, {}, None
             return
         tokens = [
             routing.tokens(adapter, text, text.shape[-1]) if lengths else None
             for adapter, lengths in enumerate(routing.lengths)
         ]
         projected = {name: projected_images(attn, tokens) for name, attn in layers.items()}
-        self._image_kv = _filled_pairs(self._image_kv, projected)
+        self.image_kv = _filled_pairs(self.image_kv, projected)
         dtype = accumulate_dtype(text.dtype)
         bias = routing.key_bias(dtype)
         self._image_bias = None if bias is None else _filled(self._image_bias, bias.to(text.device))
@@ -271,7 +271,7 @@ class Personalization:
 
     def _weigh(self, group: int, pixels: int) -> None:
         """Fills the weights [B, I] (no pixels: [B, I, N] with them) of a group of layers in the current step."""
-        like = next(iter(self._image_kv.values()))[0]
+        like = next(iter(self.image_kv.values()))[0]
         dtype = accumulate_dtype(like.dtype)
         weights = torch.tensor(self._routing.scales(self._layer_of[group], *self._step), dtype=dtype).to(like.device)
         if pixels:

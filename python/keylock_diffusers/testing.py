@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, IPAdapterAttnProcessor2_0
 from torch import Tensor
 
@@ -182,6 +183,55 @@ def patch() -> Iterator[None]:
     finally:
         AttnProcessor2_0.__call__ = ATTENTION_OF_TEXT  # type: ignore[method-assign]
         IPAdapterAttnProcessor2_0.__call__ = ATTENTION_OF_IMAGES  # type: ignore[method-assign]
+
+
+# Configurations of the published U-Nets.
+UNETS: dict[str, dict[str, Any]] = {
+    "SD 1.5": {
+        "sample_size": 64,
+        "block_out_channels": (320, 640, 1280, 1280),
+        "attention_head_dim": 8,
+        "cross_attention_dim": 768,
+    },
+    "SDXL": {
+        "sample_size": 128,
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": (5, 10, 20),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "transformer_layers_per_block": (1, 2, 10),
+        "projection_class_embeddings_input_dim": 2816,
+        "cross_attention_dim": 2048,
+    },
+}
+_BLOCK = 1 << 22  # random numbers that are drawn once and laid side by side
+
+
+def random_unet(model: str, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
+    """A U-Net of full size with random weights, made in seconds.
+
+    Args:
+        model: one of `UNETS`.
+        dtype: of the weights.
+    """
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**UNETS[model])
+    unet = unet.to(dtype).to_empty(device="cpu").eval()
+    block = torch.randn(_BLOCK, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for name, parameter in unet.named_parameters():
+        flat = parameter.data.view(-1)
+        for start in range(0, len(flat), _BLOCK):
+            flat[start : start + _BLOCK] = block[: len(flat) - start]
+        if parameter.ndim > 1:
+            parameter.data *= parameter[0].numel() ** -0.5
+        elif "norm" in name and name.endswith("weight"):
+            parameter.data.fill_(1)
+        else:
+            parameter.data *= 0.1
+    return unet
 
 
 def random_ip_adapter(unet: Any, projection: str = "base", *, width: int = 32, seed: int = 0) -> dict[str, Any]:

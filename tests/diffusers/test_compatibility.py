@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 
 import keylock_diffusers as kd
-from keylock_diffusers.testing import random_ip_adapter, shadow
+from keylock_diffusers.testing import random_ip_adapter, random_unet, shadow
 from tests.diffusers.compatibility import cases, make, masks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -31,49 +30,9 @@ def test_every_call_errs_no_more_than_diffusers(family, feature, dtype):
         assert torch.equal(call(), stock)
 
 
-def full_size(which, dtype):
-    """A U-Net of the published configuration with random weights, and small inputs for it."""
-    config = {
-        "SD 1.5": dict(
-            sample_size=64,
-            block_out_channels=(320, 640, 1280, 1280),
-            attention_head_dim=8,
-            cross_attention_dim=768,
-        ),
-        "SDXL": dict(
-            sample_size=128,
-            block_out_channels=(320, 640, 1280),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            attention_head_dim=(5, 10, 20),
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            transformer_layers_per_block=(1, 2, 10),
-            projection_class_embeddings_input_dim=2816,
-            cross_attention_dim=2048,
-        ),
-    }[which]
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(**config)
-    unet = unet.to_empty(device="cpu").eval().to(dtype)
-    block = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)).to(dtype)
-    for name, parameter in unet.named_parameters():
-        flat = parameter.data.view(-1)
-        for start in range(0, len(flat), len(block)):
-            flat[start : start + len(block)] = block[: len(flat) - start]
-        if parameter.ndim > 1:
-            parameter.data *= parameter[0].numel() ** -0.5
-        elif "norm" in name and name.endswith("weight"):
-            parameter.data.fill_(1)
-        else:
-            parameter.data *= 0.1
-    return unet
-
-
 @pytest.mark.parametrize(("which", "dtype"), [("SD 1.5", "float32"), ("SD 1.5", "bfloat16"), ("SDXL", "bfloat16")])
 def test_full_size_unets_err_no_more_than_diffusers(which, dtype):
-    unet = full_size(which, DTYPES[dtype])
+    unet = random_unet(which, DTYPES[dtype])
     width = unet.config.cross_attention_dim
     unet._load_ip_adapter_weights(
         [random_ip_adapter(unet, kind, width=64, seed=n) for n, kind in enumerate(["base", "plus"])]
