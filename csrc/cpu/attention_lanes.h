@@ -147,6 +147,13 @@ Real readout_weight(const LocalizedAttention& op, int64_t row, int64_t pixel, in
   return weight;
 }
 
+// Lanes of the text, which come before all images'.
+template <class Real>
+int64_t text_lanes(const Lanes<Real>& lanes) {
+  const bool has_text = lanes.groups > 0 && !lanes.group[0].is_image;
+  return has_text ? lanes.group[0].vectors * kLanes<Real> : 0;
+}
+
 // Which keys of a row get which lane. `keeps_silent` keeps streams whose weight is 0 (their
 // weight's gradient is asked for).
 template <class Real>

@@ -146,9 +146,16 @@ class Forward {
     soften(softmax);
     if (reads > 0) read_out(scratch, row, head, first, count);
 
-    multiply<Step>({shares, lanes.count / Step::kDepth, 1, scratch.values, padded,
-                    lanes.count / Step::kDepth, scratch.sums, padded},
+    // Images apart: a long sum on top of the text's would round as often as it has terms, at that
+    // size.
+    const int64_t text = text_lanes(lanes) / Step::kDepth, all_lanes = lanes.count / Step::kDepth;
+    multiply<Step>({shares, all_lanes, 1, scratch.values, padded, text, scratch.sums, padded},
                    kBlock, padded / width);
+    if (text < all_lanes) {
+      multiply<Step, true>({shares + text, all_lanes, 1, scratch.values + text * padded, padded,
+                            all_lanes - text, scratch.sums, padded},
+                           kBlock, padded / width);
+    }
     for (int64_t i = 0; i < count; ++i) {
       store_row(scratch.sums + i * padded, dims, row_of<Element>(op.out, row, first + i, head));
     }

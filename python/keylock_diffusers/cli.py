@@ -122,8 +122,9 @@ def generate(
         Path,
         typer.Argument(
             help="JSON file: a list of requests, each with prompt, concepts (ids, or "
-            "objects with concept, beta, tau, strength, lock), seed, guidance_scale, "
-            "negative_prompt, num_images."
+            "objects with concept, beta, tau, strength, lock), image_prompts (objects with "
+            "image, a file or several, and scale, region, a file, start, end, adapter), seed, "
+            "guidance_scale, negative_prompt, num_images."
         ),
     ],
     bank: _Bank = "concepts",
@@ -131,13 +132,20 @@ def generate(
     model: _Model = "embedded",
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 30,
     max_batch: Annotated[int, typer.Option(min=1, help="Pictures per call of the U-Net.")] = 16,
+    ip_adapter: Annotated[
+        list[Path] | None, typer.Option(help="An IP-Adapter's file, for image_prompts; once for each adapter.")
+    ] = None,
+    image_encoder: Annotated[
+        Path | None, typer.Option(help="Folder of the CLIP image encoder that the adapters were trained with.")
+    ] = None,
 ) -> None:
     """Draw a list of requests, of different users, together."""
     import keylock_diffusers as kd
 
     orders = _orders(requests)
-    pipe = kd.install(_load(model))
-    pipe.set_progress_bar_config(disable=False)
+    pipe = _load(model)
+    _load_ip_adapters(pipe, ip_adapter or [], image_encoder)
+    kd.install(pipe).set_progress_bar_config(disable=False)
     images = kd.generate(pipe, orders, bank=kd.ConceptBank(bank), num_inference_steps=steps, max_batch=max_batch)
     output.mkdir(parents=True, exist_ok=True)
     for index, drawn in enumerate(images):
@@ -231,6 +239,24 @@ def _load(model: str) -> Any:
     return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def _load_ip_adapters(pipe: Any, files: list[Path], image_encoder: Path | None) -> None:
+    if image_encoder is not None:
+        from transformers import CLIPVisionModelWithProjection
+
+        encoder = CLIPVisionModelWithProjection.from_pretrained(image_encoder, dtype=pipe.unet.dtype)
+        pipe.register_modules(image_encoder=encoder.to(pipe.device))
+    if files:
+        missing = [file for file in files if not file.is_file()]
+        if missing:
+            raise ValueError(f"--ip-adapter: there is no file {missing[0]}")
+        pipe.load_ip_adapter(
+            [str(file.parent) for file in files],
+            subfolder="",
+            weight_name=[file.name for file in files],
+            image_encoder_folder=None,
+        )
+
+
 def _subject(folder: Path, placeholder: str, super_class: str, seed: int) -> Any:
     from PIL import Image
 
@@ -259,7 +285,15 @@ def _subject(folder: Path, placeholder: str, super_class: str, seed: int) -> Any
 
 
 def _orders(path: Path) -> list[Any]:
-    from keylock_diffusers import Request, Use
+    from PIL import Image
+
+    from keylock_diffusers import ImagePrompt, Request, Use
+
+    def picture(name: Any) -> Any:
+        return [picture(one) for one in name] if isinstance(name, list) else Image.open(path.parent / name)
+
+    def image_prompt(given: dict[str, Any]) -> ImagePrompt:
+        return ImagePrompt(**{k: picture(v) if k in ("image", "region") else v for k, v in given.items()})
 
     try:
         listed = json.loads(path.read_text())
@@ -268,8 +302,9 @@ def _orders(path: Path) -> list[Any]:
         orders = []
         for order in listed:
             uses = [Use(**use) if isinstance(use, dict) else Use(use) for use in order.get("concepts", ())]
-            orders.append(Request(**{**order, "concepts": uses}))
-    except (ValueError, TypeError, AttributeError) as error:
+            images = [image_prompt(given) for given in order.get("image_prompts", ())]
+            orders.append(Request(**{**order, "concepts": uses, "image_prompts": images}))
+    except (ValueError, TypeError, AttributeError, OSError) as error:
         raise ValueError(f"{path}: {error}") from error
     return orders
 

@@ -54,27 +54,30 @@ class BatchEncoder:
             for encoder in range(len(text_encoders(self._pipe)))
         ]
         given = [(order.prompt_embeds, order.pooled_prompt_embeds) for order in self._orders]
-        return self._encode([plan.prompts for plan in self._plans], given, words)
+        return self._encode([plan.prompts for plan in self._plans], given, words, self._clip_skip)
 
     def negative(self) -> Encodings:
         """The rows' negative prompts; where there is none, SDXL's pipelines may want zeros."""
         given = [(order.negative_prompt_embeds, order.negative_pooled_prompt_embeds) for order in self._orders]
-        encoded = self._encode([plan.negatives for plan in self._plans], given, None)
+        prompts = [plan.negatives for plan in self._plans]
         if getattr(self._pipe.config, "force_zeros_for_empty_prompt", False):
-            absent = torch.tensor(
-                [order.negative_prompt is None and order.negative_prompt_embeds is None for order in self._orders]
-            ).to(encoded.text.device)
-            encoded = Encodings(
-                encoded.text.masked_fill(absent[:, None, None], 0),
-                None if encoded.pooled is None else encoded.pooled.masked_fill(absent[:, None], 0),
+            encoders = text_encoders(self._pipe)
+            width = sum(encoder.config.hidden_size for _, encoder in encoders)
+            zeros = (
+                torch.zeros(encoders[0][0].model_max_length, width),
+                torch.zeros(encoders[-1][1].config.projection_dim),
             )
-        return encoded
+            for row, order in enumerate(self._orders):
+                if order.negative_prompt is None and order.negative_prompt_embeds is None:
+                    given[row], prompts[row] = zeros, None
+        return self._encode(prompts, given, None, None)
 
     def _encode(
         self,
         prompts: Sequence[tuple[text.TokenizedPrompt, ...] | None],
-        given: list[tuple[Tensor | None, Tensor | None]],
+        given: Sequence[tuple[Tensor | None, Tensor | None]],
         words: Sequence[Sequence[Mapping[str, Tensor]]] | None,  # per text encoder and row
+        clip_skip: int | None,
     ) -> Encodings:
         encoders = [encoder for _, encoder in text_encoders(self._pipe)]
         places = [row for row, prompt in enumerate(prompts) if prompt is not None]
@@ -85,11 +88,10 @@ class BatchEncoder:
             for index, encoder in enumerate(encoders):
                 own = [prompts[row][index] for row in places]  # type: ignore[index]
                 learned = None if words is None else [words[index][row] for row in places]
-                skip = self._clip_skip if words is not None else None
                 if len(encoders) == 1:
-                    parts.append(text.encode(encoder, own, learned, clip_skip=skip))
+                    parts.append(text.encode(encoder, own, learned, clip_skip=clip_skip))
                     continue
-                part, last = text.encode_penultimate(encoder, own, learned, clip_skip=skip)
+                part, last = text.encode_penultimate(encoder, own, learned, clip_skip=clip_skip)
                 parts.append(part)
                 if last is not None:
                     for row, vector in zip(places, last, strict=True):

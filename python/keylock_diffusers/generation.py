@@ -9,10 +9,11 @@ from itertools import groupby
 from typing import Any
 
 import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 from torch import Tensor
 
 from keylock_diffusers.concepts import BaseModel, Concept
-from keylock_diffusers.encoding import BatchEncoder, lora_scale
+from keylock_diffusers.encoding import BatchEncoder, lora_scale, text_encoders
 from keylock_diffusers.image_prompts import ImageEncoder
 from keylock_diffusers.image_prompts import adapters as image_adapters
 from keylock_diffusers.personalization import Personalization
@@ -24,7 +25,7 @@ from keylock_diffusers.requests import Plan, Request, RequestError, plan
 _PER_REQUEST = frozenset(
     "prompt prompt_2 negative_prompt negative_prompt_2 generator guidance_scale num_images_per_prompt latents "
     "prompt_embeds negative_prompt_embeds pooled_prompt_embeds negative_pooled_prompt_embeds ip_adapter_image "
-    "ip_adapter_image_embeds ip_adapter_masks".split()
+    "ip_adapter_image_embeds ip_adapter_masks personalization".split()
 )
 
 
@@ -69,7 +70,8 @@ def generate(
             default as many as a batch needs. Given, a compiled U-Net runs any mix of them without recompiling.
         on_error: "raise": a request that cannot be drawn raises before any step; "return": the others are drawn and
             its place in the result holds the RequestError.
-        callback: the pipeline's ``callback_on_step_end``.
+        callback: the pipeline's ``callback_on_step_end``. It must leave the rows and the adapters' scales alone;
+            diffusers' own cutoff callbacks do not.
         strict: refuse concepts trained on other weights of the same base model instead of warning.
         kwargs: passed on to the pipeline: height, width, output_type, clip_skip, cross_attention_kwargs ...
 
@@ -91,15 +93,22 @@ def generate(
         raise ValueError(
             f"generate: max_batch and num_inference_steps must be at least 1, got {max_batch} and {num_inference_steps}"
         )
-    if getattr(pipe, "text_encoder", None) is None or not hasattr(pipe, "tokenizer"):
+    encoders = text_encoders(pipe)
+    clip = all("clip" in getattr(encoder.config, "model_type", "") for _, encoder in encoders)
+    if not encoders or not clip or pipe.text_encoder is None:
         raise TypeError(
             "generate: pipe must be a pipeline with CLIP text encoders (Stable Diffusion 1.x, 2.x, XL), "
             f"got {type(pipe).__name__}"
         )
     clash = sorted(_PER_REQUEST & {*kwargs, *(kwargs.get("cross_attention_kwargs") or {})})
     if clash:
-        raise TypeError(f"generate: {clash[0]} belongs to each Request, not to the call")
+        raise TypeError(
+            f"generate: {clash[0]} belongs to each Request, or is made of it; it cannot be given to the call"
+        )
+    if "callback_on_step_end" in kwargs:
+        raise TypeError("generate: callback_on_step_end is given as callback")
     verify(pipe)
+    _check_image_lengths(pipe, image_lengths)
 
     base = BaseModel.of(pipe) if any(isinstance(r, Request) and r.concepts for r in requests) else None
     images = ImageEncoder(pipe, unet_of(pipe))
@@ -107,7 +116,9 @@ def generate(
     rows: list[_Row] = []
     for index, request in enumerate(requests):
         try:
-            planned = plan(pipe, request, bank=bank, base=base, images=images, strict=strict)
+            planned = plan(
+                pipe, request, bank=bank, base=base, images=images, image_lengths=image_lengths, strict=strict
+            )
         except (ValueError, TypeError, KeyError, OSError) as error:
             failure = RequestError(index, request, str(error))
             if on_error == "raise":
@@ -159,10 +170,10 @@ def _draw(
     plans = [row.plan for row in rows]
     encoder = BatchEncoder(pipe, [row.order for row in rows], plans, kwargs.get("clip_skip"))
     index = torch.arange(len(rows))
-    images = [[positive for positive, _ in plan.images] for plan in plans]
+    images = [plan.images for plan in plans]
     if guided:  # the row layout of diffusers' guidance
         index = torch.cat([torch.full_like(index, -1), index])
-        images = [[negative for _, negative in plan.images] for plan in plans] + images
+        images = [plan.negative_images for plan in plans] + images
     with lora_scale(pipe, attention.get("scale")):
         positive = encoder.positive(learned=lambda use: True)
         keys = None
@@ -178,7 +189,7 @@ def _draw(
             stacked(positive.text),
             None if keys is None else stacked(keys),
             latent_size=_latent_size(pipe, kwargs),
-            steps=steps,
+            steps=_count_steps(pipe, steps, kwargs) if any(plan.images for plan in plans) else steps,
         )
     if positive.pooled is not None:
         kwargs["pooled_prompt_embeds"] = positive.pooled
@@ -206,13 +217,32 @@ def _draw(
 
 def _latent_size(pipe: Any, kwargs: Mapping[str, Any]) -> tuple[int, int]:
     """Height and width of what the U-Net is given."""
-    sample = pipe.unet.config.sample_size
-    default = sample if isinstance(sample, (list, tuple)) else (sample, sample)
-    height, width = (
-        size if kwargs.get(name) is None else int(kwargs[name]) // pipe.vae_scale_factor
-        for name, size in zip(("height", "width"), default, strict=True)
+    sample = getattr(pipe, "default_sample_size", None) or pipe.unet.config.sample_size
+    default = tuple(sample) if isinstance(sample, (list, tuple)) else (sample, sample)
+    given = [kwargs.get(name) and int(kwargs[name]) // pipe.vae_scale_factor for name in ("height", "width")]
+    if not all(given) and len(text_encoders(pipe)) == 1:  # Stable Diffusion's take both or neither, SDXL's each
+        return default[0], default[1]
+    return given[0] or default[0], given[1] or default[1]
+
+
+def _count_steps(pipe: Any, steps: int, kwargs: Mapping[str, Any]) -> int:
+    """How many timesteps the scheduler makes of `steps`; some make more."""
+    given = {name: kwargs[name] for name in ("timesteps", "sigmas") if kwargs.get(name) is not None}
+    return len(retrieve_timesteps(copy.deepcopy(pipe.scheduler), steps, "cpu", **given)[0])
+
+
+def _check_image_lengths(pipe: Any, lengths: Any) -> None:
+    if lengths is None:
+        return
+    adapters = len(image_adapters(pipe.unet))
+    right = isinstance(lengths, (list, tuple)) and all(
+        isinstance(places, (list, tuple)) and all(isinstance(n, int) and n > 0 for n in places) for places in lengths
     )
-    return height, width
+    if not right or len(lengths) > adapters:
+        raise ValueError(
+            f"generate: image_lengths must be a list of token counts per IP-Adapter, at most {adapters} of them, "
+            f"got {lengths!r}"
+        )
 
 
 def _stepping(

@@ -23,18 +23,20 @@ from keylock_diffusers.processors import IPAdapterCrossAttnProcessor
 from keylock_diffusers.processors.images import resize_masks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImagePrompt:
     """One image prompt of a request: a picture, or several that are attended to together, under one softmax.
 
     Args:
         image: a picture, or a list of them, as the pipeline's image encoder takes it.
         embeds: instead of `image`, encodings [n, D] or [n, S, D] of n pictures (FaceID: n faces).
-        negative_embeds: of the unconditional half, of the same shape; default zeros.
+        negative_embeds: of the unconditional half, of the same shape; default zeros. Adapters that read hidden states
+            were trained with those of a black picture instead, which `image` takes by itself.
         clip_embeds: CLIP encodings [n, S, D] of the faces, for FaceID-Plus adapters.
         negative_clip_embeds: of the unconditional half, of the same shape; default zeros.
         scale: how much the image counts: a number, or diffusers' dict of numbers per block (InstantStyle).
-        region: where it counts, a picture in greys or a tensor [height, width] of weights; default everywhere.
+        region: where it counts, a picture in greys or a tensor [height, width] of weights, which is stretched over the
+            whole of what is drawn; default everywhere.
         start: the share of the steps before it is switched on; a step counts where it starts.
         end: the share of the steps by whose end it is switched off.
         adapter: which of the loaded adapters.
@@ -93,7 +95,8 @@ def check(prompt: Any, unet: Any) -> None:
     if isinstance(prompt.adapter, bool) or not isinstance(prompt.adapter, int) or not 0 <= prompt.adapter < len(layers):
         raise ValueError(f"adapter of an image prompt must be 0 to {len(layers) - 1}, got {prompt.adapter!r}")
     if (prompt.image is None) == (prompt.embeds is None):
-        raise ValueError("give either image or embeds of an image prompt")
+        got = "none of them" if prompt.image is None else "both"
+        raise ValueError(f"give either image or embeds of an image prompt, got {got}")
     encodings: dict[str, Any] = {
         name: getattr(prompt, name) for name in ("embeds", "negative_embeds", "clip_embeds", "negative_clip_embeds")
     }
@@ -104,10 +107,13 @@ def check(prompt: Any, unet: Any) -> None:
         raise ValueError("image of an image prompt must hold at least one picture, got none")
     for name, tensor in encodings.items():
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            got = str(tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
             raise TypeError(f"{name} of an image prompt must be a floating-point tensor, got {got}")
-        if tensor.ndim not in (2, 3) or not len(tensor):
-            raise ValueError(f"{name} of an image prompt must be [n, D] or [n, S, D], got {list(tensor.shape)}")
+        forms = {3: "[n, S, D]"} if "clip" in name else {2: "[n, D]", 3: "[n, S, D]"}
+        if tensor.ndim not in forms or not len(tensor):
+            raise ValueError(
+                f"{name} of an image prompt must be {' or '.join(forms.values())}, got {list(tensor.shape)}"
+            )
     for name in ("embeds", "clip_embeds"):
         given, negative = encodings.get(name), encodings.get(f"negative_{name}")
         if negative is not None and (given is None or given.shape != negative.shape):
@@ -116,10 +122,14 @@ def check(prompt: Any, unet: Any) -> None:
                 f"negative_{name} of an image prompt must be {shape}, as {name}, got {list(negative.shape)}"
             )
     face_plus = isinstance(layers[prompt.adapter], IPAdapterFaceIDPlusImageProjection)
-    if face_plus and len(encodings.get("clip_embeds", ())) != len(encodings.get("embeds", (0,))):
-        raise ValueError("a FaceID-Plus adapter needs embeds and clip_embeds of as many faces in each image prompt")
-    if not face_plus and "clip_embeds" in encodings:
-        raise ValueError("clip_embeds of an image prompt belong to FaceID-Plus adapters")
+    faces = [len(encodings[name]) if name in encodings else 0 for name in ("embeds", "clip_embeds")]
+    if face_plus and (faces[0] != faces[1] or not faces[0]):
+        raise ValueError(
+            f"a FaceID-Plus adapter needs embeds and clip_embeds of as many faces, got {faces[0]} and {faces[1]}"
+        )
+    if not face_plus and faces[1]:
+        kind = type(layers[prompt.adapter]).__name__
+        raise ValueError(f"clip_embeds of an image prompt belong to FaceID-Plus adapters, got one with {kind}")
     _expanded(prompt.scale, unet)
     for name in ("start", "end"):
         number = getattr(prompt, name)
@@ -142,50 +152,67 @@ class ImageEncoder:
 
     def __init__(self, pipe: Any, unet: Any) -> None:
         self._pipe, self._unet = pipe, unet
-        self._done: dict[int, tuple[ImagePrompt, ImageUse, ImageUse]] = {}
+        # The entries hold their prompts, so that an id stays its own.
+        self._encoded: dict[int, tuple[ImagePrompt, tuple[Tensor, Tensor]]] = {}
+        self._uses: dict[tuple[int, bool], ImageUse] = {}
 
     @torch.no_grad()
-    def uses(self, prompt: ImagePrompt) -> tuple[ImageUse, ImageUse]:
-        """What a row of the conditional and a row of the unconditional half carry for one image prompt.
+    def use(self, prompt: ImagePrompt, *, negative: bool = False) -> ImageUse:
+        """What a row of the conditional (or the unconditional) half carries for one image prompt.
 
         Raises:
-            TypeError, ValueError: the pipeline cannot encode the image, or the encodings do not fit the adapter.
+            ValueError: the image cannot be encoded, or the encodings do not fit the adapter.
         """
-        if id(prompt) not in self._done:  # the entry holds the prompt, so that its id stays its own
-            projection = adapters(self._unet)[prompt.adapter]
-            embeds, negative = self._encodings(prompt, projection)
-            use = ImageUse(
-                self._project(projection, embeds, prompt.clip_embeds),
+        key = (id(prompt), negative)
+        if key in self._uses:
+            return self._uses[key]
+        try:
+            if id(prompt) not in self._encoded:
+                self._encoded[id(prompt)] = prompt, self._encodings(prompt)
+            embeds = self._encoded[id(prompt)][1][1 if negative else 0]
+            clip = prompt.clip_embeds
+            if negative and clip is not None:
+                clip = _or_zeros(prompt.negative_clip_embeds, clip)
+            tokens = self._project(adapters(self._unet)[prompt.adapter], embeds, clip)
+        except torch.OutOfMemoryError:
+            raise
+        except (
+            Exception
+        ) as error:  # whatever a picture, an image encoder or a projection raises: the request fails alone
+            what = "image" if prompt.embeds is None else f"embeds {list(prompt.embeds.shape)}"
+            raise ValueError(
+                f"{what} of an image prompt cannot be encoded by adapter {prompt.adapter}: {error}"
+            ) from error
+        other = self._uses.get((id(prompt), not negative))
+        if other is not None:  # one region for both halves, so that it is resized once
+            self._uses[key] = replace(other, tokens=tokens)
+        else:
+            self._uses[key] = ImageUse(
+                tokens,
                 _expanded(prompt.scale, self._unet),
                 _region(prompt.region),
                 float(prompt.start),
                 float(prompt.end),
                 prompt.adapter,
             )
-            clip = _or_zeros(prompt.negative_clip_embeds, prompt.clip_embeds)
-            self._done[id(prompt)] = prompt, use, replace(use, tokens=self._project(projection, negative, clip))
-        return self._done[id(prompt)][1:]
+        return self._uses[key]
 
-    def _encodings(self, prompt: ImagePrompt, projection: Any) -> tuple[Tensor, Tensor]:
+    def _encodings(self, prompt: ImagePrompt) -> tuple[Tensor, Tensor]:
         if prompt.embeds is not None:
             return prompt.embeds, _or_zeros(prompt.negative_embeds, prompt.embeds)
         if getattr(self._pipe, "image_encoder", None) is None:
-            raise ValueError("image of an image prompt needs the pipeline's image_encoder, which is not loaded")
-        hidden = not isinstance(projection, ImageProjection)
+            raise ValueError("it needs the pipeline's image_encoder, which is not loaded")
+        hidden = not isinstance(adapters(self._unet)[prompt.adapter], ImageProjection)
         return self._pipe.encode_image(prompt.image, self._pipe._execution_device, 1, hidden)
 
     def _project(self, projection: Any, embeds: Tensor, clip: Tensor | None) -> Tensor:  # [L, D]
-        device, dtype = self._pipe._execution_device, self._unet.dtype
+        device, dtype = next(projection.parameters()).device, self._unet.dtype
+        if device.type == "meta":  # sequential offloading: hooks move inputs to where the weights will be
+            device = self._pipe._execution_device
         if clip is not None:  # FaceID-Plus reads it from itself: a copy of its own, sharing every weight
             projection = copy.copy(projection)
             projection.clip_embeds = clip.to(device, dtype)[None]
-        try:
-            tokens = projection(embeds.to(device, dtype))
-        except RuntimeError as error:
-            raise ValueError(
-                f"an image prompt's encodings {list(embeds.shape)} do not fit its adapter: {error}"
-            ) from error
-        return tokens.flatten(0, -2)
+        return projection(embeds.to(device, dtype)).flatten(0, -2)
 
 
 class ImageRouting:
@@ -222,69 +249,63 @@ class ImageRouting:
         for uses in ranked:
             for adapter, own in enumerate(uses):
                 _check_room(own, self.lengths[adapter], adapter)
-        self._uses: list[list[list[ImageUse | None]]] = [
-            [[*own, *[None] * (len(room) - len(own))] for own, room in zip(uses, self.lengths, strict=True)]
+        self._rows: list[list[ImageUse | None]] = [
+            [
+                use
+                for own, room in zip(uses, self.lengths, strict=True)
+                for use in [*own, *[None] * (len(room) - len(own))]
+            ]
             for uses in ranked
         ]
+        given = [use for row in self._rows for use in row if use is not None]
+        self.uses = list({id(use): use for use in given}.values())  # each once
+        self.flat_lengths = tuple(length for places in self.lengths for length in places)
+        self.scheduled = any(use.start > 0 or use.end < 1 for use in self.uses)
+        # Where the layout is fixed, always, so that shapes do not change.
+        self.per_pixel = self.fixed or any(use.region is not None for use in self.uses)
 
-    @property
-    def flat_lengths(self) -> tuple[int, ...]:
-        return tuple(length for places in self.lengths for length in places)
-
-    @property
-    def scheduled(self) -> bool:
-        return any(use.start > 0 or use.end < 1 for row in self._flat() for use in row if use is not None)
-
-    @property
-    def per_pixel(self) -> bool:
-        """Whether weights differ between pixels; always where the layout is fixed, so that shapes do not change."""
-        return self.fixed or any(use.region is not None for row in self._flat() for use in row if use is not None)
-
-    def tokens(self, adapter: int, like: Tensor, width: int) -> Tensor:  # [B, sum(L_a), D]
-        """The tokens of one adapter's streams, zeros where a row has none."""
-        rows = []
-        for uses in self._uses:
-            pieces = []
-            for use, length in zip(uses[adapter], self.lengths[adapter], strict=True):
-                here = like.new_zeros(length, width)
+    def places(self) -> Tensor:  # [B, sum(L)] int64
+        """Where each row's keys stand in the tokens of all `uses` one after another; the place after is padding."""
+        starts, total = {}, 0
+        for given in self.uses:
+            starts[id(given)] = total
+            total += len(given.tokens)
+        found = torch.full((len(self._rows), sum(self.flat_lengths)), total)
+        for row, uses in enumerate(self._rows):
+            first = 0
+            for use, length in zip(uses, self.flat_lengths, strict=True):
                 if use is not None:
-                    if use.tokens.shape[1] != width:
-                        raise ValueError(
-                            f"Personalization: image tokens of adapter {adapter} must be [L, {width}], "
-                            f"got {list(use.tokens.shape)}"
-                        )
-                    here[: len(use.tokens)] = use.tokens.to(here)
-                pieces.append(here)
-            rows.append(torch.cat(pieces))
-        return torch.stack(rows)
+                    found[row, first : first + len(use.tokens)] = torch.arange(len(use.tokens)) + starts[id(use)]
+                first += length
+        return found
 
     def key_bias(self, dtype: torch.dtype) -> Tensor | None:  # [B, sum(L)]
         """0 for a token, -inf for padding; None where nothing is padded and the layout is not fixed."""
-        bias = torch.full((len(self._uses), sum(self.flat_lengths)), -torch.inf, dtype=dtype)
-        for row, uses in enumerate(self._flat()):
-            start = 0
-            for use, length in zip(uses, self.flat_lengths, strict=True):
-                if use is not None:
-                    bias[row, start : start + len(use.tokens)] = 0
-                start += length
-        return bias if self.fixed or bias.isinf().any() else None
+        padding = self.places() == sum(len(use.tokens) for use in self.uses)
+        if not self.fixed and not padding.any():
+            return None
+        return torch.zeros(padding.shape, dtype=dtype).masked_fill(padding, -torch.inf)
 
     def scale_pattern(self, layer: str) -> tuple[float, ...]:
         """The scale of every image prompt in a layer; layers with the same pattern have the same weights."""
-        return tuple(0.0 if use is None else use.scale_of(layer) for row in self._flat() for use in row)
+        return tuple(0.0 if use is None else use.scale_of(layer) for row in self._rows for use in row)
 
     def scales(self, layer: str, step: int, steps: int) -> tuple[tuple[float, ...], ...]:  # [B][I]
         """What each stream of each row counts in a layer and a step; 0 for a stream that a row does not have."""
         return tuple(
             tuple(use.scale_of(layer) if use is not None and use.active(step, steps) else 0.0 for use in row)
-            for row in self._flat()
+            for row in self._rows
         )
 
-    def masks(self, pixels: int, dtype: torch.dtype) -> Tensor:  # [B, I, N]
-        """Every stream's region at one resolution; ones where it has none."""
+    def active(self, step: int, steps: int) -> tuple[bool, ...]:
+        """Which image prompts count in a step."""
+        return tuple(use.active(step, steps) for use in self.uses)
+
+    def masks(self, pixels: int, size: tuple[int, int] | None, dtype: torch.dtype) -> Tensor:  # [B, I, N]
+        """Every stream's region at one resolution (see `resize_masks`); ones where it has none."""
         resized: dict[int, Tensor] = {}
         rows = []
-        for row in self._flat():
+        for row in self._rows:
             here = []
             for use in row:
                 region = None if use is None else use.region
@@ -292,35 +313,47 @@ class ImageRouting:
                     here.append(torch.ones(pixels, dtype=dtype))
                     continue
                 if id(region) not in resized:
-                    resized[id(region)] = resize_masks(region.cpu()[None], pixels)[0].to(dtype)
+                    resized[id(region)] = resize_masks(region.cpu()[None], pixels, size)[0].to(dtype)
                 here.append(resized[id(region)])
             rows.append(torch.stack(here))
         return torch.stack(rows)
 
-    def _flat(self) -> list[list[ImageUse | None]]:
-        return [[use for places in row for use in places] for row in self._uses]
 
+def projected_images(attn: Any, uses: Sequence[ImageUse], places: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """One layer's keys and values of a batch's image tokens, [B, sum(L), C] each.
 
-def projected_images(
-    attn: Any,
-    tokens: Sequence[Tensor | None],  # per adapter [B, sum(L_a), D]
-) -> tuple[Tensor, Tensor]:  # [B, sum(L), C] each
-    """One layer's keys and values of a batch's image tokens: one product per adapter for all rows and images.
+    Each image prompt is projected once, whatever the number of its rows, and by itself: how a product of several rounds
+    may depend on their number.
+
+    Args:
+        attn: the layer.
+        uses: the image prompts.
+        places: int64 [B, sum(L)], which of their tokens stand where (see `ImageRouting.places`).
+        like: a tensor of the device and dtype in which to project.
 
     Raises:
-        ValueError: the layer has no IP-Adapter's processor of ours, or another number of adapters.
+        ValueError: the layer has no processor of ours with all the adapters, or tokens of another width.
     """
     processor = attn.processor
-    if not isinstance(processor, IPAdapterCrossAttnProcessor) or len(processor.to_k_ip) < len(tokens):
+    wanted = max((use.adapter + 1 for use in uses), default=0)
+    if not isinstance(processor, IPAdapterCrossAttnProcessor) or len(processor.to_k_ip) < wanted:
+        loaded = len(processor.to_k_ip) if isinstance(processor, IPAdapterCrossAttnProcessor) else 0
         raise ValueError(
-            f"Personalization: image prompts need a layer with {len(tokens)} IP-Adapters and keylock_diffusers' "
-            f"processor, got {type(processor).__name__}; call keylock_diffusers.install(pipe) after load_ip_adapter"
+            f"Personalization: image prompts need {wanted} IP-Adapters in each layer, got {loaded} and the processor "
+            f"{type(processor).__name__}; call keylock_diffusers.install(pipe) after load_ip_adapter"
         )
-    sides = []
-    for modules in (processor.to_k_ip, processor.to_v_ip):
-        parts = [module(given) for module, given in zip(modules, tokens, strict=False) if given is not None]
-        sides.append(parts[0] if len(parts) == 1 else torch.cat(parts, 1))
-    return sides[0], sides[1]
+    for use in uses:
+        if use.tokens.ndim != 2 or use.tokens.shape[1] != processor.cross_attention_dim:
+            raise ValueError(
+                f"Personalization: image tokens must be [L, {processor.cross_attention_dim}], "
+                f"got {list(use.tokens.shape)}"
+            )
+
+    def side(modules: Any) -> Tensor:
+        parts = [modules[use.adapter](use.tokens.to(like)) for use in uses]
+        return torch.cat([*parts, like.new_zeros(1, processor.hidden_size)])[places]
+
+    return side(processor.to_k_ip), side(processor.to_v_ip)
 
 
 def _check_room(uses: list[ImageUse], places: tuple[int, ...], adapter: int) -> None:
@@ -343,7 +376,10 @@ def _expanded(scale: Any, unet: Any) -> float | dict[str, float]:
         return float(scale)
     if not isinstance(scale, Mapping):
         raise ValueError(f"scale of an image prompt must be a finite number or a dict per block, got {scale!r}")
-    (expanded,) = _maybe_expand_lora_scales(unet, [dict(scale)], default_scale=0.0)
+    try:
+        (expanded,) = _maybe_expand_lora_scales(unet, [dict(scale)], default_scale=0.0)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"scale of an image prompt must name this U-Net's blocks, got {scale!r}: {error}") from error
     wrong = [number for number in expanded.values() if not _is_number(number)]
     if wrong:
         raise ValueError(f"scale of an image prompt must hold finite numbers, got {wrong[0]!r}")
@@ -368,7 +404,7 @@ def _region(region: Any) -> Tensor | None:  # [height, width] float32
     if not region.is_floating_point():
         region = region.float() / (255 if region.dtype == torch.uint8 else 1)
     if not region.isfinite().all():
-        raise ValueError("region of an image prompt must be finite numbers")
+        raise ValueError("region of an image prompt must hold finite numbers, got NaN or infinity")
     return region.float()
 
 

@@ -36,8 +36,9 @@ class Personalization:
     Routing is data: row b of the U-Net's batch belongs to prompt ``row_index[b]``, or to none (-1), as the
     unconditional rows of guidance do. Such a row is computed without any update of its keys and values.
 
-    What `prepare` makes lies in buffers that later calls fill again where shapes are the same: a step that was
-    compiled, or captured as a CUDA graph, stays valid for other users (see `assign`).
+    What `prepare` makes lies in buffers that later calls fill again where shapes are the same. With `image_lengths`,
+    and the latent_size given to `prepare`, they always are: a step that was compiled, or captured as a CUDA graph, then
+    stays valid for other users (see `assign`).
 
     Args:
         uses: per prompt, the concepts it uses.
@@ -67,6 +68,9 @@ class Personalization:
         self._image_groups: dict[str, int] = {}
         self._image_weights: dict[tuple[int, int], Tensor] = {}
         self._masks: dict[int, Tensor] = {}
+        self._sizes: dict[int, tuple[int, int]] = {}  # height and width, by number of pixels
+        self._sources: list[tuple[str, Any, int | None]] = []
+        self._seen: tuple[Any, int | None] | None = None  # the text a layer was given last, and its version
         self._step = (0, 1)
         self._text: Tensor | None = None
         self.assign(uses, row_index, images)
@@ -101,8 +105,7 @@ class Personalization:
             _gates_of([row], concepts)
         routing = ImageRouting(images or [()] * len(row_index), self._image_lengths)
         self.row_index, self._uses, self._concepts, self._routing = row_index, rows, concepts, routing
-        self._spare, self.kv = self.kv or self._spare, {}
-        self._seen: tuple[Any, int | None] | None = None  # the text a layer was given last, and its version
+        self._spare, self.kv = self.kv or self._spare, {}  # nothing can be read before `prepare`
         return self
 
     @torch.no_grad()
@@ -136,6 +139,8 @@ class Personalization:
                 raise ValueError(
                     f"Personalization.prepare: {name} must be [{len(self.row_index)}, T, D], got {list(tensor.shape)}"
                 )
+        self._spare, self.kv = self.kv or self._spare, {}  # nor if this fails
+        self._sources = _versions(self._read(key_text))
         key_text = text if key_text is None else key_text
         unet = unet_of(pipe)
         hook: Any = getattr(unet, "_hf_hook", None)
@@ -147,11 +152,10 @@ class Personalization:
         edited = key_edits is not None or value_edits is not None
         tables = self._tables(layers, text) if edited else {}
         projected = edits.project_layers(layers, (key_text, text), tables, (key_edits, value_edits))
-        buffers = self.kv or self._spare
-        self.kv = _filled_pairs(buffers, projected)
         self._prepare_images(unet, layers, text, latent_size, steps)
         self._text = _filled(self._text, text.clone())
         self._seen = weakref.ref(text), _version(text)
+        self.kv, self._spare = _filled_pairs(self._spare, projected), {}
         return self
 
     @property
@@ -167,8 +171,8 @@ class Personalization:
             step: the step that comes next, from 0.
             steps: of the whole generation.
         """
-        self._step = (step, steps)
-        if self.scheduled:
+        before, self._step = self._step, (step, steps)
+        if self._routing.active(*before) != self._routing.active(*self._step):
             for group, pixels in list(self._image_weights):
                 self._weigh(group, pixels)
 
@@ -182,7 +186,8 @@ class Personalization:
                 another tensor than before, or were written to since; inside a compiled step they are not.
 
         Raises:
-            ValueError: the batch differs from what was prepared, or nothing was.
+            ValueError: the batch differs from what was prepared, nothing was, or a concept, an image or a region was
+                written to since.
         """
         if layer not in self.kv:
             raise ValueError(
@@ -194,8 +199,11 @@ class Personalization:
                 f"Personalization: prepared for {list(key.shape[:2])} rows and tokens, but {layer} runs on {rows} rows"
                 + ("" if text is None else f" with text {list(text.shape)}")
             )
-        if text is not None and self._text is not None and not torch.compiler.is_compiling():
-            self._check_text(layer, text, self._text)
+        if self._text is not None and not torch.compiler.is_compiling():
+            if layer == next(iter(self.kv)):
+                self._check_sources()
+            if text is not None:
+                self._check_text(layer, text, self._text)
         return key, value
 
     def image_streams(self, layer: str, pixels: int) -> ImageStreams | None:
@@ -223,6 +231,24 @@ class Personalization:
         single = [t for t in (self._text, self._image_bias) if t is not None]
         return [*(t for pair in pairs for t in pair), *self._image_weights.values(), *self._masks.values(), *single]
 
+    def _read(self, key_text: Tensor | None) -> dict[str, list[Tensor]]:
+        """The tensors beside the text that what was prepared depends on, by what they belong to."""
+        sources = {
+            f"concept {concept.placeholder}": [
+                concept.target_input, concept.direction, concept.super_class_encoding, concept.values
+            ]
+            for concept in self._concepts
+        }  # fmt: skip
+        for number, use in enumerate(self._routing.uses):
+            sources[f"image prompt {number}"] = [use.tokens, *([] if use.region is None else [use.region])]
+        return sources if key_text is None else {**sources, "key_text": [key_text]}
+
+    def _check_sources(self) -> None:
+        for name, tensor, version in self._sources:
+            found = tensor()
+            if found is not None and _version(found) != version:
+                raise ValueError(f"Personalization: {name} was written to after it was prepared; prepare it again")
+
     def _check_text(self, layer: str, text: Tensor, prepared: Tensor) -> None:
         version = _version(text)
         if self._seen is not None and self._seen[0]() is text:
@@ -244,12 +270,10 @@ class Personalization:
         routing, self._step = self._routing, (0, steps)
         if not routing.flat_lengths:
             self.image_kv, self._image_weights, self._image_groups, self._image_bias = {}, {}, {}, None
+            self._masks, self._sizes = {}, {}
             return
-        tokens = [
-            routing.tokens(adapter, text, text.shape[-1]) if lengths else None
-            for adapter, lengths in enumerate(routing.lengths)
-        ]
-        projected = {name: projected_images(attn, tokens) for name, attn in layers.items()}
+        places = routing.places().to(text.device)
+        projected = {name: projected_images(attn, routing.uses, places, text) for name, attn in layers.items()}
         self.image_kv = _filled_pairs(self.image_kv, projected)
         dtype = accumulate_dtype(text.dtype)
         bias = routing.key_bias(dtype)
@@ -259,11 +283,15 @@ class Personalization:
         numbers = {pattern: number for number, pattern in enumerate(dict.fromkeys(patterns.values()))}
         self._image_groups = {name: numbers[pattern] for name, pattern in patterns.items()}
         self._layer_of = {group: name for name, group in self._image_groups.items()}
-        resolutions = _resolutions(unet, layers, latent_size) if routing.per_pixel else dict.fromkeys(layers, 0)
+        sizes = _resolutions(unet, layers, latent_size)
+        self._sizes = {math.prod(size): size for size in sizes.values()}
+        resolutions = {name: math.prod(size) for name, size in sizes.items()}
+        if not routing.per_pixel:
+            resolutions = dict.fromkeys(layers, 0)
         wanted = {(self._image_groups[name], pixels) for name, pixels in resolutions.items()}
         self._image_weights = {key: tensor for key, tensor in self._image_weights.items() if key in wanted}
         self._masks = {
-            pixels: _filled(self._masks.get(pixels), routing.masks(pixels, dtype).to(text.device))
+            pixels: _filled(self._masks.get(pixels), routing.masks(pixels, self._sizes[pixels], dtype).to(text.device))
             for pixels in sorted({pixels for _, pixels in wanted} - {0})
         }
         for group, pixels in sorted(wanted):
@@ -276,7 +304,7 @@ class Personalization:
         weights = torch.tensor(self._routing.scales(self._layer_of[group], *self._step), dtype=dtype).to(like.device)
         if pixels:
             if pixels not in self._masks:
-                self._masks[pixels] = self._routing.masks(pixels, dtype).to(like.device)
+                self._masks[pixels] = self._routing.masks(pixels, None, dtype).to(like.device)
             weights = weights[..., None] * self._masks[pixels]
         self._image_weights[group, pixels] = _filled(self._image_weights.get((group, pixels)), weights)
 
@@ -310,6 +338,10 @@ def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
+def _versions(sources: Mapping[str, Sequence[Tensor]]) -> list[tuple[str, Any, int | None]]:
+    return [(name, weakref.ref(tensor), _version(tensor)) for name, tensors in sources.items() for tensor in tensors]
+
+
 def _filled(buffer: Tensor | None, value: Tensor) -> Tensor:
     """The buffer with this value, or the value itself where it does not fit."""
     if buffer is None or any(
@@ -330,8 +362,8 @@ def _filled_pairs(
     return filled
 
 
-def _resolutions(unet: Any, layers: Iterable[str], latent_size: tuple[int, int] | None) -> dict[str, int]:
-    """The number of pixels each layer runs at: every level of a U-Net is half as high and wide as the one above."""
+def _resolutions(unet: Any, layers: Iterable[str], latent_size: tuple[int, int] | None) -> dict[str, tuple[int, int]]:
+    """Height and width that each layer runs at: every level of a U-Net is half as high and wide as the one above."""
     if latent_size is None:
         return {}
     last = len(unet.config.block_out_channels) - 1
@@ -343,7 +375,8 @@ def _resolutions(unet: Any, layers: Iterable[str], latent_size: tuple[int, int] 
         number = int(rest.partition(".")[0])
         return number if block == "down_blocks" else last - number
 
-    return {layer: math.prod(-(-size // 2 ** level(layer)) for size in latent_size) for layer in layers}
+    height, width = latent_size
+    return {layer: (-(-height // 2 ** level(layer)), -(-width // 2 ** level(layer))) for layer in layers}
 
 
 def _gates_of(rows: Sequence[Sequence[ConceptUse]], concepts: Sequence[Concept]) -> tuple[edits.Gates, Tensor]:

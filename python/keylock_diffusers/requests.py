@@ -13,7 +13,7 @@ from torch import Tensor
 from keylock_diffusers import image_prompts, text
 from keylock_diffusers.concepts import BaseModel, Concept
 from keylock_diffusers.encoding import text_encoders
-from keylock_diffusers.image_prompts import ImageEncoder, ImagePrompt, ImageUse
+from keylock_diffusers.image_prompts import ImageEncoder, ImagePrompt, ImageRouting, ImageUse
 from keylock_diffusers.personalization import ConceptUse, Personalization
 
 _LOCKS = ("local", "global")
@@ -88,7 +88,8 @@ class Plan:
     uses: tuple[ConceptUse, ...]
     prompts: tuple[text.TokenizedPrompt, ...] | None  # one per text encoder
     negatives: tuple[text.TokenizedPrompt, ...] | None
-    images: tuple[tuple[ImageUse, ImageUse], ...]  # of the conditional and the unconditional half
+    images: tuple[ImageUse, ...]
+    negative_images: tuple[ImageUse, ...]  # of the unconditional half; none without guidance
 
 
 def plan(
@@ -98,6 +99,7 @@ def plan(
     bank: Mapping[str, Concept] | None,
     base: BaseModel | None,
     images: ImageEncoder,
+    image_lengths: Sequence[Sequence[int]] | None,
     strict: bool,
 ) -> Plan:
     """Looks up, tokenizes and checks everything a request names, and encodes its images.
@@ -139,16 +141,22 @@ def plan(
             text.tokenize(tokenizer, _converted(pipe, tokenizer, request.negative_prompt or ""))
             for tokenizer, _ in text_encoders(pipe)
         )
+    if not isinstance(request.image_prompts, (list, tuple)):
+        raise TypeError(f"image_prompts must be a list, got {type(request.image_prompts).__name__}")
     for image in request.image_prompts:
         image_prompts.check(image, pipe.unet)
-    return Plan(uses, prompts, negatives, tuple(images.uses(image) for image in request.image_prompts))
+    drawn = tuple(images.use(image) for image in request.image_prompts)
+    ImageRouting([drawn], image_lengths)  # raises here what would fail the whole batch
+    absent = tuple(images.use(image, negative=True) for image in request.image_prompts if guidance > 1)
+    return Plan(uses, prompts, negatives, drawn, absent)
 
 
 def _check_encodings(pipe: Any, request: Request) -> None:
-    """Given encodings have the U-Net's width, and both halves of guidance the same length."""
+    """Given encodings have the U-Net's width, both halves of guidance the same length, and SDXL's pooled ones too."""
     width, lengths = pipe.unet.config.cross_attention_dim, []
     for name, words in (("prompt_embeds", request.prompt), ("negative_prompt_embeds", request.negative_prompt)):
         embeds = getattr(request, name)
+        _check_pooled(pipe, request, name)
         if embeds is None:
             if words is not None and not isinstance(words, str):
                 raise TypeError(f"{name.removesuffix('_embeds')} must be text, got {type(words).__name__}")
@@ -159,13 +167,24 @@ def _check_encodings(pipe: Any, request: Request) -> None:
         if embeds.ndim != 2 or embeds.shape[1] != width:
             raise ValueError(f"{name} must be [T, {width}], got {list(embeds.shape)}")
         lengths.append(embeds.shape[0])
-        pooled = name.replace("prompt", "pooled_prompt")
-        if len(text_encoders(pipe)) > 1 and not (
-            isinstance(getattr(request, pooled), Tensor) and getattr(request, pooled).ndim == 1
-        ):
-            raise ValueError(f"{name} need {pooled} [P] with this pipeline")
     if request.guidance_scale > 1 and lengths[0] != lengths[1]:
         raise ValueError(f"prompt and negative prompt must have equally many tokens, got {lengths[0]} and {lengths[1]}")
+
+
+def _check_pooled(pipe: Any, request: Request, name: str) -> None:
+    """SDXL's pooled encodings come with the encodings they belong to, and with no other."""
+    pooled_name = name.replace("prompt", "pooled_prompt")
+    embeds, pooled = getattr(request, name), getattr(request, pooled_name)
+    encoders = text_encoders(pipe)
+    if embeds is None or len(encoders) == 1:
+        if pooled is not None:
+            reason = f"without {name}" if embeds is None else "with one text encoder"
+            raise ValueError(f"{pooled_name} must be None {reason}, got {type(pooled).__name__}")
+        return
+    width = encoders[-1][1].config.projection_dim
+    if not isinstance(pooled, Tensor) or pooled.shape != (width,):
+        got = list(pooled.shape) if isinstance(pooled, Tensor) else type(pooled).__name__
+        raise ValueError(f"{name} need {pooled_name} [{width}] with this pipeline, got {got}")
 
 
 def _resolve(use: Use | str | Concept, bank: Mapping[str, Concept] | None) -> ConceptUse:

@@ -14,13 +14,14 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, IPAdapterAttnProcessor2_0
 from torch import Tensor
 
+from keylock_diffusers.concepts import cross_attention_layers
 from keylock_diffusers.processors.attention import (
     ATTENTION_OF_IMAGES,
     ATTENTION_OF_TEXT,
     CrossAttnProcessor,
     ip_adapter_attention,
 )
-from keylock_diffusers.processors.swap import attention_modules, is_plain, replacement, unet_of
+from keylock_diffusers.processors.swap import is_plain, replacement, unet_of
 
 PROJECTIONS = ("base", "plus", "full-face", "faceid", "faceid-plus")
 
@@ -48,7 +49,7 @@ class ShadowedCall:
 
 @contextmanager
 def shadow(pipe: Any) -> Iterator[list[ShadowedCall]]:
-    """While it lasts, every attention call of diffusers' processors in a U-Net is repeated by ours on the same inputs.
+    """While it lasts, every cross-attention call of diffusers' processors in a U-Net is repeated by ours, same inputs.
 
     The pipeline is given diffusers' results, so that one call's difference is not carried into the next. Calls of
     processors that `install` would not replace are not repeated, nor are those in which diffusers' processor raises.
@@ -86,7 +87,7 @@ def shadow(pipe: Any) -> Iterator[list[ShadowedCall]]:
 
     handles = [
         attn.register_forward_hook(repeat(name), with_kwargs=True)
-        for name, attn in attention_modules(unet_of(pipe)).items()
+        for name, attn in cross_attention_layers(unet_of(pipe)).items()
     ]
     try:
         yield calls

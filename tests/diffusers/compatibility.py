@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from diffusers import (
 )
 from diffusers.models.embeddings import IPAdapterFaceIDPlusImageProjection
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     CLIPImageProcessor,
@@ -69,7 +71,7 @@ def image_encoder() -> dict[str, Any]:
         num_hidden_layers=2,
         num_attention_heads=4,
         image_size=32,
-        patch_size=16,
+        patch_size=2,  # 257 hidden states
     )
     return {
         "image_encoder": CLIPVisionModelWithProjection(config),
@@ -168,30 +170,27 @@ def latent_consistency() -> Any:
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (SIZE, SIZE, 3), dtype=np.uint8))
 HALF = Image.fromarray(np.repeat([[0] * (SIZE // 2) + [255] * (SIZE // 2)], SIZE, 0).astype(np.uint8))
 
-# Per family: its pipeline, what its call needs beside the prompt, and whether it runs every feature.
-FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, Any], bool]] = {
-    "SD 1.x": (lambda: build(StableDiffusionPipeline, unet()), {}, True),
+# Per family: its pipeline, and what its call needs beside the prompt.
+FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "SD 1.x": (lambda: build(StableDiffusionPipeline, unet()), {}),
     "SD 2.x": (
         lambda: build(StableDiffusionPipeline, unet(use_linear_projection=True, attention_head_dim=(2, 4))),
         {},
-        True,
     ),
-    "SDXL": (lambda: sdxl(StableDiffusionXLPipeline), {}, True),
-    "SDXL img2img": (lambda: sdxl(StableDiffusionXLImg2ImgPipeline), {"image": PICTURE, "strength": 0.9}, False),
-    "img2img": (lambda: build(StableDiffusionImg2ImgPipeline, unet()), {"image": PICTURE, "strength": 0.9}, False),
+    "SDXL": (lambda: sdxl(StableDiffusionXLPipeline), {}),
+    "SDXL img2img": (lambda: sdxl(StableDiffusionXLImg2ImgPipeline), {"image": PICTURE, "strength": 0.9}),
+    "img2img": (lambda: build(StableDiffusionImg2ImgPipeline, unet()), {"image": PICTURE, "strength": 0.9}),
     "inpaint": (
         lambda: build(StableDiffusionInpaintPipeline, unet()),
         {"image": PICTURE, "mask_image": HALF, "strength": 0.9},
-        False,
     ),
-    "ControlNet": (controlnet, {"image": PICTURE}, False),
+    "ControlNet": (controlnet, {"image": PICTURE}),
     "PAG": (
         lambda: build(StableDiffusionPAGPipeline, unet(), pag_applied_layers=["mid"]),
         {"pag_scale": 2.0},
-        False,
     ),
-    "AnimateDiff": (animate_diff, {"num_frames": 2}, False),
-    "LCM": (latent_consistency, {}, False),
+    "AnimateDiff": (animate_diff, {"num_frames": 2}),
+    "LCM": (latent_consistency, {}),
 }
 
 
@@ -207,7 +206,6 @@ class Feature:
     embeds: bool = False
     call: tuple[tuple[str, Any], ...] = ()
     lora: str = ""
-    everywhere: bool = False  # in every family
 
     def load(self, pipe: Any) -> None:
         if self.lora == "before":
@@ -237,7 +235,8 @@ class Feature:
             ]
             for layer in pipe.unet.encoder_hid_proj.image_projection_layers:
                 if isinstance(layer, IPAdapterFaceIDPlusImageProjection):
-                    layer.clip_embeds = torch.randn(1, halves * self.images[0], 5, WIDTH, generator=random).to(dtype)
+                    rows = halves + hasattr(pipe, "pag_attn_processors")  # which repeats the conditional half
+                    layer.clip_embeds = torch.randn(1, rows * self.images[0], 5, WIDTH, generator=random).to(dtype)
         elif self.adapters:
             pictures = [
                 [
@@ -250,6 +249,15 @@ class Feature:
         if self.masks is not None:
             given["cross_attention_kwargs"] = {"ip_adapter_masks": self.masks}
         return given
+
+
+def save_adapter(folder: Path, pipe: Any, name: str = "ip-adapter_sd15.safetensors") -> None:
+    """An adapter and its image encoder on disk, laid out as the published ones are."""
+    state = random_ip_adapter(pipe.unet, width=WIDTH)
+    (folder / "models").mkdir(parents=True)
+    flat = {f"{part}.{key}": tensor for part, tensors in state.items() for key, tensor in tensors.items()}
+    save_file(flat, folder / "models" / name)
+    image_encoder()["image_encoder"].save_pretrained(folder / "models" / "image_encoder")
 
 
 def add_lora(pipe: Any) -> None:
@@ -269,20 +277,16 @@ def masks(count: int, height: int = SIZE, width: int = SIZE) -> Tensor:  # [1, c
 
 STYLE_ONLY = {"down": {"block_0": [1.0]}, "up": {"block_1": [0.0, 0.7]}}
 FEATURES = {
-    "text only": Feature(everywhere=True),
+    "text only": Feature(),
     "text only, LoRA": Feature(lora="before"),
-    "one image, 4 tokens": Feature(("base",), (1,), everywhere=True),
+    "one image, 4 tokens": Feature(("base",), (1,)),
     "one image, 16 tokens": Feature(("plus",), (1,)),
     "one image, every hidden state a token": Feature(("full-face",), (1,)),
     "three images in one softmax": Feature(("base",), (3,), scale=0.6),
-    "three masked images, a scale each": Feature(
-        ("base",), (3,), masks=[masks(3)], scale=[[0.7, 0.2, 1.3]], everywhere=True
-    ),
+    "three masked images, a scale each": Feature(("base",), (3,), masks=[masks(3)], scale=[[0.7, 0.2, 1.3]]),
     "masked images, one of scale 0": Feature(("base",), (3,), masks=[masks(3)], scale=[[0.7, 0.0, 1.3]]),
-    "two adapters": Feature(("base", "plus"), (1, 2), scale=[0.5, 0.8], everywhere=True),
-    "two adapters, None among masks": Feature(
-        ("base", "plus"), (2, 1), masks=[masks(2), None], scale=[0.5, 0.8], everywhere=True
-    ),
+    "two adapters": Feature(("base", "plus"), (1, 2), scale=[0.5, 0.8]),
+    "two adapters, None among masks": Feature(("base", "plus"), (2, 1), masks=[masks(2), None], scale=[0.5, 0.8]),
     "masks in one tensor": Feature(("base", "plus"), (1, 1), masks=torch.cat([masks(1), 1 - masks(1)])),
     "mask of another aspect ratio": Feature(("base",), (2,), masks=[masks(2, 3 * SIZE, 2 * SIZE)]),
     "scale 0": Feature(("base",), (1,), scale=0.0),
@@ -300,20 +304,18 @@ PER_LAYER = "scales per layer (InstantStyle)"
 
 def cases() -> list[tuple[str, str]]:
     """(family, feature) of everything that is compared."""
-    chosen = [
+    return [
         (family, name)
-        for family, (_, _, everything) in FAMILIES.items()
-        for name, feature in FEATURES.items()
-        if (everything or feature.everywhere)
-        and not (family == "AnimateDiff" and "num_images_per_prompt" in dict(feature.call))
+        for family in FAMILIES
+        for name in [*FEATURES, PER_LAYER]
+        if family != "AnimateDiff" or "num_images_per_prompt" not in dict(getattr(FEATURES.get(name), "call", ()))
     ]
-    return [*chosen, *[(family, PER_LAYER) for family, (_, _, everything) in FAMILIES.items() if everything]]
 
 
 def make(family: str, name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Callable[[], Tensor]]:
     """A family's pipeline with a feature loaded, and its call."""
     torch.manual_seed(0)
-    builder, extra, _ = FAMILIES[family]
+    builder, extra = FAMILIES[family]
     pipe = builder()
     if name == PER_LAYER:
         blocks = pipe.unet.config
@@ -342,3 +344,25 @@ def make(family: str, name: str, dtype: torch.dtype = torch.float32) -> tuple[An
         return torch.as_tensor(out.frames if frames else out.images).float()
 
     return pipe, call
+
+
+def main() -> None:
+    """The table of docs/compatibility.md: per feature and family, our largest error over what is allowed."""
+    from keylock_diffusers.testing import shadow
+
+    worst: dict[tuple[str, str], list[str]] = {}
+    for family, name in cases():
+        for dtype in (torch.float32, torch.bfloat16):
+            pipe, call = make(family, name, dtype)
+            with shadow(pipe) as calls:
+                call()
+            worst.setdefault((family, name), []).append(f"{max(c.ours / c.allowed for c in calls):.2f}")
+    names = [*FEATURES, PER_LAYER]
+    print("| feature |", " | ".join(FAMILIES), "|")
+    print("| --- |" + " --- |" * len(FAMILIES))
+    for name in names:
+        print(f"| {name} |", " | ".join(", ".join(worst.get((family, name), [""])) for family in FAMILIES), "|")
+
+
+if __name__ == "__main__":
+    main()

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import keylock_diffusers as kd
 from keylock_diffusers import cli
 from keylock_diffusers.demo import pictures
+from tests.diffusers.compatibility import save_adapter
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -71,6 +72,23 @@ def test_pictures_become_a_concept_a_bank_and_a_drawing(tiny_model, tmp_path):
     assert Image.open(output / "000.png").size == (16, 16)
     run("bank", "remove", "alice/cat", "--bank", bank)
     assert "alice" not in run("bank", "list", "--bank", bank)
+
+
+def test_image_prompts_are_read_beside_the_request_file(tiny_model, pipe, capsys, monkeypatch, tmp_path):
+    save_adapter(tmp_path, pipe)
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "photo.png")
+    Image.new("L", (16, 16), 255).save(tmp_path / "left.png")
+    prompts = [{"image": "photo.png", "scale": 0.5, "region": "left.png"}, {"image": ["photo.png", "photo.png"]}]
+    orders = tmp_path / "orders.json"
+    orders.write_text(json.dumps([{"prompt": "a cat", "image_prompts": prompts}, {"prompt": "a dog"}]))
+    adapter = ["--ip-adapter", tmp_path / "models" / "ip-adapter_sd15.safetensors"]
+    encoder = ["--image-encoder", tmp_path / "models" / "image_encoder"]
+    run("generate", orders, "--output", tmp_path / "drawn", "--steps", 2, *adapter, *encoder)
+    assert sorted(p.name for p in (tmp_path / "drawn").iterdir()) == ["000.png", "001.png"]
+    error = fail(capsys, monkeypatch, "generate", orders, "--ip-adapter", tmp_path / "none.safetensors")
+    assert "--ip-adapter: there is no file" in error
+    orders.write_text(json.dumps([{"prompt": "a cat", "image_prompts": [{"image": "none.png"}]}]))
+    assert "none.png" in fail(capsys, monkeypatch, "generate", orders)
 
 
 def test_env_reports_the_build(capsys):

@@ -56,4 +56,4 @@ def test_full_size_unets_err_no_more_than_diffusers(which, dtype):
             added_cond_kwargs=added,
             cross_attention_kwargs={"ip_adapter_masks": [masks(2, 16, 16), None]},
         )
-    assert len(calls) == {"SD 1.5": 32, "SDXL": 140}[which]
+    assert len(calls) == {"SD 1.5": 16, "SDXL": 70}[which]

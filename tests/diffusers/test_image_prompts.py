@@ -5,11 +5,13 @@ import threading
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, HeunDiscreteScheduler, PNDMScheduler
 from PIL import Image
 
 import keylock_diffusers as kd
 from keylock_diffusers import ImagePrompt, Request, RequestError
 from keylock_diffusers.image_prompts import ImageRouting, ImageUse
+from keylock_diffusers.personalization import ConceptUse
 from keylock_diffusers.processors import images as processor_images
 from tests.diffusers.compatibility import SIZE, STEPS, WIDTH, Feature, make, masks
 
@@ -169,8 +171,12 @@ def test_sdxls_encodings_are_given_with_their_pooled_ones():
     )
     (ours,) = draw(kd.install(pipe), [given])
     torch.testing.assert_close(ours, expected, rtol=0, atol=ROUNDING)
-    with pytest.raises(RequestError, match=r"prompt_embeds need pooled_prompt_embeds \[P\]"):
+    with pytest.raises(
+        RequestError, match=r"prompt_embeds need pooled_prompt_embeds \[32\] with this pipeline, got NoneType"
+    ):
         draw(pipe, [Request(prompt_embeds=text[0], guidance_scale=1.0)])
+    with pytest.raises(RequestError, match="pooled_prompt_embeds must be None without prompt_embeds, got Tensor"):
+        draw(pipe, [Request(TEXT, pooled_prompt_embeds=pooled[0])])
 
 
 def mixed():
@@ -293,9 +299,9 @@ def test_what_does_not_change_is_done_once(two, monkeypatch):
     ]
     original = processor_images.resize_masks
 
-    def counting(masks, pixels):
+    def counting(masks, pixels, size):
         resized.append(pixels)
-        return original(masks, pixels)
+        return original(masks, pixels, size)
 
     monkeypatch.setattr("keylock_diffusers.image_prompts.resize_masks", counting)
     region = masks(1)[0, 0]
@@ -388,6 +394,111 @@ def test_a_text_written_in_place_after_prepare_is_noticed(two):
         assert len(streams) == len(personalization.kv)
 
 
+@pytest.mark.parametrize("what", ["image", "region", "concept", "key_text"])
+def test_whatever_else_is_written_in_place_is_noticed(two, concept_for, what):
+    alice, (_, call) = concept_for(two), step(two, rows=2)
+    use = ImageUse(random(4, WIDTH), region=random(8, 8))
+    uses = [[ConceptUse(alice, beta=0.5, tau=0.1)], []]
+    personalization = kd.Personalization(uses, torch.arange(2), [[use], []])
+    key_text = call.text.clone()
+    personalization.prepare(two, call.text, key_text)
+    first, *_ = personalization.kv
+    personalization.keys_and_values(first, 2, call.text)
+    written = {"image": use.tokens, "region": use.region, "concept": alice.values, "key_text": key_text}[what]
+    written[0] += 1
+    with pytest.raises(
+        ValueError, match=f"{what if what == 'key_text' else ''}.* was written to after it was prepared"
+    ):
+        personalization.keys_and_values(first, 2, call.text)
+    personalization.prepare(two, call.text, key_text)
+    personalization.keys_and_values(first, 2, call.text)
+
+
+def test_a_failed_prepare_leaves_nothing_of_the_users_before(two):
+    personalization, call = step(two, rows=2)
+    personalization.prepare(two, call.text)
+    call()
+    personalization.assign([[]] * 2, torch.arange(2), [[ImageUse(random(4, 5))], []])
+    with pytest.raises(ValueError, match=r"image tokens must be \[L, 32\], got \[4, 5\]"):
+        personalization.prepare(two, call.text)
+    with pytest.raises(ValueError, match="nothing was prepared"):
+        call()
+
+
+def test_images_beside_a_personalization_are_refused(two):
+    personalization, call = step(two, rows=2)
+    personalization.prepare(two, call.text)
+    attn = next(module for name, module in two.unet.named_modules() if name.endswith("attn2"))
+    for more in ({"ip_adapter_masks": [masks(1), None]}, {}):
+        states = [random(2, 0 if more else 1, 4, WIDTH)] * 2
+        with pytest.raises(ValueError, match="must not be given beside a personalization"):
+            attn(random(2, 64, attn.query_dim), (call.text, states), personalization=personalization, **more)
+
+
+@pytest.mark.parametrize("shape", [(1, 65), (1000, 1), (40, 25)])
+def test_regions_of_any_aspect_ratio_are_stretched_over_the_picture(two, shape):
+    left = torch.zeros(shape)
+    left[:, : shape[1] // 2] = 1
+    (ours,) = draw(two, [request(ImagePrompt(picture(0), region=left))])
+    assert ours.isfinite().all()
+    with pytest.raises(ValueError, match="about the aspect ratio of the picture"):
+        processor_images.resize_masks(torch.ones(1, 1, 6500), 64)
+
+
+@pytest.mark.parametrize("scheduler", [PNDMScheduler, HeunDiscreteScheduler, DDIMScheduler])
+def test_schedules_count_the_schedulers_own_steps(two, scheduler, monkeypatch):
+    seen = []
+    original = kd.Personalization.at_step
+    monkeypatch.setattr(
+        kd.Personalization, "at_step", lambda self, n, total: seen.append((n, total)) or original(self, n, total)
+    )
+    prepared = []
+    original_prepare = kd.Personalization.prepare
+    monkeypatch.setattr(
+        kd.Personalization,
+        "prepare",
+        lambda self, *a, **k: prepared.append(k["steps"]) or original_prepare(self, *a, **k),
+    )
+    draw(
+        two,
+        [request(ImagePrompt(picture(0), end=0.5))],
+        scheduler=scheduler.from_config(two.scheduler.config),
+        num_inference_steps=4,
+    )
+    total = seen[-1][1]
+    assert prepared == [total] and seen == [(n, total) for n in range(1, total)]
+    assert total == {PNDMScheduler: 13, HeunDiscreteScheduler: 7, DDIMScheduler: 4}[scheduler]
+
+
+@pytest.mark.parametrize("offload", ["model", "sequential"])
+def test_generate_follows_offloading_hooks(offload, monkeypatch):
+    """The CPU stands at both ends: there is no other device here."""
+    from accelerate import cpu_offload
+    from accelerate.hooks import CpuOffload, add_hook_to_module
+
+    pipe = kd.install(build(adapters=("base", "plus")))
+    expected = draw(pipe, mixed())
+    if offload == "sequential":
+        cpu_offload(pipe.unet, "cpu")
+    else:
+        add_hook_to_module(pipe.unet, CpuOffload("cpu"))
+    monkeypatch.setattr(type(pipe), "_execution_device", torch.device("cpu"))
+    for ours, theirs in zip(draw(pipe, mixed()), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=ROUNDING)
+
+
+def test_a_height_alone_is_taken_as_the_pipeline_takes_it():
+    for family in ("SD 1.x", "SDXL"):
+        pipe = kd.install(build(family))
+        image = ImagePrompt(picture(0), region=masks(1)[0, 0])
+        for size in ({"height": 2 * SIZE}, {"width": 2 * SIZE}, {}):
+            (ours,) = kd.generate(pipe, [request(image)], num_inference_steps=1, output_type="np", **size)
+            expected = plain(
+                pipe, num_inference_steps=1, **{"height": None, "width": None, **size}, ip_adapter_image=[[picture(0)]]
+            )
+            assert ours.shape == expected.shape
+
+
 def test_new_users_without_prepare_are_refused(two):
     personalization, call = step(two, rows=2)
     personalization.prepare(two, call.text)
@@ -459,25 +570,31 @@ def test_sdxl_concepts_are_drawn_from_both_encoders_words(concept_for, lock):
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
+        (ImagePrompt(torch.zeros(1, 3, 3)), "image of an image prompt cannot be encoded by adapter 0"),
+        (ImagePrompt(picture(0), scale={3: 1.0}), "must name this U-Net's blocks"),
+        (ImagePrompt(picture(0), scale={"left": {"block_9": 1.0}}), "must name this U-Net's blocks"),
         ("a picture", "image_prompts must be ImagePrompt objects, got str"),
-        (ImagePrompt(), "give either image or embeds"),
+        (ImagePrompt(), "give either image or embeds of an image prompt, got none"),
         (ImagePrompt(picture(0), embeds=random(1, WIDTH)), "give either image or embeds"),
         (ImagePrompt([]), "at least one picture, got none"),
         (ImagePrompt(picture(0), adapter=2), "adapter of an image prompt must be 0 to 1, got 2"),
         (ImagePrompt(picture(0), adapter=True), "adapter of an image prompt must be 0 to 1, got True"),
         (
             ImagePrompt(picture(0), clip_embeds=random(1, 5, WIDTH)),
-            "clip_embeds of an image prompt cannot be given beside",
+            "clip_embeds of an image prompt cannot be given beside image",
         ),
         (ImagePrompt(embeds=[1]), "embeds of an image prompt must be a floating-point tensor, got list"),
         (ImagePrompt(embeds=torch.zeros(1, 4, dtype=torch.int32)), "must be a floating-point tensor, got torch.int32"),
         (ImagePrompt(embeds=random(WIDTH)), r"embeds of an image prompt must be \[n, D\] or \[n, S, D\], got \[32\]"),
-        (ImagePrompt(embeds=random(1, 5)), r"encodings \[1, 5\] do not fit its adapter"),
+        (ImagePrompt(embeds=random(1, 5)), r"embeds \[1, 5\] of an image prompt cannot be encoded by adapter 0"),
         (
             ImagePrompt(embeds=random(1, WIDTH), negative_embeds=random(2, WIDTH)),
             r"negative_embeds of an image prompt must be \[1, 32\], as embeds, got \[2, 32\]",
         ),
-        (ImagePrompt(embeds=random(1, WIDTH), clip_embeds=random(1, 5, WIDTH)), "belong to FaceID-Plus adapters"),
+        (
+            ImagePrompt(embeds=random(1, WIDTH), clip_embeds=random(1, 5, WIDTH)),
+            "belong to FaceID-Plus adapters, got one with ImageProjection",
+        ),
         (ImagePrompt(picture(0), scale="much"), "scale of an image prompt must be a finite number or a dict"),
         (ImagePrompt(picture(0), scale=float("inf")), "scale of an image prompt must be a finite number"),
         (ImagePrompt(picture(0), scale={"mid": "x"}), "must hold finite numbers, got 'x'"),
@@ -486,7 +603,10 @@ def test_sdxl_concepts_are_drawn_from_both_encoders_words(concept_for, lock):
         (ImagePrompt(picture(0), end=float("nan")), r"end of an image prompt must lie in \[0, 1\], got nan"),
         (ImagePrompt(picture(0), region="left"), "region of an image prompt must be a picture or a tensor, got str"),
         (ImagePrompt(picture(0), region=random(1, 8, 8)), r"must be \[height, width\], got \[1, 8, 8\]"),
-        (ImagePrompt(picture(0), region=torch.full((8, 8), float("nan"))), "region of an image prompt must be finite"),
+        (
+            ImagePrompt(picture(0), region=torch.full((8, 8), float("nan"))),
+            "region of an image prompt must hold finite numbers",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -504,14 +624,22 @@ def test_mistakes_that_depend_on_the_pipeline_are_named(two):
         draw(bare, [request(ImagePrompt(picture(0)))])
     face = kd.install(build(adapters=("faceid-plus",)))
     for prompt in (ImagePrompt(embeds=random(1, WIDTH)), ImagePrompt(picture(0))):
-        with pytest.raises(RequestError, match="needs embeds and clip_embeds of as many faces"):
+        with pytest.raises(RequestError, match="needs embeds and clip_embeds of as many faces, got [01] and 0"):
             draw(face, [request(prompt)])
     blind = kd.install(build(adapters=("base",)))
     blind.image_encoder = None
-    with pytest.raises(RequestError, match="needs the pipeline's image_encoder, which is not loaded"):
+    with pytest.raises(RequestError, match="it needs the pipeline's image_encoder, which is not loaded"):
         draw(blind, [request(ImagePrompt(picture(0)))])
-    with pytest.raises(ValueError, match="image_lengths has 1 streams for adapter 0, but a row has 2"):
-        draw(two, [request(ImagePrompt(picture(0)), ImagePrompt(picture(1)))], image_lengths=[[4]])
+    crowd = request(ImagePrompt(picture(0)), ImagePrompt(picture(1)))
+    with pytest.raises(RequestError, match="image_lengths has 1 streams for adapter 0, but a row has 2"):
+        draw(two, [crowd], image_lengths=[[4]])
+    good, bad = draw(two, [request(), crowd], image_lengths=[[4]], on_error="return")
+    assert isinstance(good, torch.Tensor) and isinstance(bad, RequestError)
+    for lengths in ([4, 4], [[4], [16], [4]], [[0]], "44"):
+        with pytest.raises(ValueError, match="image_lengths must be a list of token counts per IP-Adapter, at most 2"):
+            draw(two, [request()], image_lengths=lengths)
+    with pytest.raises(TypeError, match="callback_on_step_end is given as callback"):
+        draw(two, [request()], callback_on_step_end=print)
     with pytest.raises(TypeError, match="ip_adapter_masks belongs to each Request"):
         draw(two, [request()], cross_attention_kwargs={"ip_adapter_masks": [masks(1)]})
     with pytest.raises(RuntimeError, match="install"):

@@ -13,7 +13,7 @@ from keylock_diffusers.concepts import cross_attention_layers
 from keylock_diffusers.processors import IPAdapterCrossAttnProcessor
 from keylock_diffusers.processors.images import adapter_streams, resize_masks
 from keylock_diffusers.testing import patch, random_ip_adapter, shadow
-from tests.diffusers.compatibility import SIZE, WIDTH, Feature, make, masks
+from tests.diffusers.compatibility import SIZE, WIDTH, Feature, make, masks, unet
 
 TWO_MASKED = "three masked images, a scale each"
 
@@ -42,7 +42,7 @@ def test_the_shadow_sees_a_wrong_weight(monkeypatch):
     from keylock_diffusers.processors import images
 
     pipe, call = make("SD 1.x", TWO_MASKED)
-    monkeypatch.setattr(images, "resize_masks", lambda masks, pixels: 1.001 * resize_masks(masks, pixels))
+    monkeypatch.setattr(images, "resize_masks", lambda *given: 1.001 * resize_masks(*given))
     with pytest.raises(
         AssertionError, match=r"calls err too much: .*attn2 \(IPAdapterAttnProcessor2_0, torch.float32\)"
     ):
@@ -169,6 +169,49 @@ def test_offloading_hooks_are_honoured(monkeypatch, feature, offload):
     torch.testing.assert_close(call(), expected, rtol=0, atol=1 / 255 / 8)
 
 
+def test_layerwise_casting_is_honoured():
+    """Stored in float8, computed in float32: only the modules know. diffusers' image projections fail under it."""
+    pipe, call = make("SD 1.x", "text only")
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert any(p.dtype == torch.float8_e4m3fn for p in pipe.unet.parameters())
+    expected = call()
+    kd.install(pipe)
+    torch.testing.assert_close(call(), expected, rtol=0, atol=1 / 255 / 8)
+
+
+def test_a_unet_is_saved_as_without_ours(tmp_path):
+    pipe, _ = make("SD 1.x", "two adapters")
+    pipe.unet.save_pretrained(tmp_path / "stock")
+    kd.install(pipe)
+    pipe.unet.save_pretrained(tmp_path / "ours")
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+        assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "stock" / name).read_bytes()
+
+
+def test_kolors_way_of_projecting_text_is_left_to_the_unet():
+    """A U-Net whose text is projected first, and stays so under an adapter."""
+    torch.manual_seed(0)
+    model = unet(encoder_hid_dim=24, encoder_hid_dim_type="text_proj").eval()
+    text, latents = random(2, 7, 24, seed=1), random(2, 4, 8, 8)
+    model._load_ip_adapter_weights([random_ip_adapter(model, width=WIDTH)])
+
+    def picture():
+        with torch.no_grad():
+            return model(latents, 3, text, added_cond_kwargs={"image_embeds": [random(2, 2, WIDTH, seed=2)]}).sample
+
+    stock = picture()
+    kd.install(model)
+    torch.testing.assert_close(picture(), stock, rtol=1e-4, atol=1e-5)
+
+
+def test_what_diffusers_refuses_to_reset_comes_back_after_uninstall():
+    pipe, call = make("SD 1.x", "text only")
+    kd.install(pipe)
+    with pytest.raises(ValueError, match="Cannot call `set_default_attn_processor`"):
+        pipe.unet.set_default_attn_processor()
+    kd.uninstall(pipe).unet.set_default_attn_processor()
+
+
 def test_gradients_with_checkpointing_match_diffusers():
     pipe, _ = make("SD 1.x", "two adapters, None among masks")
     unet = pipe.unet.train()
@@ -276,6 +319,37 @@ def test_switches_that_diffusers_adapters_ignore_are_ignored(options):
         torch.testing.assert_close(ours(attn)(*given), stock, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+def test_a_unets_text_mask_beside_images(dtype):
+    pipe, _ = make("SD 1.x", "two adapters, None among masks")
+    mask = torch.tensor([[1, 1, 1, 0, 0, 1, 0], [1, 0, 1, 1, 1, 1, 1]]).to(dtype)
+
+    def call(**more):
+        with torch.no_grad():
+            return pipe.unet(
+                random(2, 4, 8, 8),
+                10,
+                random(2, 7, WIDTH, seed=1),
+                added_cond_kwargs={"image_embeds": [random(2, 2, WIDTH, seed=2), random(2, 1, 5, WIDTH, seed=3)]},
+                cross_attention_kwargs={"ip_adapter_masks": [masks(2), None]},
+                **more,
+            ).sample
+
+    with shadow(pipe):
+        stock = call(encoder_attention_mask=mask)
+    kd.install(pipe)
+    torch.testing.assert_close(call(encoder_attention_mask=mask), stock, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(call(), stock, atol=1e-3)
+
+
+def test_scales_that_are_all_0_need_no_masks():
+    attn = layer(scale=[0.0, 0.0])
+    given = random(2, 9, 16), (random(2, 7, 12, seed=1), [random(2, 2, 4, 12, seed=2)])
+    with torch.no_grad():
+        stock = attn(*given)
+        torch.testing.assert_close(ours(attn)(*given), stock, rtol=1e-4, atol=1e-5)
+
+
 def test_scale_0_is_the_text_alone_to_the_bit():
     attn = ours(layer(scale=0.0))
     hidden, text, state = random(2, 9, 16), random(2, 7, 12, seed=1), random(2, 1, 4, 12, seed=2)
@@ -293,7 +367,8 @@ def test_scale_0_is_the_text_alone_to_the_bit():
         ({"masks": [masks(2)[0]]}, ValueError, r"must be a tensor \[1, images, height, width\].*got \[2, 16, 16\]"),
         ({"masks": [[1]]}, ValueError, "got list"),
         ({"masks": [masks(3)]}, ValueError, "a mask for each of 2 images, got 3"),
-        ({"masks": [masks(2).expand(3, -1, -1, -1)]}, ValueError, "1 or 2 rows, got 3"),
+        # Two users' masks under guidance, which diffusers repeats into twice as many rows as there are.
+        ({"masks": [masks(2).expand(2, -1, -1, -1)], "rows": 4}, ValueError, "1 or 4 rows, got 2"),
         ({"masks": [masks(2)], "scale": [0.5]}, ValueError, "must have 2 numbers, one a mask, got 1"),
         ({"scale": [0.5, 0.5]}, TypeError, "one scale per image, which needs ip_adapter_masks"),
         ({"text": None}, ValueError, r"must be \(text, \[image tokens\]\) with an IP-Adapter, got None"),
@@ -304,9 +379,10 @@ def test_each_mistake_is_named(arguments, error, message):
     attn = ours(layer())
     if "scale" in arguments:
         attn.processor.scale[0] = arguments["scale"]
-    text = None if "text" in arguments else (random(2, 7, 12), [random(2, 2, 4, 12, seed=1)])
+    rows = arguments.get("rows", 2)
+    text = None if "text" in arguments else (random(rows, 7, 12), [random(rows, 2, 4, 12, seed=1)])
     with pytest.raises(error, match=message):
-        attn(random(2, 64, 16), text, ip_adapter_masks=arguments.get("masks"))
+        attn(random(rows, 64, 16), text, ip_adapter_masks=arguments.get("masks"))
 
 
 def test_one_mask_per_row_is_each_rows_own():

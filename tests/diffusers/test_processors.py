@@ -66,6 +66,17 @@ def test_every_switch_of_the_attention_module_is_honoured(options, spatial):
     assert_as_accurate(attn, CrossAttnProcessor("layer"), AttnProcessor2_0(), hidden, random(2, 7, 12, seed=1))
 
 
+def test_a_norm_over_space_is_honoured():
+    torch.manual_seed(0)
+    attn = Attention(query_dim=32, cross_attention_dim=12, heads=2, dim_head=8, spatial_norm_dim=4).eval()
+    given = random(2, 32, 3, 5), random(2, 7, 12, seed=1), None
+    zq = random(2, 4, 3, 5, seed=2)
+    with torch.no_grad():
+        stock = attn(*given, temb=zq)
+        attn.set_processor(CrossAttnProcessor("layer"))
+        torch.testing.assert_close(attn(*given, temb=zq), stock, rtol=1e-4, atol=1e-5)
+
+
 def test_unscaled_queries_stay_unscaled():
     torch.manual_seed(0)
     attn = Attention(query_dim=16, cross_attention_dim=12, heads=2, dim_head=8, scale_qk=False).eval()

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import keylock_diffusers as kd
 from keylock_diffusers import embedded
+from tests.diffusers.compatibility import save_adapter
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -16,7 +18,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 def test_the_drop_in_example_runs(concept_for, tmp_path, monkeypatch):
-    (block,) = [b for b in BLOCKS if "kd.install" in b]
+    (block,) = [b for b in BLOCKS if "kd.ConceptBank" in b]
     monkeypatch.chdir(tmp_path)
     pipe = embedded.load()
     bank = kd.ConceptBank("concepts")
@@ -26,6 +28,22 @@ def test_the_drop_in_example_runs(concept_for, tmp_path, monkeypatch):
     names: dict = {}
     exec(here, names)
     assert [image.size for image in names["images"]] == [(64, 64)] * 3
+
+
+def test_the_image_prompts_example_runs(concept_for, tmp_path, monkeypatch):
+    (block,) = [b for b in BLOCKS if "load_ip_adapter" in b]
+    monkeypatch.chdir(tmp_path)
+    pipe = embedded.load()
+    save_adapter(tmp_path / "path" / "to" / "ip-adapter", pipe)
+    region = torch.zeros(64, 64)
+    region[:, :32] = 1
+    picture = Image.new("RGB", (40, 30), "red")
+    names: dict = {"kd": kd, "pipe": pipe, "photo": picture, "painting": picture, "left_half": region}
+    exec(block, names)
+    images = kd.generate(
+        pipe, names["requests"], bank={"alice/cat": concept_for(pipe)}, num_inference_steps=2, output_type="pt"
+    )
+    assert torch.stack(list(images)).isfinite().all()
 
 
 def test_the_kernel_example_runs():

@@ -150,3 +150,46 @@ def test_four_masked_images_launch_no_more_kernels_than_none(pipe):
     layers = len([name for name in pipe.unet.attn_processors if name.endswith("attn2.processor")])
     assert without.count(op) == four.count(op) == layers
     assert len(four) <= len(without)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_captured_cuda_graph_serves_every_user(pipe):
+    """On the CPU test_image_prompts.py asserts the reason: no buffer moves."""
+    unet, width = pipe.unet.to("cuda"), pipe.unet.config.cross_attention_dim
+    personalization = kd.Personalization([[], []], torch.arange(2), image_lengths=ROOM)
+    text, latents = random(2, 7, width).cuda(), random(2, 4, 8, 8, seed=1).cuda()
+    added = {"image_embeds": [torch.empty(2, 0, 1, device="cuda")] * 2}
+    if unet.config.addition_embed_type is not None:
+        added.update(text_embeds=random(2, WIDTH).cuda(), time_ids=random(2, 6).cuda())
+
+    def users(seed, count):
+        here = [
+            ImageUse(random(4, width, seed=seed + n).cuda(), scale=0.5 + n, region=masks(2)[0, n]) for n in range(count)
+        ]
+        personalization.assign([[], []], torch.arange(2), [here, here[:1]])
+        personalization.prepare(unet, text, latent_size=(8, 8))
+
+    def step():
+        with torch.no_grad():
+            return unet(
+                latents,
+                torch.tensor(10, device="cuda"),
+                text,
+                added_cond_kwargs=added,
+                cross_attention_kwargs={"personalization": personalization},
+            ).sample
+
+    users(0, 2)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for seed, count in ((0, 2), (50, 1), (90, 0)):
+        users(seed, count)
+        graph.replay()
+        assert torch.equal(captured, step())

@@ -74,7 +74,7 @@ class CrossAttnProcessor:
                     f"{self.layer}: image tokens were given to a layer without an IP-Adapter's processor; "
                     "call keylock_diffusers.install(pipe) after load_ip_adapter"
                 )
-            encoder_hidden_states = encoder_hidden_states[0]
+            encoder_hidden_states = _text_alone(self.layer, encoder_hidden_states)
         if attention_mask is not None and not _masks_keys_only(attention_mask, hidden_states, encoder_hidden_states):
             if personalization is not None:
                 raise _unsupported_mask(self.layer, attention_mask)
@@ -139,8 +139,8 @@ def ip_adapter_attention(
     """IPAdapterAttnProcessor2_0's forward pass with the scales and projections of `processor`."""
     layer = getattr(processor, "layer", "attention")
     states: list[Tensor] = []
-    if personalization is not None and isinstance(encoder_hidden_states, Tensor):
-        text = encoder_hidden_states  # the personalization has the images
+    if personalization is not None:
+        text = _text_alone(layer, encoder_hidden_states, ip_adapter_masks)
     else:
         text, states = _text_and_images(layer, encoder_hidden_states, processor.num_tokens)
     if attention_mask is not None and not _masks_keys_only(attention_mask, hidden_states, text):
@@ -229,6 +229,17 @@ def _text_and_images(layer: str, given: Any, num_tokens: Any) -> tuple[Tensor, l
         raise ValueError(f"{layer}: encoder_hidden_states must be (text, [image tokens]) with an IP-Adapter, got None")
     text = given.shape[1] - num_tokens[0]
     return given[:, :text], [given[:, text:]]
+
+
+def _text_alone(layer: str, given: Any, masks: Any = None) -> Tensor:
+    """The text beside a personalization, which has the images: none may come with the call."""
+    text, states = given if isinstance(given, tuple) else (given, [])
+    if masks is not None or any(state.ndim != 4 or state.shape[1] for state in states):
+        raise ValueError(
+            f"{layer}: ip_adapter_masks and image embeddings must not be given beside a personalization, which has its "
+            f"own; got masks {masks is not None}, image tokens {[list(state.shape) for state in states]}"
+        )
+    return text
 
 
 def _key_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:  # [B, 1, T] or [B, T] -> [B, T]

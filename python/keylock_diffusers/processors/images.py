@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from diffusers.image_processor import IPAdapterMaskProcessor
 from diffusers.models.embeddings import MultiIPAdapterImageProjection
 from torch import Tensor, nn
@@ -45,15 +46,34 @@ class PreparedImageProjection(MultiIPAdapterImageProjection):
         return super().forward(image_embeds)
 
 
-def resize_masks(masks: Tensor, pixels: int) -> Tensor:  # [M, height, width] -> [M, N]
+def resize_masks(
+    masks: Tensor,  # [M, height, width]
+    pixels: int,
+    size: tuple[int, int] | None = None,
+) -> Tensor:  # [M, N]
     """Masks at a layer's resolution, as diffusers resizes them: bicubic, so that values may leave [0, 1].
 
-    A mask of another aspect ratio than the layer's is filled up with zeros or cut off, with a warning.
+    Args:
+        masks: the masks.
+        pixels: of the layer, N.
+        size: its height and width, to which masks of any aspect ratio are stretched. None: they are guessed from the
+            masks' own aspect ratio as diffusers does it; a mask of another ratio than the layer's is then filled up
+            with zeros or cut off, with a warning.
+
+    Raises:
+        ValueError: no guess is possible, since a mask is too long and thin.
     """
     if not masks.is_floating_point():
         masks = masks.float()
     masks = masks.to(accumulate_dtype(masks.dtype))
-    return IPAdapterMaskProcessor.downsample(masks, len(masks), pixels, 1)[..., 0]
+    if size is not None:
+        return F.interpolate(masks[None], size, mode="bicubic")[0].flatten(1)
+    try:
+        return IPAdapterMaskProcessor.downsample(masks, len(masks), pixels, 1)[..., 0]
+    except (ZeroDivisionError, RuntimeError) as error:
+        raise ValueError(
+            f"a mask must have about the aspect ratio of the picture, got {list(masks.shape[1:])} for {pixels} pixels"
+        ) from error
 
 
 def adapter_streams(
@@ -84,11 +104,11 @@ def adapter_streams(
     keys, values, lengths, weights, masked = [], [], [], [], False
     for index, (state, scale, mask) in enumerate(zip(states, scales, per_adapter, strict=False)):
         count, tokens = state.shape[1:3]
-        if isinstance(scale, list) and mask is None:
-            raise TypeError(f"ip_adapter_scale: adapter {index} has one scale per image, which needs ip_adapter_masks")
         per_image = scale if isinstance(scale, list) else [scale] * (1 if mask is None else count)
         if all(number == 0 for number in per_image):
             continue
+        if isinstance(scale, list) and mask is None:
+            raise TypeError(f"ip_adapter_scale: adapter {index} has one scale per image, which needs ip_adapter_masks")
         state = state.flatten(1, 2)
         keys.append(to_k_ip[index](state))
         values.append(to_v_ip[index](state))
