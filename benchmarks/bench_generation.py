@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 import keylock_diffusers as kd
 from benchmarks.harness import DEVICE, QUICK, Addition, Case, Contestant, dtype_name, dtypes
 from keylock_diffusers import embedded
+from keylock_diffusers.concepts import cross_attention_layers
 from keylock_diffusers.image_prompts import ImageUse
 from keylock_diffusers.personalization import ConceptUse
 from keylock_diffusers.testing import random_ip_adapter, random_unet
@@ -112,9 +114,9 @@ def test_mixed_batch(compare):
 STEP_IMAGES = (4, 8)
 ENCODING = 1024  # the width of an image encoder's output
 WIDER = {torch.bfloat16: torch.float32, torch.float32: torch.float64}
-# Latents at which a step is timed. SDXL in float64, to judge float32 by, needs more memory than most machines have.
-STEPS_OF = [("SD 1.5", 16 if QUICK else 64, dtype) for dtype in dtypes()]
-STEPS_OF += [("SDXL", 64, dtype) for dtype in dtypes() if dtype == torch.bfloat16]
+SIZE = 16 if QUICK else 64  # of the latents
+MODELS = ["SD 1.5"] if QUICK else ["SD 1.5", "SDXL"]
+by_dtype = pytest.mark.parametrize("dtype", dtypes(), ids=dtype_name)
 
 
 def sharing(unet: Any) -> Any:
@@ -122,54 +124,71 @@ def sharing(unet: Any) -> Any:
     return copy.deepcopy(unet, {id(t): t for t in [*unet.parameters(), *unet.buffers()]})
 
 
-def stripes(count: int, size: int) -> torch.Tensor:  # [1, count, size, size]
-    """One mask per image, as IPAdapterMaskProcessor makes them."""
-    masks = torch.zeros(1, count, size, size, device=DEVICE)
+def stripes(count: int) -> torch.Tensor:  # [1, count, height, width]
+    """One mask per image at the picture's size, as IPAdapterMaskProcessor makes them."""
+    masks = torch.zeros(1, count, 8 * SIZE, 8 * SIZE, device=DEVICE)
     for n in range(count):
-        masks[0, n, :, n * size // count : (n + 1) * size // count] = 1
+        masks[0, n, :, n * 8 * SIZE // count : (n + 1) * 8 * SIZE // count] = 1
     return masks
 
 
-@pytest.mark.parametrize(
-    ("model", "size", "dtype"), STEPS_OF, ids=lambda v: dtype_name(v) if hasattr(v, "itemsize") else v
-)
-def test_step(compare, model, size, dtype):
-    """A guided request's step: ours with everything prepared, diffusers' with its masks on the device beforehand."""
+def whole_step(unet: Any, given: dict[str, Any], images: torch.Tensor, attention: dict[str, Any]) -> torch.Tensor:
+    return unet(
+        given["latents"],
+        500,
+        given["text"],
+        added_cond_kwargs={"image_embeds": [images]},
+        cross_attention_kwargs=attention,
+        return_dict=False,
+    )[0]
+
+
+def its_cross_attention(
+    unet: Any, given: dict[str, Any], images: torch.Tensor, attention: dict[str, Any]
+) -> torch.Tensor:
+    """The image projection and every cross-attention layer, each on hidden states of its own size."""
+    text: Any = given["text"]
+    if unet.encoder_hid_proj is not None:
+        text = text, unet.encoder_hid_proj([images])
+    layers = cross_attention_layers(unet)
+    return torch.cat([layers[name](hidden, text, **attention).flatten() for name, hidden in given["hidden"].items()])
+
+
+def line_up(name: str, model: str, dtype: torch.dtype, step: Callable[..., torch.Tensor]) -> Case:
+    """A guided request: ours with everything prepared, diffusers' with its masks on the device beforehand."""
     stock = random_unet(model, dtype).to(DEVICE)
     width = stock.config.cross_attention_dim
     stock._load_ip_adapter_weights([random_ip_adapter(stock, width=ENCODING)])
-    ours = kd.install(sharing(stock))
+    ours, plain = kd.install(sharing(stock)), sharing(stock)
+    # Without image prompts nobody would have loaded an adapter: its empty branch is not diffusers' to pay for.
+    plain.encoder_hid_proj = None
+    plain.set_attn_processor(AttnProcessor2_0())
+    last = len(stock.config.block_out_channels) - 1
 
-    def inputs(seed: int) -> dict[str, Any]:
-        random = torch.Generator().manual_seed(seed)
+    def pixels(layer: str) -> int:
+        block, _, rest = layer.partition(".")
+        number = int(rest.partition(".")[0]) if block != "mid_block" else 0
+        level = {"down_blocks": number, "mid_block": last, "up_blocks": last - number}[block]
+        return (SIZE >> level) ** 2
 
-        def normal(*shape: int) -> torch.Tensor:
-            return torch.randn(*shape, generator=random).to(DEVICE, dtype)
+    random = torch.Generator().manual_seed(0)
 
-        added = {"text_embeds": normal(2, 1280), "time_ids": normal(2, 6)} if model == "SDXL" else {}
-        return {
-            "latents": normal(2, 4, size, size),
-            "text": normal(2, 77, width),
-            "images": normal(2, max(STEP_IMAGES), ENCODING),
-            "added": added,
-        }
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=random).to(DEVICE, dtype)
 
-    def step(unet: Any, given: dict[str, Any], images: torch.Tensor, attention: dict[str, Any]) -> torch.Tensor:
-        with torch.no_grad():
-            return unet(
-                given["latents"],
-                500,
-                given["text"],
-                added_cond_kwargs={**given["added"], "image_embeds": [images]},
-                cross_attention_kwargs=attention,
-                return_dict=False,
-            )[0]
+    inputs = {
+        "latents": normal(2, 4, SIZE, SIZE),
+        "text": normal(2, 77, width),
+        "images": normal(2, max(STEP_IMAGES), ENCODING),
+        "hidden": {
+            layer: normal(2, pixels(layer), attn.query_dim) for layer, attn in cross_attention_layers(stock).items()
+        },
+    }
 
     def theirs(count: int) -> Contestant:
-        attention = {"ip_adapter_masks": [stripes(count, 8 * size)]} if count else {}
+        attention = {"ip_adapter_masks": [stripes(count)]} if count else {}
 
         def run(given: dict[str, Any]) -> Any:
-            # Without image prompts nobody would have loaded an adapter: its empty branch is not diffusers' to pay for.
             return count, step(stock if count else plain, given, given["images"][:, :count], attention)
 
         return Contestant(f"diffusers, {count} masked images" if count else "diffusers, none", "peer", run)
@@ -177,33 +196,35 @@ def test_step(compare, model, size, dtype):
     def mine(count: int, kind: str = "library") -> Contestant:
         def prepare(given: dict[str, Any]) -> Any:
             (projection,) = ours.encoder_hid_proj.image_projection_layers
-            with torch.no_grad():
-                tokens = [projection(row[:count]) if count else [] for row in given["images"]]
-            regions = stripes(max(count, 1), 8 * size)[0]
+            tokens = [projection(row[:count]) if count else [] for row in given["images"]]
+            regions = stripes(max(count, 1))[0]
             rows = [[ImageUse(t, region=region) for t, region in zip(row, regions, strict=False)] for row in tokens]
             personalization = kd.Personalization([[], []], torch.arange(2), rows)
-            return given, personalization.prepare(ours, given["text"], latent_size=(size, size))
+            return given, personalization.prepare(ours, given["text"], latent_size=(SIZE, SIZE))
 
         def run(prepared: Any) -> Any:
             given, personalization = prepared
             return count, step(ours, given, given["images"][:, :0], {"personalization": personalization})
 
-        name = f"ours, {count} masked images" if count else "ours, none"
-        return Contestant(name if kind == "library" else f"{name}, again", kind, run, prepare)  # type: ignore[arg-type]
-
-    plain = sharing(stock)
-    plain.encoder_hid_proj = None
-    plain.set_attn_processor(AttnProcessor2_0())
+        label = f"ours, {count} masked images" if count else "ours, none"
+        return Contestant(label if kind == "library" else f"{label}, again", kind, run, prepare)  # type: ignore[arg-type]
 
     def judge(given: dict[str, Any]) -> Any:
         """At most twice what diffusers errs in the same dtype against the next wider one, plus one rounding."""
-        wide = {k: v.to(WIDER[dtype]) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
-        wide["added"] = {k: v.to(WIDER[dtype]) for k, v in given["added"].items()}
+        wide = {k: v.to(WIDER[dtype]) for k, v in given.items() if k != "hidden"}
+        wide["hidden"] = {layer: hidden.to(WIDER[dtype]) for layer, hidden in given["hidden"].items()}
         allowed = {}
         for count in (0, *STEP_IMAGES):
-            source = stock if count else plain
-            exact_unet = copy.deepcopy(source).to(WIDER[dtype])
-            masks = {"ip_adapter_masks": [stripes(count, 8 * size)]} if count else {}
+            exact_unet = sharing(stock if count else plain)
+            if step is its_cross_attention:  # the rest of a large U-Net may not fit in memory in float64
+                exact_unet.conv_in = exact_unet.conv_out = None
+                for block in [*exact_unet.down_blocks, exact_unet.mid_block, *exact_unet.up_blocks]:
+                    block.resnets = None
+                    for layer in block.modules():
+                        if isinstance(layer, BasicTransformerBlock):
+                            layer.ff = layer.attn1 = None
+            exact_unet = copy.deepcopy(exact_unet).to(WIDER[dtype])
+            masks = {"ip_adapter_masks": [stripes(count)]} if count else {}
             exact = step(exact_unet, wide, wide["images"][:, :count], masks)
             del exact_unet
             near = theirs(count).run(given)[1]
@@ -218,23 +239,35 @@ def test_step(compare, model, size, dtype):
 
         return accept
 
-    compare(
-        Case(
-            f"step/{model.lower().replace(' ', '')}-{8 * size}px/B2/{dtype_name(dtype)}",
-            [inputs(0)],
-            [mine(0), *map(mine, STEP_IMAGES), mine(0, "again"), theirs(0), *map(theirs, STEP_IMAGES)],
-            judge,
-            additions=[
-                Addition(
-                    f"{n} masked images",
-                    (f"ours, {n} masked images", "ours, none"),
-                    (f"diffusers, {n} masked images", "diffusers, none"),
-                )
-                for n in STEP_IMAGES
-            ],
-            facts=resident(mine(STEP_IMAGES[0]).prepare(inputs(0))[1]),
-        )
+    return Case(
+        f"{name}/{model.lower().replace(' ', '')}-{8 * SIZE}px/B2/{dtype_name(dtype)}",
+        [inputs],
+        [mine(0), *map(mine, STEP_IMAGES), mine(0, "again"), theirs(0), *map(theirs, STEP_IMAGES)],
+        judge,
+        additions=[
+            Addition(
+                f"{n} masked images",
+                (f"ours, {n} masked images", "ours, none"),
+                (f"diffusers, {n} masked images", "diffusers, none"),
+            )
+            for n in STEP_IMAGES
+        ],
+        facts=resident(mine(STEP_IMAGES[0]).prepare(inputs)[1]),
     )
+
+
+@by_dtype
+@torch.no_grad()
+def test_step(compare, dtype):
+    compare(line_up("step", "SD 1.5", dtype, whole_step))
+
+
+@by_dtype
+@pytest.mark.parametrize("model", MODELS)
+@torch.no_grad()
+def test_cross_attention_of_a_step(compare, model, dtype):
+    """All that image prompts add to, where a whole step's noise does not hide it."""
+    compare(line_up("cross-attention", model, dtype, its_cross_attention))
 
 
 def resident(personalization: kd.Personalization) -> dict[str, float]:
@@ -246,8 +279,8 @@ def resident(personalization: kd.Personalization) -> dict[str, float]:
     everything = size(personalization.tensors())
     pairs = [*personalization.kv.values(), *personalization.image_kv.values()]
     return {
-        f"MB per row, {STEP_IMAGES[0]} images": everything / len(personalization.row_index) / 1e6,
-        "of its keys and values, x": everything / size(t for pair in pairs for t in pair),
+        f"MB per row with {STEP_IMAGES[0]} images": everything / len(personalization.row_index) / 1e6,
+        "all of it over keys and values": everything / size(t for pair in pairs for t in pair),
     }
 
 
