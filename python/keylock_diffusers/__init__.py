@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from keylock_diffusers.concepts import Concept, ConceptBank
     from keylock_diffusers.generation import generate
-    from keylock_diffusers.image_prompts import ImagePrompt
-    from keylock_diffusers.personalization import Personalization
+    from keylock_diffusers.image_prompts import ImagePrompt, ImageUse
+    from keylock_diffusers.personalization import ConceptUse, Personalization
     from keylock_diffusers.processors import install, uninstall
     from keylock_diffusers.requests import Request, RequestError, Use
 
 _HOME = {
     "Concept": "concepts",
     "ConceptBank": "concepts",
+    "ConceptUse": "personalization",
     "ImagePrompt": "image_prompts",
+    "ImageUse": "image_prompts",
     "Personalization": "personalization",
     "Request": "requests",
     "RequestError": "requests",
@@ -29,7 +31,9 @@ _HOME = {
 __all__ = [
     "Concept",
     "ConceptBank",
+    "ConceptUse",
     "ImagePrompt",
+    "ImageUse",
     "Personalization",
     "Request",
     "RequestError",

@@ -99,8 +99,10 @@ class BatchEncoder:
             for row, encoding in zip(places, torch.cat(parts, -1), strict=True):
                 out[row] = encoding
 
+        device, dtype = self._pipe._execution_device, encoders[-1].dtype  # both search all modules: once, not per row
+
         def stacked(rows: list[Any]) -> Tensor:
-            return torch.stack([row.to(self._pipe._execution_device, encoders[-1].dtype) for row in rows])
+            return torch.stack([row.to(device, dtype) for row in rows])
 
         return Encodings(stacked(out), stacked(pooled) if len(encoders) > 1 else None)
 

@@ -287,7 +287,7 @@ FEATURES = {
     "masked images, one of scale 0": Feature(("base",), (3,), masks=[masks(3)], scale=[[0.7, 0.0, 1.3]]),
     "two adapters": Feature(("base", "plus"), (1, 2), scale=[0.5, 0.8]),
     "two adapters, None among masks": Feature(("base", "plus"), (2, 1), masks=[masks(2), None], scale=[0.5, 0.8]),
-    "masks in one tensor": Feature(("base", "plus"), (1, 1), masks=torch.cat([masks(1), 1 - masks(1)])),
+    "masks in one tensor": Feature(("base", "plus"), (1, 1), masks=masks(2).transpose(0, 1)),
     "mask of another aspect ratio": Feature(("base",), (2,), masks=[masks(2, 3 * SIZE, 2 * SIZE)]),
     "scale 0": Feature(("base",), (1,), scale=0.0),
     "one of two scales 0": Feature(("base", "plus"), (1, 1), scale=[0.0, 0.8]),

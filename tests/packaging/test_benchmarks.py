@@ -67,6 +67,20 @@ def test_a_wrong_backend_of_the_library_is_named():
     assert harness.broken_backends(result) == ["native: wrong: AssertionError: not twice its input"]
 
 
+def test_what_a_feature_adds_is_the_median_difference_within_rounds():
+    seconds = {"with": [5.0, 9.0, 3.0], "without": [4.0, 5.0, 1.0], "their with": [8.0, 8.0, 8.0], "theirs": [4.0] * 3}
+    addition = harness.Addition("a thing", ("with", "without"), ("their with", "theirs"))
+    added = harness._added(addition, seconds)
+    assert added == {"name": "a thing", "seconds": 2.0, "peer_seconds": 4.0, "ratio": 1.25}
+    absent = harness._added(harness.Addition("b", ("with", "none"), ("their with", "theirs")), seconds)
+    assert absent["seconds"] is None and absent["ratio"] is None
+    case = harness.Case("double/4", SETS, line_up().contestants, judge, facts={"MB": 1.5})
+    result = {**run(case)[0], "additions": [added, absent]}
+    lines = report.table([result], MACHINE)
+    assert "double/4: a thing add 2.00 s (1.250x), 0.500 of the 4.00 s they add to the peer" in lines
+    assert "double/4: MB 1.5" in lines and not any(" b add " in line for line in lines)
+
+
 def test_rounds_alternate():
     _, recorded = run(line_up())
     assert recorded == ["right", "floor", "floor", "right"]
