@@ -11,6 +11,8 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check
 RUN ?= $(BIN)/python
 TRITON_TESTS := $(addprefix tests/kernels/test_,rank_one.py localized_attention.py triton_attention.py isolation.py torch.py)
 GPU_TEST := KEYLOCK_TEST_DEVICE=cuda CUBLAS_WORKSPACE_CONFIG=:4096:8 PYTHONPATH=.:python $(RUN) -m pytest
+# The test of a whole pipeline on a GPU, where diffusers is installed.
+PIPELINES := "import diffusers, peft; print('tests/diffusers/test_step.py::test_a_captured_cuda_graph_serves_every_user')"
 # What an editable install depends on; Python files are read from the checkout as they are.
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt keylock_kernels/_version.py $(shell find csrc -type f)
 
@@ -48,11 +50,12 @@ test-csrc: $(VENV)/tools
 	  cmake --build build/csrc-sanitized && ctest --test-dir build/csrc-sanitized --output-on-failure
 
 # What needs a GPU, and the numeric tests on it. RUN=python3 takes an interpreter that has what is needed (torch,
-# triton, pytest, hypothesis, numpy; no diffusers), and builds the native module in place. Every n-th test, so that
+# triton, pytest, hypothesis, numpy; diffusers is used if it is there), and builds the native module in place. Every n-th test, so that
 # slow files spread over the shards; results are in build/test-gpu-*.log as they come.
 test-gpu: $(if $(filter $(BIN)/python,$(RUN)),$(VENV)/installed-test,native-in-place)
 	@mkdir -p build
-	$(GPU_TEST) $(TRITON_TESTS) tests/kernels/test_gpu.py -q --collect-only > build/collected || test $$? -eq 5
+	$(GPU_TEST) $(TRITON_TESTS) tests/kernels/test_gpu.py $$($(RUN) -c $(PIPELINES) 2> /dev/null) \
+	  -q --collect-only > build/collected || test $$? -eq 5
 	@awk -v shard=$(SHARD) 'BEGIN { split(shard, s, "/") } /::/ { if (n++ % s[2] == s[1] - 1) print }' \
 	  build/collected > build/shard
 	@if test -s build/shard; then set -o pipefail; \

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from keylock_diffusers.concepts import Concept, ConceptBank
     from keylock_diffusers.generation import generate
-    from keylock_diffusers.image_prompts import ImagePrompt, ImageUse
+    from keylock_diffusers.image_prompts import ImagePrompt
+    from keylock_diffusers.image_streams import ImageUse
     from keylock_diffusers.personalization import ConceptUse, Personalization
     from keylock_diffusers.processors import install, uninstall
     from keylock_diffusers.requests import Request, RequestError, Use
@@ -18,7 +19,7 @@ _HOME = {
     "ConceptBank": "concepts",
     "ConceptUse": "personalization",
     "ImagePrompt": "image_prompts",
-    "ImageUse": "image_prompts",
+    "ImageUse": "image_streams",
     "Personalization": "personalization",
     "Request": "requests",
     "RequestError": "requests",

@@ -1,10 +1,10 @@
-"""Image prompts: what a request says, what a row of the batch carries, and the streams a layer attends to."""
+"""Image prompts of requests: what they say, the checks, and their encoding into image tokens."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,8 +19,7 @@ from diffusers.models.embeddings import (
 from PIL import Image
 from torch import Tensor
 
-from keylock_diffusers.processors import IPAdapterCrossAttnProcessor
-from keylock_diffusers.processors.images import resize_masks
+from keylock_diffusers.image_streams import ImageUse
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,31 +53,6 @@ class ImagePrompt:
     start: float = 0.0
     end: float = 1.0
     adapter: int = 0
-
-
-@dataclass(frozen=True, eq=False)
-class ImageUse:
-    """One image prompt in one row of the U-Net's batch."""
-
-    tokens: Tensor  # [L, D], projected
-    scale: float | Mapping[str, float] = 1.0  # a number, or one per layer's name or its beginning; elsewhere 0
-    region: Tensor | None = None  # [height, width]
-    start: float = 0.0
-    end: float = 1.0
-    adapter: int = 0
-
-    def scale_of(self, layer: str) -> float:
-        if not isinstance(self.scale, Mapping):
-            return float(self.scale)
-        found = 0.0
-        for name, number in self.scale.items():
-            if layer.startswith(name):
-                found = float(number)
-        return found
-
-    def active(self, step: int, steps: int) -> bool:
-        """Whether it counts in a step: diffusers' rule for ControlNets."""
-        return step / steps >= self.start and (step + 1) / steps <= self.end
 
 
 def check(prompt: Any, unet: Any) -> None:
@@ -176,9 +150,8 @@ class ImageEncoder:
             tokens = self._project(adapters(self._unet)[prompt.adapter], embeds, clip)
         except torch.OutOfMemoryError:
             raise
-        except (
-            Exception
-        ) as error:  # whatever a picture, an image encoder or a projection raises: the request fails alone
+        # Whatever a picture, an image encoder or a projection raises, the request fails alone.
+        except Exception as error:
             what = "image" if prompt.embeds is None else f"embeds {list(prompt.embeds.shape)}"
             raise ValueError(
                 f"{what} of an image prompt cannot be encoded by adapter {prompt.adapter}: {error}"
@@ -213,161 +186,6 @@ class ImageEncoder:
             projection = copy.copy(projection)
             projection.clip_embeds = clip.to(device, dtype)[None]
         return projection(embeds.to(device, dtype)).flatten(0, -2)
-
-
-class ImageRouting:
-    """A batch's image prompts as streams with one layout, so that every layer attends to all of them in one call.
-
-    A stream is an adapter and a place: row b's k-th image prompt of adapter a. Rows with fewer or shorter image
-    prompts are padded with weight 0 and bias -inf, which is exactly nothing.
-
-    Args:
-        rows: per row of the U-Net's batch, its image prompts.
-        lengths: per adapter, the tokens of each of its streams; default what `rows` needs. Given, every tensor has
-            the same shape whatever the rows carry.
-
-    Raises:
-        ValueError: `rows` do not fit into `lengths`.
-    """
-
-    def __init__(self, rows: Sequence[Sequence[ImageUse]], lengths: Sequence[Sequence[int]] | None = None) -> None:
-        self.fixed = lengths is not None
-        count = max([use.adapter + 1 for row in rows for use in row], default=0)
-        count = max(count, len(lengths or ()))
-        # A row's k-th longest prompt takes the k-th longest place: least padding, always the same order of sums.
-        ranked = [
-            [sorted((u for u in row if u.adapter == a), key=lambda u: -len(u.tokens)) for a in range(count)]
-            for row in rows
-        ]
-        if lengths is None:
-            lengths = [
-                [max(len(uses[k].tokens) for uses in column if k < len(uses)) for k in range(max(map(len, column)))]
-                for column in zip(*ranked, strict=True)
-            ]
-        places = [tuple(sorted(given, reverse=True)) for given in lengths]
-        self.lengths = tuple(places + [()] * (count - len(places)))
-        for uses in ranked:
-            for adapter, own in enumerate(uses):
-                _check_room(own, self.lengths[adapter], adapter)
-        self._rows: list[list[ImageUse | None]] = [
-            [
-                use
-                for own, room in zip(uses, self.lengths, strict=True)
-                for use in [*own, *[None] * (len(room) - len(own))]
-            ]
-            for uses in ranked
-        ]
-        given = [use for row in self._rows for use in row if use is not None]
-        self.uses = list({id(use): use for use in given}.values())  # each once
-        self.flat_lengths = tuple(length for places in self.lengths for length in places)
-        self.scheduled = any(use.start > 0 or use.end < 1 for use in self.uses)
-        # Where the layout is fixed, always, so that shapes do not change.
-        self.per_pixel = self.fixed or any(use.region is not None for use in self.uses)
-
-    def places(self) -> Tensor:  # [B, sum(L)] int64
-        """Where each row's keys stand in the tokens of all `uses` one after another; the place after is padding."""
-        starts, total = {}, 0
-        for given in self.uses:
-            starts[id(given)] = total
-            total += len(given.tokens)
-        found = torch.full((len(self._rows), sum(self.flat_lengths)), total)
-        for row, uses in enumerate(self._rows):
-            first = 0
-            for use, length in zip(uses, self.flat_lengths, strict=True):
-                if use is not None:
-                    found[row, first : first + len(use.tokens)] = torch.arange(len(use.tokens)) + starts[id(use)]
-                first += length
-        return found
-
-    def key_bias(self, dtype: torch.dtype) -> Tensor | None:  # [B, sum(L)]
-        """0 for a token, -inf for padding; None where nothing is padded and the layout is not fixed."""
-        padding = self.places() == sum(len(use.tokens) for use in self.uses)
-        if not self.fixed and not padding.any():
-            return None
-        return torch.zeros(padding.shape, dtype=dtype).masked_fill(padding, -torch.inf)
-
-    def scale_pattern(self, layer: str) -> tuple[float, ...]:
-        """The scale of every image prompt in a layer; layers with the same pattern have the same weights."""
-        return tuple(0.0 if use is None else use.scale_of(layer) for row in self._rows for use in row)
-
-    def scales(self, layer: str, step: int, steps: int) -> tuple[tuple[float, ...], ...]:  # [B][I]
-        """What each stream of each row counts in a layer and a step; 0 for a stream that a row does not have."""
-        return tuple(
-            tuple(use.scale_of(layer) if use is not None and use.active(step, steps) else 0.0 for use in row)
-            for row in self._rows
-        )
-
-    def active(self, step: int, steps: int) -> tuple[bool, ...]:
-        """Which image prompts count in a step."""
-        return tuple(use.active(step, steps) for use in self.uses)
-
-    def masks(self, pixels: int, size: tuple[int, int] | None, dtype: torch.dtype) -> Tensor:  # [B, I, N]
-        """Every stream's region at one resolution (see `resize_masks`); ones where it has none."""
-        resized: dict[int, Tensor] = {}
-        rows = []
-        for row in self._rows:
-            here = []
-            for use in row:
-                region = None if use is None else use.region
-                if region is None:
-                    here.append(torch.ones(pixels, dtype=dtype))
-                    continue
-                if id(region) not in resized:
-                    resized[id(region)] = resize_masks(region.cpu()[None], pixels, size)[0].to(dtype)
-                here.append(resized[id(region)])
-            rows.append(torch.stack(here))
-        return torch.stack(rows)
-
-
-def projected_images(attn: Any, uses: Sequence[ImageUse], places: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """One layer's keys and values of a batch's image tokens, [B, sum(L), C] each.
-
-    Each image prompt is projected once, whatever the number of its rows, and by itself: how a product of several rounds
-    may depend on their number.
-
-    Args:
-        attn: the layer.
-        uses: the image prompts.
-        places: int64 [B, sum(L)], which of their tokens stand where (see `ImageRouting.places`).
-        like: a tensor of the device and dtype in which to project.
-
-    Raises:
-        ValueError: the layer has no processor of ours with all the adapters, or tokens of another width.
-    """
-    processor = attn.processor
-    wanted = max((use.adapter + 1 for use in uses), default=0)
-    if not isinstance(processor, IPAdapterCrossAttnProcessor) or len(processor.to_k_ip) < wanted:
-        loaded = len(processor.to_k_ip) if isinstance(processor, IPAdapterCrossAttnProcessor) else 0
-        raise ValueError(
-            f"Personalization: image prompts need {wanted} IP-Adapters in each layer, got {loaded} and the processor "
-            f"{type(processor).__name__}; call keylock_diffusers.install(pipe) after load_ip_adapter"
-        )
-    for use in uses:
-        if use.tokens.ndim != 2 or use.tokens.shape[1] != processor.cross_attention_dim:
-            raise ValueError(
-                f"Personalization: image tokens must be [L, {processor.cross_attention_dim}], "
-                f"got {list(use.tokens.shape)}"
-            )
-
-    def side(modules: Any) -> Tensor:
-        parts = [modules[use.adapter](use.tokens.to(like)) for use in uses]
-        return torch.cat([*parts, like.new_zeros(1, processor.hidden_size)])[places]
-
-    return side(processor.to_k_ip), side(processor.to_v_ip)
-
-
-def _check_room(uses: list[ImageUse], places: tuple[int, ...], adapter: int) -> None:
-    """One row's uses of an adapter fit into its places, both longest first."""
-    if len(uses) > len(places):
-        raise ValueError(
-            f"image_lengths has {len(places)} streams for adapter {adapter}, but a row has {len(uses)} image prompts"
-        )
-    for use, length in zip(uses, places, strict=False):
-        if len(use.tokens) > length:
-            raise ValueError(
-                f"image_lengths {list(places)} of adapter {adapter} have no place for an image prompt of "
-                f"{len(use.tokens)} tokens"
-            )
 
 
 def _expanded(scale: Any, unet: Any) -> float | dict[str, float]:

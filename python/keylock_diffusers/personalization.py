@@ -13,7 +13,7 @@ from torch import Tensor
 
 from keylock_diffusers import edits
 from keylock_diffusers.concepts import Concept, cross_attention_layers
-from keylock_diffusers.image_prompts import ImageRouting, ImageUse, projected_images
+from keylock_diffusers.image_streams import ImageRouting, ImageUse, projected_images
 from keylock_diffusers.processors.images import ImageStreams
 from keylock_diffusers.processors.swap import unet_of
 from keylock_kernels.ops.precision import accumulate_dtype

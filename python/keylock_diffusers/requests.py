@@ -13,7 +13,8 @@ from torch import Tensor
 from keylock_diffusers import image_prompts, text
 from keylock_diffusers.concepts import BaseModel, Concept
 from keylock_diffusers.encoding import text_encoders
-from keylock_diffusers.image_prompts import ImageEncoder, ImagePrompt, ImageRouting, ImageUse
+from keylock_diffusers.image_prompts import ImageEncoder, ImagePrompt
+from keylock_diffusers.image_streams import ImageRouting, ImageUse
 from keylock_diffusers.personalization import ConceptUse, Personalization
 
 _LOCKS = ("local", "global")

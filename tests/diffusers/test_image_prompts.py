@@ -2,181 +2,22 @@
 
 import threading
 
-import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, HeunDiscreteScheduler, PNDMScheduler
 from PIL import Image
 
 import keylock_diffusers as kd
-from keylock_diffusers import ImagePrompt, Request, RequestError
-from keylock_diffusers.image_prompts import ImageRouting, ImageUse
-from keylock_diffusers.personalization import ConceptUse
+from keylock_diffusers import ImagePrompt, RequestError
 from keylock_diffusers.processors import images as processor_images
-from tests.diffusers.compatibility import SIZE, STEPS, WIDTH, Feature, make, masks
-
-ROUNDING = 1 / 255 / 8
-TEXT = "a cat on blue"
-
-
-def random(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def picture(seed):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (32, 32, 3), dtype=np.uint8))
-
-
-def build(family="SD 1.x", adapters=("base",)):
-    pipe, _ = make(family, "text only")
-    Feature(adapters=adapters).load(pipe)
-    return pipe
-
-
-def plain(pipe, seed=1, **kwargs):
-    kwargs = {"guidance_scale": 4.0, "num_inference_steps": STEPS, "height": SIZE, "width": SIZE, **kwargs}
-    out = pipe(TEXT, generator=torch.Generator().manual_seed(seed), output_type="np", **kwargs)
-    return torch.as_tensor(out.images[0])
-
-
-def draw(pipe, requests, **kwargs):
-    kwargs = {"num_inference_steps": STEPS, "height": SIZE, "width": SIZE, **kwargs}
-    drawn = kd.generate(pipe, requests, output_type="np", **kwargs)
-    return [image if isinstance(image, Exception) else torch.as_tensor(image) for image in drawn]
-
-
-def request(*prompts, seed=1, text=TEXT, **more):
-    return Request(text, image_prompts=prompts, seed=seed, guidance_scale=more.pop("guidance_scale", 4.0), **more)
+from tests.diffusers.compatibility import SIZE, STEPS, WIDTH, masks
+from tests.diffusers.drawing import ROUNDING, build, draw, picture, plain, random, request
 
 
 @pytest.fixture(scope="module")
 def two():
     """An installed pipeline with two adapters."""
     return kd.install(build(adapters=("base", "plus")))
-
-
-FACE, FACE_CLIP = random(2, 1, WIDTH), random(1, 2, 5, WIDTH, seed=3)
-MASKED = {"cross_attention_kwargs": {"ip_adapter_masks": [masks(2)]}}
-# What the pipeline is given beside the prompt, its scale, and the same as image prompts.
-SINGLE = {
-    "nothing": ((), {}, None, []),
-    "one image": (
-        ("base",),
-        {"ip_adapter_image": [[picture(0)]]},
-        0.6,
-        [ImagePrompt(picture(0), scale=0.6)],
-    ),
-    "16 tokens": (("plus",), {"ip_adapter_image": [[picture(0)]]}, 1.0, [ImagePrompt(picture(0))]),
-    "every hidden state": (("full-face",), {"ip_adapter_image": [[picture(0)]]}, 1.0, [ImagePrompt(picture(0))]),
-    "images in one softmax": (
-        ("base",),
-        {"ip_adapter_image": [[picture(0), picture(1)]]},
-        0.5,
-        [ImagePrompt([picture(0), picture(1)], scale=0.5)],
-    ),
-    "regions": (
-        ("base",),
-        {"ip_adapter_image": [[picture(0), picture(1)]], **MASKED},
-        [[0.7, 1.3]],
-        [ImagePrompt(picture(n), scale=s, region=masks(2)[0, n]) for n, s in enumerate((0.7, 1.3))],
-    ),
-    "two adapters": (
-        ("base", "plus"),
-        {"ip_adapter_image": [[picture(0)], [picture(1)]]},
-        [0.4, 0.9],
-        [ImagePrompt(picture(0), scale=0.4), ImagePrompt(picture(1), scale=0.9, adapter=1)],
-    ),
-    "per block": (
-        ("base",),
-        {"ip_adapter_image": [[picture(0)]]},
-        {"up": {"BLOCK": [0.0, 0.7, 0.3]}},
-        [ImagePrompt(picture(0), scale={"up": {"BLOCK": [0.0, 0.7, 0.3]}})],
-    ),
-    "embeddings": (
-        ("base",),
-        {"ip_adapter_image_embeds": [random(2, 2, WIDTH)]},
-        1.0,
-        [ImagePrompt(embeds=random(2, 2, WIDTH)[1], negative_embeds=random(2, 2, WIDTH)[0])],
-    ),
-    "FaceID": (
-        ("faceid",),
-        {"ip_adapter_image_embeds": [FACE]},
-        1.0,
-        [ImagePrompt(embeds=FACE[1], negative_embeds=FACE[0])],
-    ),
-    "FaceID-Plus": (
-        ("faceid-plus",),
-        {"ip_adapter_image_embeds": [FACE]},
-        1.0,
-        [
-            ImagePrompt(
-                embeds=FACE[1],
-                negative_embeds=FACE[0],
-                clip_embeds=FACE_CLIP[0, [1]],
-                negative_clip_embeds=FACE_CLIP[0, [0]],
-            )
-        ],
-    ),
-}
-
-
-@pytest.mark.parametrize("guidance", [4.0, 1.0], ids=["guided", "unguided"])
-@pytest.mark.parametrize("family", ["SD 1.x", "SD 2.x", "SDXL"])
-@pytest.mark.parametrize("case", SINGLE)
-def test_one_request_is_the_plain_pipelines_call(case, family, guidance):
-    adapters, arguments, scale, prompts = SINGLE[case]
-    if guidance == 1 and "ip_adapter_image_embeds" in arguments:
-        arguments = {"ip_adapter_image_embeds": [arguments["ip_adapter_image_embeds"][0][1:]]}
-    pipe = build(family, adapters)
-    if case == "per block":
-        config = pipe.unet.config
-        block = next(n for n, kind in enumerate(config.up_block_types) if "Cross" in kind)
-        numbers = [0.0, 0.7, 0.3][: config.layers_per_block + 1]
-        scale = {"up": {f"block_{block}": numbers}}
-        prompts = [ImagePrompt(picture(0), scale=scale)]
-    if adapters:
-        pipe.set_ip_adapter_scale(scale)
-    if case == "FaceID-Plus":
-        clip = FACE_CLIP if guidance > 1 else FACE_CLIP[:, 1:]
-        pipe.unet.encoder_hid_proj.image_projection_layers[0].clip_embeds = clip
-    expected = plain(pipe, guidance_scale=guidance, **arguments)
-    if adapters:
-        pipe.set_ip_adapter_scale([0.123] * len(adapters))  # the request's own scale is what counts
-    (ours,) = draw(kd.install(pipe), [request(*prompts, guidance_scale=guidance)])
-    torch.testing.assert_close(ours, expected, rtol=0, atol=ROUNDING)
-    if adapters:
-        (without,) = draw(pipe, [request(guidance_scale=guidance)])
-        assert (without - ours).abs().max() > 10 * ROUNDING
-
-
-@pytest.mark.parametrize("negative", [None, "", "a dog"])
-def test_sdxls_negative_prompts_are_the_pipelines(negative):
-    pipe = build("SDXL", ())
-    expected = plain(pipe, negative_prompt=negative)
-    (ours,) = draw(kd.install(pipe), [request(negative_prompt=negative)])
-    torch.testing.assert_close(ours, expected, rtol=0, atol=ROUNDING)
-
-
-def test_sdxls_encodings_are_given_with_their_pooled_ones():
-    pipe = build("SDXL", ())
-    expected = plain(pipe, negative_prompt="a dog")
-    text, negative, pooled, negative_pooled = pipe.encode_prompt(TEXT, negative_prompt="a dog")
-    given = Request(
-        prompt_embeds=text[0],
-        negative_prompt_embeds=negative[0],
-        pooled_prompt_embeds=pooled[0],
-        negative_pooled_prompt_embeds=negative_pooled[0],
-        seed=1,
-        guidance_scale=4.0,
-    )
-    (ours,) = draw(kd.install(pipe), [given])
-    torch.testing.assert_close(ours, expected, rtol=0, atol=ROUNDING)
-    with pytest.raises(
-        RequestError, match=r"prompt_embeds need pooled_prompt_embeds \[32\] with this pipeline, got NoneType"
-    ):
-        draw(pipe, [Request(prompt_embeds=text[0], guidance_scale=1.0)])
-    with pytest.raises(RequestError, match="pooled_prompt_embeds must be None without prompt_embeds, got Tensor"):
-        draw(pipe, [Request(TEXT, pooled_prompt_embeds=pooled[0])])
 
 
 def mixed():
@@ -214,25 +55,6 @@ def test_at_equal_size_a_row_is_the_same_to_the_bit_whatever_its_neighbours_have
             changed = [other] * len(orders)
             changed[row] = order
             assert torch.equal(draw(two, changed)[row], together[row])
-
-
-def test_another_rows_poisoned_images_masks_and_scales_change_nothing(two):
-    """The batch object is given what `generate` would refuse."""
-    personalization, call = step(two, rows=3)
-    uses = [[ImageUse(random(4, WIDTH, seed=n), region=random(16, 16, seed=n))] for n in range(3)]
-    personalization.assign([[]] * 3, torch.arange(3), uses).prepare(two, TEXTS[:3])
-    clean = call()
-    nan = float("nan")
-    poisons = [
-        ImageUse(torch.full((4, WIDTH), nan), region=random(16, 16)),
-        ImageUse(random(4, WIDTH), region=torch.full((16, 16), nan)),
-        ImageUse(random(4, WIDTH), scale=nan, region=random(16, 16)),
-        ImageUse(torch.full((4, WIDTH), 1e30), scale=1e30, region=random(16, 16)),
-    ]
-    for poison in poisons:
-        personalization.assign([[]] * 3, torch.arange(3), [uses[0], [poison], uses[2]]).prepare(two, TEXTS[:3])
-        poisoned = call()
-        assert torch.equal(poisoned[[0, 2]], clean[[0, 2]]) and not torch.equal(poisoned[1], clean[1])
 
 
 def test_permuted_requests_are_permuted_pictures(two):
@@ -281,16 +103,6 @@ def test_images_switch_on_and_off_between_steps(two):
         torch.testing.assert_close(a, b, rtol=0, atol=ROUNDING)
 
 
-@pytest.mark.parametrize("total", [1, 2, 3, 10])
-def test_every_step_belongs_to_one_of_two_adjoining_schedules(total):
-    for cut in (0.0, 0.25, 0.5, 1.0):
-        before, after = ImageUse(random(4, 8), end=cut), ImageUse(random(4, 8), start=cut)
-        for step in range(total):
-            # A step that the cut goes through belongs to neither, as with ControlNets.
-            through = step / total < cut < (step + 1) / total
-            assert before.active(step, total) + after.active(step, total) == (0 if through else 1)
-
-
 def test_what_does_not_change_is_done_once(two, monkeypatch):
     projections, resized = [], []
     handles = [
@@ -303,7 +115,7 @@ def test_what_does_not_change_is_done_once(two, monkeypatch):
         resized.append(pixels)
         return original(masks, pixels, size)
 
-    monkeypatch.setattr("keylock_diffusers.image_prompts.resize_masks", counting)
+    monkeypatch.setattr("keylock_diffusers.image_streams.resize_masks", counting)
     region = masks(1)[0, 0]
     shared = ImagePrompt(picture(0), region=region)
     draw(two, [request(shared), request(shared, seed=2), request(ImagePrompt(picture(1), adapter=1, region=region))])
@@ -328,111 +140,6 @@ def test_one_attention_call_per_layer_whatever_the_images(two, monkeypatch):
     draw(two, mixed())
     layers = len([name for name in two.unet.attn_processors if "attn2" in name])
     assert len(calls) == STEPS * layers and set(calls) == {3}
-
-
-TEXTS = random(6, 7, WIDTH, seed=9)
-
-
-def step(pipe, rows, image_lengths=None):
-    """A batch object for `rows` rows, and a U-Net step with it."""
-    personalization = kd.Personalization([[]] * rows, torch.arange(rows), image_lengths=image_lengths)
-    latents, text = random(rows, 4, 8, 8, seed=8), TEXTS[:rows].clone()
-
-    def call(unet=None):
-        with torch.no_grad():
-            return (pipe.unet if unet is None else unet)(
-                latents,
-                torch.tensor(10),
-                text,
-                added_cond_kwargs={"image_embeds": [torch.empty(rows, 0, 1)] * 2},
-                cross_attention_kwargs={"personalization": personalization},
-            ).sample
-
-    call.text = text
-    return personalization, call
-
-
-def test_buffers_stay_where_they_are_for_other_users(two):
-    personalization, call = step(two, rows=3, image_lengths=[[4, 4], [16]])
-
-    def users(seed, count):
-        return [
-            [ImageUse(random(4, WIDTH, seed=seed + n), scale=0.1 * n, region=random(9, 9))] * (n % count)
-            for n in range(3)
-        ]
-
-    def prepare(seed, count):
-        personalization.assign([[]] * 3, torch.arange(3), users(seed, count))
-        personalization.prepare(two, call.text, latent_size=(8, 8))
-        return [tensor.data_ptr() for tensor in personalization.tensors()], call()
-
-    places, first = prepare(0, 3)
-    again, second = prepare(50, 2)
-    personalization.at_step(0, 4)
-    assert again == places == [tensor.data_ptr() for tensor in personalization.tensors()]
-    assert not torch.equal(first, second)
-    assert prepare(0, 3)[0] == places and torch.equal(call(), first)
-
-
-def test_a_text_written_in_place_after_prepare_is_noticed(two):
-    personalization, call = step(two, rows=2)
-    personalization.prepare(two, call.text)
-    call()
-    call.text[1, 3] += 1
-    with pytest.raises(ValueError, match="was given another text than was prepared"):
-        call()
-    personalization.prepare(two, call.text)
-    call()
-    with torch.inference_mode():
-        frozen = call.text.clone()
-        personalization.prepare(two, frozen)
-        streams = [personalization.keys_and_values(layer, 2, frozen) for layer in personalization.kv]
-        frozen[0, 0] = 3
-        with pytest.raises(ValueError, match="another text"):
-            for layer in personalization.kv:
-                personalization.keys_and_values(layer, 2, frozen)
-        assert len(streams) == len(personalization.kv)
-
-
-@pytest.mark.parametrize("what", ["image", "region", "concept", "key_text"])
-def test_whatever_else_is_written_in_place_is_noticed(two, concept_for, what):
-    alice, (_, call) = concept_for(two), step(two, rows=2)
-    use = ImageUse(random(4, WIDTH), region=random(8, 8))
-    uses = [[ConceptUse(alice, beta=0.5, tau=0.1)], []]
-    personalization = kd.Personalization(uses, torch.arange(2), [[use], []])
-    key_text = call.text.clone()
-    personalization.prepare(two, call.text, key_text)
-    first, *_ = personalization.kv
-    personalization.keys_and_values(first, 2, call.text)
-    written = {"image": use.tokens, "region": use.region, "concept": alice.values, "key_text": key_text}[what]
-    written[0] += 1
-    with pytest.raises(
-        ValueError, match=f"{what if what == 'key_text' else ''}.* was written to after it was prepared"
-    ):
-        personalization.keys_and_values(first, 2, call.text)
-    personalization.prepare(two, call.text, key_text)
-    personalization.keys_and_values(first, 2, call.text)
-
-
-def test_a_failed_prepare_leaves_nothing_of_the_users_before(two):
-    personalization, call = step(two, rows=2)
-    personalization.prepare(two, call.text)
-    call()
-    personalization.assign([[]] * 2, torch.arange(2), [[ImageUse(random(4, 5))], []])
-    with pytest.raises(ValueError, match=r"image tokens must be \[L, 32\], got \[4, 5\]"):
-        personalization.prepare(two, call.text)
-    with pytest.raises(ValueError, match="nothing was prepared"):
-        call()
-
-
-def test_images_beside_a_personalization_are_refused(two):
-    personalization, call = step(two, rows=2)
-    personalization.prepare(two, call.text)
-    attn = next(module for name, module in two.unet.named_modules() if name.endswith("attn2"))
-    for more in ({"ip_adapter_masks": [masks(1), None]}, {}):
-        states = [random(2, 0 if more else 1, 4, WIDTH)] * 2
-        with pytest.raises(ValueError, match="must not be given beside a personalization"):
-            attn(random(2, 64, attn.query_dim), (call.text, states), personalization=personalization, **more)
 
 
 @pytest.mark.parametrize("shape", [(1, 65), (1000, 1), (40, 25)])
@@ -485,26 +192,6 @@ def test_generate_follows_offloading_hooks(offload, monkeypatch):
     monkeypatch.setattr(type(pipe), "_execution_device", torch.device("cpu"))
     for ours, theirs in zip(draw(pipe, mixed()), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=ROUNDING)
-
-
-def test_a_height_alone_is_taken_as_the_pipeline_takes_it():
-    for family in ("SD 1.x", "SDXL"):
-        pipe = kd.install(build(family))
-        image = ImagePrompt(picture(0), region=masks(1)[0, 0])
-        for size in ({"height": 2 * SIZE}, {"width": 2 * SIZE}, {}):
-            (ours,) = kd.generate(pipe, [request(image)], num_inference_steps=1, output_type="np", **size)
-            expected = plain(
-                pipe, num_inference_steps=1, **{"height": None, "width": None, **size}, ip_adapter_image=[[picture(0)]]
-            )
-            assert ours.shape == expected.shape
-
-
-def test_new_users_without_prepare_are_refused(two):
-    personalization, call = step(two, rows=2)
-    personalization.prepare(two, call.text)
-    personalization.assign([[]] * 2, torch.arange(2), [[ImageUse(random(4, WIDTH))], []])
-    with pytest.raises(ValueError, match="nothing was prepared"):
-        call()
 
 
 def test_two_pipelines_share_a_unet_and_interleave_in_two_threads(two):
@@ -653,20 +340,3 @@ def test_regions_may_be_pictures_arrays_bits_and_bytes(two):
     drawn = [draw(two, [request(ImagePrompt(picture(0), region=region))])[0] for region in forms]
     assert all(torch.equal(image, drawn[0]) for image in drawn[1:])
     assert (drawn[0] - draw(two, [request(ImagePrompt(picture(0)))])[0]).abs().max() > 10 * ROUNDING
-
-
-def test_streams_are_laid_out_with_the_least_padding():
-    def use(length, adapter=0):
-        return ImageUse(torch.zeros(length, 8), adapter=adapter)
-
-    routing = ImageRouting([[use(4), use(16)], [use(16, 1)], [use(8)], []])
-    assert routing.lengths == ((16, 4), (16,))
-    bias = routing.key_bias(torch.float32)
-    assert [int((row == 0).sum()) for row in bias] == [20, 16, 8, 0]
-    assert ImageRouting([[use(4)], [use(4)]]).key_bias(torch.float32) is None
-    fixed = ImageRouting([[use(4)], []], [[16, 4]])
-    assert fixed.scales("any", 0, 1) == ((1.0, 0.0), (0.0, 0.0))
-    with pytest.raises(
-        ValueError, match=r"image_lengths \[4\] of adapter 0 have no place for an image prompt of 16 tokens"
-    ):
-        ImageRouting([[use(16)]], [[4]])

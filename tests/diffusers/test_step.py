@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import keylock_diffusers as kd
 from keylock_diffusers import ImagePrompt, Request
-from keylock_diffusers.image_prompts import ImageUse
+from keylock_diffusers.image_streams import ImageUse
 from tests.diffusers.compatibility import SIZE, STEPS, WIDTH, Feature, make, masks
 
 FAMILIES = ("SD 1.x", "SDXL")
@@ -69,6 +69,20 @@ def test_other_users_never_recompile_a_step(pipe, concept_for):
         for ours, theirs in zip(draw(pipe, orders), pictures, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1 / 255 / 8)
         assert counter.frame_count == 1, "a step was compiled again"
+
+
+def test_a_default_device_does_not_break_the_graph(pipe, concept_for):
+    """Under one, torch cannot trace some of a tensor's methods."""
+    orders = users(concept_for, pipe)[0]
+    expected = draw(pipe, orders)
+    pipe.unet = torch.compile(pipe.unet, backend="eager", fullgraph=True)
+    try:
+        torch.set_default_device("cpu")
+        ours = draw(pipe, orders)
+    finally:
+        torch.set_default_device(None)
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1 / 255 / 8)
 
 
 def test_the_compiled_code_computes_the_same(pipe, concept_for):

@@ -192,7 +192,7 @@ def cross_attention(
         if images is not None:
             streams = images(query)
 
-    query, key, value = (t.unflatten(-1, (attn.heads, -1)) for t in (query, key, value))
+    query, key, value = (_by_head(t, attn.heads) for t in (query, key, value))
     scale = None
     if images is None:
         scale = attn.scale
@@ -205,8 +205,8 @@ def cross_attention(
         options["key_bias"] = _key_bias(attention_mask, accumulate_dtype(query.dtype))
     if streams is not None:
         options.update(
-            image_key=streams.key.unflatten(-1, (attn.heads, -1)),
-            image_value=streams.value.unflatten(-1, (attn.heads, -1)),
+            image_key=_by_head(streams.key, attn.heads),
+            image_value=_by_head(streams.value, attn.heads),
             image_lengths=streams.lengths,
             image_key_bias=streams.key_bias,
             image_weights=streams.weights,
@@ -240,6 +240,11 @@ def _text_alone(layer: str, given: Any, masks: Any = None) -> Tensor:
             f"own; got masks {masks is not None}, image tokens {[list(state.shape) for state in states]}"
         )
     return text
+
+
+def _by_head(tensor: Tensor, heads: int) -> Tensor:  # [B, T, C] -> [B, T, H, D]
+    # Not unflatten: torch.compile cannot trace it where a default device is set.
+    return tensor.view(tensor.shape[0], tensor.shape[1], heads, -1)
 
 
 def _key_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:  # [B, 1, T] or [B, T] -> [B, T]

@@ -134,7 +134,7 @@ def _per_pixel(
     """Scale times mask of one adapter's images."""
     if mask is None:
         return torch.full((rows, 1, pixels), scales[0], **kind)
-    resized = resize_masks(mask.flatten(0, 1), pixels).to(**kind).unflatten(0, mask.shape[:2])
+    resized = resize_masks(mask.flatten(0, 1), pixels).to(**kind).view(mask.shape[0], mask.shape[1], pixels)
     if any(scale != 1 for scale in scales):
         resized = torch.stack([resized[:, image] * scale for image, scale in enumerate(scales)], 1)
     return resized.expand(rows, -1, -1)
