@@ -50,7 +50,8 @@ test-csrc: $(VENV)/tools
 	  cmake --build build/csrc-sanitized && ctest --test-dir build/csrc-sanitized --output-on-failure
 
 # What needs a GPU, and the numeric tests on it. RUN=python3 takes an interpreter that has what is needed (torch,
-# triton, pytest, hypothesis, numpy; diffusers is used if it is there), and builds the native module in place. Every n-th test, so that
+# triton, pytest, hypothesis, numpy; diffusers is used if it is there), and builds the native module in place. Every
+# n-th test, so that
 # slow files spread over the shards; results are in build/test-gpu-*.log as they come.
 test-gpu: $(if $(filter $(BIN)/python,$(RUN)),$(VENV)/installed-test,native-in-place)
 	@mkdir -p build

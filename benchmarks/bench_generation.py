@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from benchmarks.harness import DEVICE, QUICK, Addition, Case, Contestant, dtype_
 from keylock_diffusers import embedded
 from keylock_diffusers.concepts import cross_attention_layers
 from keylock_diffusers.image_streams import ImageUse
-from keylock_diffusers.personalization import ConceptUse
+from keylock_diffusers.personalization import ConceptUse, resolutions_of
 from keylock_diffusers.testing import random_ip_adapter, random_unet
 
 if TYPE_CHECKING:
@@ -70,13 +71,33 @@ def judge(one_by_one: Callable[[list[kd.Request]], list[Any]]) -> Any:
     return oracle
 
 
-def test_mixed_batch(compare):
-    from keylock_diffusers.concepts import BaseModel
-
+def pipelines() -> tuple[Any, Any]:
+    """The embedded model as it is, and under our processors."""
     if not (embedded.BASE_MODEL / "model_index.json").exists():
         pytest.skip("this checkout has no embedded base model")
     stock, pipe = embedded.load(dtype=torch.float32).to(DEVICE), embedded.load(dtype=torch.float32)
-    kd.install(pipe.to(DEVICE))
+    return stock, kd.install(pipe.to(DEVICE))
+
+
+def unpersonalised(stock: Any, scenes: Sequence[str], steps: int) -> Contestant:
+    """Plain diffusers draws the same scenes with a cat that is nobody's."""
+
+    def run(orders: list[kd.Request]) -> Any:
+        return stock(
+            [scene.format("cat") for scene in scenes],
+            guidance_scale=GUIDANCE,
+            generator=[torch.Generator().manual_seed(order.seed or 0) for order in orders],
+            num_inference_steps=steps,
+            output_type="np",
+        ).images
+
+    return Contestant("same batch unpersonalised, plain diffusers", "floor", run)
+
+
+def test_mixed_batch(compare):
+    from keylock_diffusers.concepts import BaseModel
+
+    stock, pipe = pipelines()
     base = BaseModel.of(pipe)
     concepts = [concept(base, user, seed) for seed, user in enumerate(USERS)]
 
@@ -86,15 +107,6 @@ def test_mixed_batch(compare):
     def one_by_one(orders: list[kd.Request]) -> list[Any]:
         return [one_batch([order])[0] for order in orders]
 
-    def unpersonalised(orders: list[kd.Request]) -> Any:
-        return stock(
-            [scene.format("cat") for scene in SCENES],
-            guidance_scale=GUIDANCE,
-            generator=[torch.Generator().manual_seed(order.seed or 0) for order in orders],
-            num_inference_steps=STEPS,
-            output_type="np",
-        ).images
-
     compare(
         Case(
             f"generation/{len(USERS)}-users/embedded-{STEPS}-steps/float32",
@@ -103,7 +115,7 @@ def test_mixed_batch(compare):
                 Contestant("one batch", "library", one_batch),
                 Contestant("one batch, again", "again", one_batch),
                 Contestant("one request at a time", "peer", one_by_one),
-                Contestant("same batch unpersonalised, plain diffusers", "floor", unpersonalised),
+                unpersonalised(stock, SCENES, STEPS),
             ],
             judge(one_by_one),
             graph=False,
@@ -163,14 +175,8 @@ def line_up(name: str, model: str, dtype: torch.dtype, step: Callable[..., torch
     # Without image prompts nobody would have loaded an adapter: its empty branch is not diffusers' to pay for.
     plain.encoder_hid_proj = None
     plain.set_attn_processor(AttnProcessor2_0())
-    last = len(stock.config.block_out_channels) - 1
-
-    def pixels(layer: str) -> int:
-        block, _, rest = layer.partition(".")
-        number = int(rest.partition(".")[0]) if block != "mid_block" else 0
-        level = {"down_blocks": number, "mid_block": last, "up_blocks": last - number}[block]
-        return (SIZE >> level) ** 2
-
+    layers = cross_attention_layers(stock)
+    sizes = resolutions_of(stock, layers, (SIZE, SIZE))
     random = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -180,9 +186,7 @@ def line_up(name: str, model: str, dtype: torch.dtype, step: Callable[..., torch
         "latents": normal(2, 4, SIZE, SIZE),
         "text": normal(2, 77, width),
         "images": normal(2, max(STEP_IMAGES), ENCODING),
-        "hidden": {
-            layer: normal(2, pixels(layer), attn.query_dim) for layer, attn in cross_attention_layers(stock).items()
-        },
+        "hidden": {name: normal(2, math.prod(sizes[name]), attn.query_dim) for name, attn in layers.items()},
     }
 
     def theirs(count: int) -> Contestant:
@@ -288,10 +292,7 @@ def test_eight_users(compare, tmp_path):
     """A whole generation of 8 users with a concept each, from files to pictures, beside the same without."""
     from keylock_diffusers.concepts import BaseModel
 
-    if not (embedded.BASE_MODEL / "model_index.json").exists():
-        pytest.skip("this checkout has no embedded base model")
-    stock, pipe = embedded.load(dtype=torch.float32).to(DEVICE), embedded.load(dtype=torch.float32)
-    kd.install(pipe.to(DEVICE))
+    stock, pipe = pipelines()
     base, bank = BaseModel.of(pipe), kd.ConceptBank(tmp_path / "bank")
     users = [f"user{n}" for n in range(8)]
     for seed, user in enumerate(users):
@@ -312,15 +313,6 @@ def test_eight_users(compare, tmp_path):
     def one_by_one(given: list[kd.Request]) -> list[Any]:
         return [generate([order])[0] for order in given]
 
-    def unpersonalised(given: list[kd.Request]) -> Any:
-        return stock(
-            [scene.format("cat") for scene in scenes],
-            guidance_scale=GUIDANCE,
-            generator=[torch.Generator().manual_seed(order.seed or 0) for order in given],
-            num_inference_steps=steps,
-            output_type="np",
-        ).images
-
     def prepare(given: list[kd.Request]) -> kd.Personalization:
         uses = [[ConceptUse(bank[f"{user}/cat"], beta=0.7, tau=0.15)] for user in users]
         index = torch.cat([torch.full((8,), -1), torch.arange(8)])
@@ -335,7 +327,7 @@ def test_eight_users(compare, tmp_path):
                 Contestant("one batch", "library", generate),
                 Contestant("one batch, again", "again", generate),
                 Contestant("one request at a time", "peer", one_by_one),
-                Contestant("same batch unpersonalised, plain diffusers", "floor", unpersonalised),
+                unpersonalised(stock, scenes, steps),
                 Contestant("prepare alone", "floor", prepare),
             ],
             judge(one_by_one),

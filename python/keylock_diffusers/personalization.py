@@ -283,7 +283,7 @@ class Personalization:
         numbers = {pattern: number for number, pattern in enumerate(dict.fromkeys(patterns.values()))}
         self._image_groups = {name: numbers[pattern] for name, pattern in patterns.items()}
         self._layer_of = {group: name for name, group in self._image_groups.items()}
-        sizes = _resolutions(unet, layers, latent_size)
+        sizes = resolutions_of(unet, layers, latent_size)
         self._sizes = {math.prod(size): size for size in sizes.values()}
         resolutions = {name: math.prod(size) for name, size in sizes.items()}
         if not routing.per_pixel:
@@ -362,7 +362,7 @@ def _filled_pairs(
     return filled
 
 
-def _resolutions(unet: Any, layers: Iterable[str], latent_size: tuple[int, int] | None) -> dict[str, tuple[int, int]]:
+def resolutions_of(unet: Any, layers: Iterable[str], latent_size: tuple[int, int] | None) -> dict[str, tuple[int, int]]:
     """Height and width that each layer runs at: every level of a U-Net is half as high and wide as the one above."""
     if latent_size is None:
         return {}

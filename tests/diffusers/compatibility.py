@@ -120,22 +120,26 @@ def build(kind: Any, the_unet: Any, **more: Any) -> Any:
     return pipe
 
 
+def sdxl_unet() -> UNet2DConditionModel:
+    return unet(
+        layers_per_block=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        transformer_layers_per_block=(1, 2),
+        projection_class_embeddings_input_dim=48 + WIDTH,
+        cross_attention_dim=2 * WIDTH,
+    )
+
+
 def sdxl(kind: Any) -> Any:
     tokenizer = build_tokenizer()
     return build(
         kind,
-        unet(
-            layers_per_block=2,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            attention_head_dim=(2, 4),
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=8,
-            transformer_layers_per_block=(1, 2),
-            projection_class_embeddings_input_dim=48 + WIDTH,
-            cross_attention_dim=2 * WIDTH,
-        ),
+        sdxl_unet(),
         text_encoder_2=text_encoder(tokenizer, projection=True),
         tokenizer_2=tokenizer,
     )

@@ -2,43 +2,20 @@
 
 import pytest
 import torch
-from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline
 
 from keylock_diffusers.concepts import BaseModel, Concept
 from keylock_diffusers.embedded.diffusion import build_tokenizer
-
-WIDTH = 32
+from tests.diffusers.compatibility import text_encoder, unet
 
 
 def build_tiny(seed=0, prediction_type="v_prediction"):
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=WIDTH,
-            intermediate_size=2 * WIDTH,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=tokenizer.model_max_length,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    encoder = text_encoder(tokenizer)
     # transformers starts embeddings at 0.02; a trained encoder's words differ far more.
-    torch.nn.init.normal_(text_encoder.get_input_embeddings().weight, std=0.5)
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        layers_per_block=1,
-        block_out_channels=(32, 64),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        attention_head_dim=4,
-        cross_attention_dim=WIDTH,
-        norm_num_groups=8,
-    )
+    torch.nn.init.normal_(encoder.get_input_embeddings().weight, std=0.5)
+    model = unet()
     vae = AutoencoderTiny(
         encoder_block_out_channels=(8, 8),
         decoder_block_out_channels=(8, 8),
@@ -48,15 +25,15 @@ def build_tiny(seed=0, prediction_type="v_prediction"):
     scheduler = DDIMScheduler(prediction_type=prediction_type, clip_sample=False, steps_offset=1)
     pipe = StableDiffusionPipeline(
         vae=vae,
-        text_encoder=text_encoder,
+        text_encoder=encoder,
         tokenizer=tokenizer,
-        unet=unet,
+        unet=model,
         scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    for module in (vae, text_encoder, unet):
+    for module in (vae, encoder, model):
         module.eval()
     pipe.set_progress_bar_config(disable=True)
     return pipe

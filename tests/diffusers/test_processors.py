@@ -4,7 +4,6 @@ import logging
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import (
     Attention,
     AttnProcessor,
@@ -16,6 +15,7 @@ import keylock_diffusers as kd
 from keylock_diffusers.concepts import cross_attention_layers
 from keylock_diffusers.personalization import Personalization
 from keylock_diffusers.processors import CrossAttnProcessor, SelfAttnProcessor, verify
+from tests.diffusers.compatibility import sdxl_unet
 
 
 def random(*shape, seed=0):
@@ -234,21 +234,7 @@ def test_install_needs_a_unet(wrong):
 
 def test_sdxls_unet_gives_the_same_picture():
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(32, 64),
-        layers_per_block=2,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=(2, 4),
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        transformer_layers_per_block=(1, 2),
-        projection_class_embeddings_input_dim=80,
-        cross_attention_dim=64,
-        norm_num_groups=8,
-    ).eval()
+    unet = sdxl_unet().eval()
     added = {"text_embeds": random(2, 32), "time_ids": random(2, 6)}
 
     def picture():
