@@ -18,7 +18,8 @@ from benchmarks.harness import DEVICE, QUICK, Addition, Case, Contestant, dtype_
 from keylock_diffusers import embedded
 from keylock_diffusers.concepts import cross_attention_layers
 from keylock_diffusers.image_streams import ImageUse
-from keylock_diffusers.personalization import ConceptUse, resolutions_of
+from keylock_diffusers.personalization import ConceptUse
+from keylock_diffusers.regions import resolutions_of
 from keylock_diffusers.testing import random_ip_adapter, random_unet
 
 if TYPE_CHECKING:

@@ -7,22 +7,27 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from keylock_diffusers.concepts import Concept, ConceptBank
+    from keylock_diffusers.fusion import FusedSubject, SubjectFusion
     from keylock_diffusers.generation import generate
     from keylock_diffusers.image_prompts import ImagePrompt
     from keylock_diffusers.image_streams import ImageUse
     from keylock_diffusers.personalization import ConceptUse, Personalization
     from keylock_diffusers.processors import install, uninstall
+    from keylock_diffusers.regions import Region
     from keylock_diffusers.requests import Request, RequestError, Use
 
 _HOME = {
     "Concept": "concepts",
     "ConceptBank": "concepts",
     "ConceptUse": "personalization",
+    "FusedSubject": "fusion",
     "ImagePrompt": "image_prompts",
     "ImageUse": "image_streams",
     "Personalization": "personalization",
+    "Region": "regions",
     "Request": "requests",
     "RequestError": "requests",
+    "SubjectFusion": "fusion",
     "Use": "requests",
     "generate": "generation",
     "install": "processors",
@@ -33,11 +38,14 @@ __all__ = [
     "Concept",
     "ConceptBank",
     "ConceptUse",
+    "FusedSubject",
     "ImagePrompt",
     "ImageUse",
     "Personalization",
+    "Region",
     "Request",
     "RequestError",
+    "SubjectFusion",
     "Use",
     "generate",
     "install",

@@ -11,6 +11,7 @@ from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from torch import Tensor
 
 from keylock_diffusers import text
+from keylock_diffusers.fusion import FusionUse, SubjectFusion, fuse
 
 if TYPE_CHECKING:
     from keylock_diffusers.personalization import ConceptUse
@@ -39,22 +40,29 @@ class BatchEncoder:
         orders: each row's request.
         plans: what was made of it.
         clip_skip: the pipeline's argument.
+        fusion: mixes the rows' subjects into their words.
     """
 
-    def __init__(self, pipe: Any, orders: Sequence[Request], plans: Sequence[Plan], clip_skip: int | None) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        orders: Sequence[Request],
+        plans: Sequence[Plan],
+        clip_skip: int | None,
+        fusion: SubjectFusion | None,
+    ) -> None:
         self._pipe, self._orders, self._plans, self._clip_skip = pipe, orders, plans, clip_skip
+        self._fusion = fusion
 
-    def positive(self, learned: Callable[[ConceptUse], bool]) -> Encodings:
-        """The rows' prompts; a concept that `learned` refuses is encoded as its super-class."""
-        words = [
-            [
-                {use.concept.placeholder: use.concept.word_embeddings[encoder] for use in plan.uses if learned(use)}
-                for plan in self._plans
-            ]
-            for encoder in range(len(text_encoders(self._pipe)))
-        ]
+    def positive(self, learned: Callable[[ConceptUse], bool], *, fused: bool = True) -> Encodings:
+        """The rows' prompts; a concept that `learned` refuses is encoded as its super-class.
+
+        Args:
+            learned: which concepts' words are encoded as they were learned.
+            fused: whether subjects are mixed into their words.
+        """
         given = [(order.prompt_embeds, order.pooled_prompt_embeds) for order in self._orders]
-        return self._encode([plan.prompts for plan in self._plans], given, words, self._clip_skip)
+        return self._positive([plan.prompts for plan in self._plans], given, learned, fused)
 
     def negative(self) -> Encodings:
         """The rows' negative prompts; where there is none, SDXL's pipelines may want zeros."""
@@ -71,6 +79,64 @@ class BatchEncoder:
                 if order.negative_prompt is None and order.negative_prompt_embeds is None:
                     given[row], prompts[row] = zeros, None
         return self._encode(prompts, given, None, None)
+
+    @property
+    def wordings(self) -> int:
+        """How many wordings of their own the regions of one row have at most, in either half of guidance."""
+        return max(len(half.own) for plan in self._plans for half in (plan.regions, plan.negative_regions))
+
+    def own_wordings(self, learned: Callable[[ConceptUse], bool], *, fused: bool = True) -> list[Tensor]:
+        """Per region of a row, what it reads [B, T, D]; a row without so many regions has its prompt's there."""
+        wordings = []
+        for region in range(self.wordings):
+            prompts = [
+                plan.regions.own[region] if region < len(plan.regions.own) else plan.prompts for plan in self._plans
+            ]
+            given = [(order.prompt_embeds, order.pooled_prompt_embeds) for order in self._orders]
+            wordings.append(self._positive(prompts, given, learned, fused).text)
+        return wordings
+
+    def own_negative_wordings(self, text: Tensor) -> list[Tensor]:  # [B, T, D]
+        """The same for the unconditional rows, whose text is given."""
+        wordings = []
+        for region in range(self.wordings):
+            prompts = [
+                plan.negative_regions.own[region] if region < len(plan.negative_regions.own) else None
+                for plan in self._plans
+            ]
+            wordings.append(self._encode(prompts, [(row, None) for row in text], None, None).text)
+        return wordings
+
+    def _positive(
+        self,
+        prompts: Sequence[tuple[text.TokenizedPrompt, ...] | None],
+        given: Sequence[tuple[Tensor | None, Tensor | None]],
+        learned: Callable[[ConceptUse], bool],
+        fused: bool,
+    ) -> Encodings:
+        words = [
+            [
+                {use.concept.placeholder: use.concept.word_embeddings[encoder] for use in plan.uses if learned(use)}
+                for plan in self._plans
+            ]
+            for encoder in range(len(text_encoders(self._pipe)))
+        ]
+        encoded = self._encode(prompts, given, words, self._clip_skip)
+        if self._fusion is None or not fused:
+            return encoded
+        rows = []
+        for plan, prompt in zip(self._plans, prompts, strict=True):
+            places = {
+                phrase: text.find(self._pipe.tokenizer, prompt[0], phrase) if prompt is not None else ()
+                for phrase, _ in plan.subjects
+            }
+            rows.append(
+                [
+                    FusionUse(tuple(dict.fromkeys(place[-1] for place in places[phrase])), embeds)
+                    for phrase, embeds in plan.subjects
+                ]
+            )
+        return encoded._replace(text=fuse(self._fusion, encoded.text, rows))
 
     def _encode(
         self,

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from keylock_diffusers.concepts import BaseModel, Concept
 from keylock_diffusers.encoding import BatchEncoder, lora_scale, text_encoders
+from keylock_diffusers.fusion import SubjectFusion
 from keylock_diffusers.image_prompts import ImageEncoder
 from keylock_diffusers.image_prompts import adapters as image_adapters
-from keylock_diffusers.personalization import Personalization
+from keylock_diffusers.personalization import ConceptUse, Personalization
 from keylock_diffusers.processors import verify
 from keylock_diffusers.processors.swap import unet_of
 from keylock_diffusers.requests import Plan, Request, RequestError, plan
@@ -48,6 +49,7 @@ def generate(
     scheduler: Any = None,
     max_batch: int = 16,
     image_lengths: Sequence[Sequence[int]] | None = None,
+    fusion: SubjectFusion | None = None,
     on_error: str = "raise",
     callback: Callable[..., Any] | None = None,
     strict: bool = False,
@@ -68,6 +70,7 @@ def generate(
         max_batch: images per call of the U-Net, before guidance doubles them.
         image_lengths: per IP-Adapter, the tokens of each image prompt that a row has room for, such as [[4, 4]];
             default as many as a batch needs. Given, a compiled U-Net runs any mix of them without recompiling.
+        fusion: mixes pictures of the requests' subjects into the words that name them.
         on_error: "raise": a request that cannot be drawn raises before any step; "return": the others are drawn and
             its place in the result holds the RequestError.
         callback: the pipeline's ``callback_on_step_end``. It must leave the rows and the adapters' scales alone;
@@ -117,7 +120,14 @@ def generate(
     for index, request in enumerate(requests):
         try:
             planned = plan(
-                pipe, request, bank=bank, base=base, images=images, image_lengths=image_lengths, strict=strict
+                pipe,
+                request,
+                bank=bank,
+                base=base,
+                images=images,
+                image_lengths=image_lengths,
+                fusion=fusion,
+                strict=strict,
             )
         except (ValueError, TypeError, KeyError, OSError) as error:
             failure = RequestError(index, request, str(error))
@@ -131,7 +141,7 @@ def generate(
     view = copy.copy(pipe)  # its own scheduler and per-call state; modules are shared
     for batch in _batches(view, rows, max_batch):
         view.scheduler = copy.deepcopy(pipe.scheduler if scheduler is None else scheduler)
-        drawn = _draw(view, batch, num_inference_steps, callback, image_lengths, dict(kwargs))
+        drawn = _draw(view, batch, num_inference_steps, callback, image_lengths, fusion, dict(kwargs))
         for row, image in zip(batch, drawn, strict=True):
             results[row.request][row.image] = image
     return [r[0] if isinstance(r, list) and len(r) == 1 else r for r in results]
@@ -161,6 +171,7 @@ def _draw(
     steps: int,
     callback: Any,
     image_lengths: Sequence[Sequence[int]] | None,
+    fusion: SubjectFusion | None,
     kwargs: dict[str, Any],
 ) -> list[Any]:
     device, dtype = pipe._execution_device, pipe.unet.dtype
@@ -168,28 +179,44 @@ def _draw(
     guided = rows[0].order.guidance_scale > 1 and not distilled
     attention = dict(kwargs.pop("cross_attention_kwargs", None) or {})
     plans = [row.plan for row in rows]
-    encoder = BatchEncoder(pipe, [row.order for row in rows], plans, kwargs.get("clip_skip"))
+    encoder = BatchEncoder(pipe, [row.order for row in rows], plans, kwargs.get("clip_skip"), fusion)
     index = torch.arange(len(rows))
     images = [plan.images for plan in plans]
+    regions = [plan.regions.row for plan in plans]
     if guided:  # the row layout of diffusers' guidance
         index = torch.cat([torch.full_like(index, -1), index])
         images = [plan.negative_images for plan in plans] + images
+        regions = [plan.negative_regions.row for plan in plans] + regions
+    starts = [row.order.subject_start if row.plan.uses or row.plan.subjects else 0.0 for row in rows]
     with lora_scale(pipe, attention.get("scale")):
         positive = encoder.positive(learned=lambda use: True)
-        keys = None
-        if any(use.lock == "global" for plan in plans for use in plan.uses):
-            keys = encoder.positive(learned=lambda use: use.lock == "local").text
         negative = encoder.negative() if guided else None
 
         def stacked(half: Tensor) -> Tensor:
             return (half if negative is None else torch.cat([negative.text, half])).to(device, dtype)
 
-        personalization = Personalization([plan.uses for plan in plans], index, images, image_lengths).prepare(
+        others = [] if negative is None else encoder.own_negative_wordings(negative.text)
+
+        def read(learned: Callable[[ConceptUse], bool], fused: bool = True) -> Tensor:
+            """What keys or values read: the prompts, and after them the wordings that regions have of their own."""
+            own = encoder.own_wordings(learned, fused=fused)
+            if others:
+                own = [torch.cat(halves) for halves in zip(others, own, strict=True)]
+            halves = [stacked(encoder.positive(learned, fused=fused).text), *(o.to(device, dtype) for o in own)]
+            return torch.cat(halves, 1)
+
+        text = stacked(positive.text)
+        locked = any(use.lock == "global" for plan in plans for use in plan.uses)
+        personalization = Personalization(
+            [plan.uses for plan in plans], index, images, image_lengths, regions, starts
+        ).prepare(
             pipe,
-            stacked(positive.text),
-            None if keys is None else stacked(keys),
+            text,
+            read(lambda use: use.lock == "local") if locked else None,
+            read_text=read(lambda use: True) if encoder.wordings else None,
+            early_text=read(lambda use: False, fused=False) if any(starts) else None,
             latent_size=_latent_size(pipe, kwargs),
-            steps=_count_steps(pipe, steps, kwargs) if any(plan.images for plan in plans) else steps,
+            steps=_count_steps(pipe, steps, kwargs) if any(starts) or any(plan.images for plan in plans) else steps,
         )
     if positive.pooled is not None:
         kwargs["pooled_prompt_embeds"] = positive.pooled

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
 from diffusers.models.embeddings import (
@@ -16,10 +15,10 @@ from diffusers.models.embeddings import (
     IPAdapterFaceIDPlusImageProjection,
     MultiIPAdapterImageProjection,
 )
-from PIL import Image
 from torch import Tensor
 
 from keylock_diffusers.image_streams import ImageUse
+from keylock_diffusers.regions import read_mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +117,16 @@ def adapters(unet: Any) -> list[Any]:
     return list(projection.image_projection_layers) if isinstance(projection, MultiIPAdapterImageProjection) else []
 
 
+def layer_numbers(unet: Any) -> dict[str, int]:
+    """The number that an IP-Adapter's file has for each layer it attends in, by the layer's name."""
+    names = [
+        name.removesuffix(".processor")
+        for name in unet.attn_processors
+        if not name.endswith("attn1.processor") and "motion_modules" not in name and not name.startswith("encoder_hid")
+    ]
+    return {name: 2 * place + 1 for place, name in enumerate(names)}
+
+
 class ImageEncoder:
     """Turns image prompts into rows' image tokens; each prompt is encoded and projected once, and by itself.
 
@@ -211,19 +220,11 @@ def _or_zeros(negative: Any, positive: Any) -> Any:
 def _region(region: Any) -> Tensor | None:  # [height, width] float32
     if region is None:
         return None
-    if isinstance(region, Image.Image):
-        region = torch.from_numpy(np.asarray(region.convert("L"), dtype=np.float32) / 255)
-    if isinstance(region, np.ndarray):
-        region = torch.from_numpy(region)
-    if not isinstance(region, Tensor):
-        raise TypeError(f"region of an image prompt must be a picture or a tensor, got {type(region).__name__}")
-    if region.ndim != 2 or not region.numel():
-        raise ValueError(f"region of an image prompt must be [height, width], got {list(region.shape)}")
-    if not region.is_floating_point():
-        region = region.float() / (255 if region.dtype == torch.uint8 else 1)
-    if not region.isfinite().all():
-        raise ValueError("region of an image prompt must hold finite numbers, got NaN or infinity")
-    return region.float()
+    what = "region of an image prompt"
+    read = read_mask(region, what)
+    if not read.any():
+        raise ValueError(f"{what} must not be empty, got zeros alone")
+    return read
 
 
 def _is_number(value: Any) -> bool:

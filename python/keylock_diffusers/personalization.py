@@ -1,10 +1,10 @@
-"""What one batch carries: each row's concepts and image prompts, and the keys and values they give."""
+"""What one batch carries: each row's concepts, image prompts and regions, and the keys and values they give."""
 
 from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,15 @@ import torch
 from torch import Tensor
 
 from keylock_diffusers import edits
+from keylock_diffusers.buffers import filled, filled_pairs, version_of, versions_of
 from keylock_diffusers.concepts import Concept, cross_attention_layers
 from keylock_diffusers.image_streams import ImageRouting, ImageUse, projected_images
 from keylock_diffusers.processors.images import ImageStreams
 from keylock_diffusers.processors.swap import unet_of
+from keylock_diffusers.regions import RegionRouting, RowRegions, resolutions_of
 from keylock_kernels.ops.precision import accumulate_dtype
+
+_Pairs = dict[str, tuple[Tensor, Tensor]]  # a layer's keys and values
 
 
 @dataclass(frozen=True)
@@ -46,10 +50,13 @@ class Personalization:
         images: per row of the U-Net's batch, its image prompts, of unconditional rows too; None: no row has any.
         image_lengths: per adapter, the tokens of each image stream that a batch has room for; default as many as
             `images` need. Given, all shapes are the same whatever the rows carry.
+        regions: per row of the U-Net's batch, where its words may be seen from; None: everywhere in every row.
+        starts: per prompt, the share of the steps that are drawn before its concepts count (delayed subject
+            conditioning: FastComposer's 1 - alpha); None: 0 for all.
 
     Raises:
-        ValueError: a row index outside [-1, len(uses)), one prompt that uses the same concept twice, or images that do
-            not fit.
+        ValueError: a row index outside [-1, len(uses)), one prompt that uses the same concept twice, or images,
+            regions or starts that do not fit.
     """
 
     def __init__(
@@ -58,6 +65,8 @@ class Personalization:
         row_index: Tensor,
         images: Sequence[Sequence[ImageUse]] | None = None,
         image_lengths: Sequence[Sequence[int]] | None = None,
+        regions: Sequence[RowRegions] | None = None,
+        starts: Sequence[float] | None = None,
     ) -> None:
         self.kv: dict[str, tuple[Tensor, Tensor]] = {}
         self._spare: dict[str, tuple[Tensor, Tensor]] = {}  # buffers of the users before
@@ -69,17 +78,22 @@ class Personalization:
         self._image_weights: dict[tuple[int, int], Tensor] = {}
         self._masks: dict[int, Tensor] = {}
         self._sizes: dict[int, tuple[int, int]] = {}  # height and width, by number of pixels
+        self._key_regions: Tensor | None = None
+        self._query_regions: dict[int, Tensor] = {}
+        self._phases: tuple[_Pairs, _Pairs] | None = None  # keys and values before and after the rows' starts
         self._sources: list[tuple[str, Any, int | None]] = []
         self._seen: tuple[Any, int | None] | None = None  # the text a layer was given last, and its version
         self._step = (0, 1)
         self._text: Tensor | None = None
-        self.assign(uses, row_index, images)
+        self.assign(uses, row_index, images, regions, starts)
 
     def assign(
         self,
         uses: Sequence[Sequence[ConceptUse]],
         row_index: Tensor,
         images: Sequence[Sequence[ImageUse]] | None = None,
+        regions: Sequence[RowRegions] | None = None,
+        starts: Sequence[float] | None = None,
     ) -> Personalization:
         """Gives the batch to other users; `prepare` must follow and keeps the buffers whose shapes have not changed.
 
@@ -97,14 +111,23 @@ class Personalization:
                 f"Personalization: row_index must lie in [-1, {len(uses)}), "
                 f"got {int(row_index.min())} to {int(row_index.max())}"
             )
-        if images is not None and len(images) != len(row_index):
-            raise ValueError(f"Personalization: images must be given for {len(row_index)} rows, got {len(images)}")
+        for name, given, count in (
+            ("images", images, len(row_index)),
+            ("regions", regions, len(row_index)),
+            ("starts", starts, len(uses)),
+        ):
+            if given is not None and len(given) != count:
+                raise ValueError(f"Personalization: {name} must be given for {count} rows, got {len(given)}")
+        if not all(0 <= start <= 1 for start in starts or ()):
+            raise ValueError(f"Personalization: starts must lie in [0, 1], got {starts}")
         rows = [list(row) for row in uses]
         concepts = list({id(use.concept): use.concept for row in rows for use in row}.values())
         for row in rows:
             _gates_of([row], concepts)
         routing = ImageRouting(images or [()] * len(row_index), self._image_lengths)
         self.row_index, self._uses, self._concepts, self._routing = row_index, rows, concepts, routing
+        self._regions = RegionRouting(regions or [RowRegions()] * len(row_index))
+        self._starts = [0.0] * len(rows) if starts is None else list(starts)
         self._spare, self.kv = self.kv or self._spare, {}  # nothing can be read before `prepare`
         return self
 
@@ -115,6 +138,8 @@ class Personalization:
         text: Tensor,
         key_text: Tensor | None = None,
         *,
+        read_text: Tensor | None = None,
+        early_text: Tensor | None = None,
         latent_size: tuple[int, int] | None = None,
         steps: int = 1,
     ) -> Personalization:
@@ -123,10 +148,14 @@ class Personalization:
         Args:
             pipe: the pipeline or U-Net whose layers are projected.
             text: the encodings the U-Net is given, [B, T, D], one row per entry of ``row_index``.
-            key_text: what keys read where that differs (global key-locking), [B, T, D].
+            key_text: what keys read where that differs (global key-locking), as `read_text`.
+            read_text: what keys and values read where that is more than the U-Net is given, [B, T', D]: the text, and
+                after it the wordings of regions that have their own. Default `text`.
+            early_text: what rows read before their start, as `read_text`, their subjects' super-classes in the
+                subjects' place; needed where one starts later than at 0.
             latent_size: (height, width) of the latents, which says at which resolutions regions are needed; without it
                 they are resized when a layer first asks, which a compiled step cannot do.
-            steps: of the generation, for image prompts that are switched on or off between steps (see `at_step`).
+            steps: of the generation, for what is switched on or off between steps (see `at_step`).
 
         Returns:
             This object; a second call fills what the first one made.
@@ -134,38 +163,78 @@ class Personalization:
         Raises:
             ValueError: the number of rows does not match, or the layers cannot hold what the rows carry.
         """
-        for name, tensor in (("text", text), ("key_text", key_text)):
+        given = {"text": text, "key_text": key_text, "read_text": read_text, "early_text": early_text}
+        for name, tensor in given.items():
             if tensor is not None and (tensor.ndim != 3 or len(tensor) != len(self.row_index)):
                 raise ValueError(
                     f"Personalization.prepare: {name} must be [{len(self.row_index)}, T, D], got {list(tensor.shape)}"
                 )
         self._spare, self.kv = self.kv or self._spare, {}  # nor if this fails
-        self._sources = _versions(self._read(key_text))
-        key_text = text if key_text is None else key_text
+        self._sources = versions_of(self._read(key_text))
+        read_text = text if read_text is None else read_text
+        key_text = read_text if key_text is None else key_text
+        for name, other in (("key_text", key_text), ("early_text", early_text)):
+            if other is not None and other.shape != read_text.shape:
+                raise ValueError(
+                    f"Personalization.prepare: {name} must be {list(read_text.shape)}, got {list(other.shape)}"
+                )
+        self._step = (0, steps)
+        if any(self._starts) and early_text is None:
+            raise ValueError("Personalization.prepare: early_text is needed for rows that start later, got None")
         unet = unet_of(pipe)
         hook: Any = getattr(unet, "_hf_hook", None)
         if type(hook).__name__ == "CpuOffload":  # whole-model offloading moves the U-Net in when it is called, or here
             hook.pre_forward(unet)
         layers = cross_attention_layers(unet)
-        key_edits = self._edits(key_text, locks=("local",))
-        value_edits = self._edits(text, locks=("local", "global"))
+        projected = self._project(layers, read_text, key_text, early=False)
+        self._phases = None
+        if early_text is not None and any(self._starts):
+            early = self._project(layers, early_text, early_text, early=True)
+            self._phases = early, {name: (key.clone(), value.clone()) for name, (key, value) in projected.items()}
+            projected = self._current()
+        sizes = resolutions_of(unet, layers, latent_size)
+        self._sizes = {math.prod(size): size for size in sizes.values()}
+        self._prepare_images(layers, text, sizes)
+        self._prepare_regions(read_text)
+        self._text = filled(self._text, text.clone())
+        self._seen = weakref.ref(text), version_of(text)
+        self.kv, self._spare = filled_pairs(self._spare, projected), {}
+        return self
+
+    def _project(self, layers: Mapping[str, Any], text: Tensor, key_text: Tensor, *, early: bool) -> _Pairs:
+        """Every layer's keys and values; `early`: before the rows' starts."""
+        key_edits = self._edits(key_text, ("local",), early)
+        value_edits = self._edits(text, ("local", "global"), early)
         edited = key_edits is not None or value_edits is not None
         tables = self._tables(layers, text) if edited else {}
-        projected = edits.project_layers(layers, (key_text, text), tables, (key_edits, value_edits))
-        self._prepare_images(unet, layers, text, latent_size, steps)
-        self._text = _filled(self._text, text.clone())
-        self._seen = weakref.ref(text), _version(text)
-        self.kv, self._spare = _filled_pairs(self._spare, projected), {}
-        return self
+        return edits.project_layers(layers, (key_text, text), tables, (key_edits, value_edits))
+
+    def _current(self) -> _Pairs:
+        """Keys and values of the current step, each row's own of its two phases."""
+        if self._phases is None:
+            return self.kv
+        early, late = self._phases
+        waiting = torch.tensor(self._waiting(*self._step), device=next(iter(late.values()))[0].device)[:, None, None]
+        return {
+            name: (torch.where(waiting, early[name][0], key), torch.where(waiting, early[name][1], value))
+            for name, (key, value) in late.items()
+        }
+
+    def _waiting(self, step: int, steps: int) -> tuple[bool, ...]:
+        """Which rows' subjects do not count yet in a step."""
+        return tuple(row >= 0 and step / steps < self._starts[row] for row in self.row_index.tolist())
 
     @property
     def scheduled(self) -> bool:
         """Whether `at_step` must be called between steps."""
-        return self._routing.scheduled
+        return self._routing.scheduled or any(self._starts)
 
     @torch.no_grad()
     def at_step(self, step: int, steps: int) -> None:
-        """Puts every image prompt's weight for one step in place, by its start and end.
+        """Puts in place what counts in one step: image prompts by their start and end, rows' subjects by their start.
+
+        A row's subjects count from the step s (from 0) on for which s / steps is at least its start, which is step
+        (1 - alpha) * steps of FastComposer's paper; its code compares with <=, and starts one step later.
 
         Args:
             step: the step that comes next, from 0.
@@ -175,6 +244,8 @@ class Personalization:
         if self._routing.active(*before) != self._routing.active(*self._step):
             for group, pixels in list(self._image_weights):
                 self._weigh(group, pixels)
+        if self._waiting(*before) != self._waiting(*self._step):
+            self.kv = filled_pairs(self.kv, self._current())
 
     def keys_and_values(self, layer: str, rows: int, text: Tensor | None) -> tuple[Tensor, Tensor]:
         """A layer's prepared keys and values [B, T, C].
@@ -194,9 +265,10 @@ class Personalization:
                 f"Personalization: nothing was prepared for layer {layer!r}; call prepare(pipe, text) first"
             )
         key, value = self.kv[layer]
-        if key.shape[0] != rows or (text is not None and text.shape[:2] != key.shape[:2]):
+        tokens = key.shape[1] if self._text is None else self._text.shape[1]
+        if key.shape[0] != rows or (text is not None and text.shape[:2] != (rows, tokens)):
             raise ValueError(
-                f"Personalization: prepared for {list(key.shape[:2])} rows and tokens, but {layer} runs on {rows} rows"
+                f"Personalization: prepared for {[len(key), tokens]} rows and tokens, but {layer} runs on {rows} rows"
                 + ("" if text is None else f" with text {list(text.shape)}")
             )
         if self._text is not None and not torch.compiler.is_compiling():
@@ -225,11 +297,33 @@ class Personalization:
         key, value = self.image_kv[layer]
         return ImageStreams(key, value, self._routing.flat_lengths, self._image_weights[group, at], self._image_bias)
 
+    def text_regions(self, layer: str, pixels: int) -> tuple[Tensor, Tensor] | None:
+        """Which regions a layer's [N] pixels lie in and its tokens are seen from; None where no row has a region.
+
+        Returns:
+            Bitfields int32 [B, N] and [B, T]: see `keylock_kernels.localized_attention`.
+
+        Raises:
+            ValueError: regions were not prepared at this resolution, and the step is being compiled, or the
+                resolution cannot be told from the number of pixels.
+        """
+        if self._key_regions is None:
+            return None
+        if pixels not in self._query_regions:
+            if torch.compiler.is_compiling():
+                raise ValueError(
+                    f"Personalization: no regions were prepared for {pixels} pixels; give prepare the latent_size"
+                )
+            self._query_regions[pixels] = self._bits(pixels, self._key_regions.device)
+        return self._query_regions[pixels], self._key_regions
+
     def tensors(self) -> list[Tensor]:
         """Everything that stays in memory for a generation."""
         pairs = [*self.kv.values(), *self.image_kv.values()]
-        single = [t for t in (self._text, self._image_bias) if t is not None]
-        return [*(t for pair in pairs for t in pair), *self._image_weights.values(), *self._masks.values(), *single]
+        single = [t for t in (self._text, self._image_bias, self._key_regions) if t is not None]
+        pairs += [pair for phase in self._phases or () for pair in phase.values()]
+        by_size = [t for held in (self._image_weights, self._masks, self._query_regions) for t in held.values()]
+        return [*(t for pair in pairs for t in pair), *by_size, *single]
 
     def _read(self, key_text: Tensor | None) -> dict[str, list[Tensor]]:
         """The tensors beside the text that what was prepared depends on, by what they belong to."""
@@ -241,16 +335,19 @@ class Personalization:
         }  # fmt: skip
         for number, use in enumerate(self._routing.uses):
             sources[f"image prompt {number}"] = [use.tokens, *([] if use.region is None else [use.region])]
+        for row, regions in enumerate(self._regions.rows):
+            if regions.uses:
+                sources[f"a region of row {row}"] = [use.mask for use in regions.uses]
         return sources if key_text is None else {**sources, "key_text": [key_text]}
 
     def _check_sources(self) -> None:
-        for name, tensor, version in self._sources:
+        for name, tensor, seen in self._sources:
             found = tensor()
-            if found is not None and _version(found) != version:
+            if found is not None and version_of(found) != seen:
                 raise ValueError(f"Personalization: {name} was written to after it was prepared; prepare it again")
 
     def _check_text(self, layer: str, text: Tensor, prepared: Tensor) -> None:
-        version = _version(text)
+        version = version_of(text)
         if self._seen is not None and self._seen[0]() is text:
             # Inference tensors do not count how often they were written to: those are compared once a step.
             if version == self._seen[1] and (version is not None or layer != next(iter(self.kv))):
@@ -259,39 +356,49 @@ class Personalization:
             raise ValueError(f"Personalization: {layer} was given another text than was prepared; prepare it again")
         self._seen = weakref.ref(text), version
 
-    def _prepare_images(
-        self,
-        unet: Any,
-        layers: Mapping[str, Any],
-        text: Tensor,
-        latent_size: tuple[int, int] | None,
-        steps: int,
-    ) -> None:
-        routing, self._step = self._routing, (0, steps)
+    def _prepare_regions(self, text: Tensor) -> None:
+        if not self._regions.any:
+            self._key_regions, self._query_regions = None, {}
+            return
+        self._key_regions = filled(self._key_regions, self._regions.key_regions(text.shape[1]).to(text.device))
+        self._query_regions = {
+            pixels: filled(self._query_regions.get(pixels), self._bits(pixels, text.device)) for pixels in self._sizes
+        }
+
+    def _bits(self, pixels: int, device: torch.device) -> Tensor:
+        size = self._sizes.get(pixels)
+        if size is None:  # the aspect ratio of the picture is that of the first mask, as diffusers guesses it
+            height, width = next(row.uses[0].mask.shape for row in self._regions.rows if row.uses)
+            rows = max(1, round(math.sqrt(pixels * height / width)))
+            size = rows, pixels // rows
+            if math.prod(size) != pixels:
+                raise ValueError(f"Personalization: {pixels} pixels are no picture of {size}; give prepare latent_size")
+        return self._regions.query_regions(size).to(device)
+
+    def _prepare_images(self, layers: Mapping[str, Any], text: Tensor, sizes: Mapping[str, tuple[int, int]]) -> None:
+        routing = self._routing
         if not routing.flat_lengths:
             self.image_kv, self._image_weights, self._image_groups, self._image_bias = {}, {}, {}, None
-            self._masks, self._sizes = {}, {}
+            self._masks = {}
             return
         places = routing.places().to(text.device)
         projected = {name: projected_images(attn, routing.uses, places, text) for name, attn in layers.items()}
-        self.image_kv = _filled_pairs(self.image_kv, projected)
+        self.image_kv = filled_pairs(self.image_kv, projected)
         dtype = accumulate_dtype(text.dtype)
         bias = routing.key_bias(dtype)
-        self._image_bias = None if bias is None else _filled(self._image_bias, bias.to(text.device))
+        self._image_bias = None if bias is None else filled(self._image_bias, bias.to(text.device))
         # Layers whose streams count equally share their weights, but never where that could change between users.
         patterns = {name: name if routing.fixed else routing.scale_pattern(name) for name in layers}
         numbers = {pattern: number for number, pattern in enumerate(dict.fromkeys(patterns.values()))}
         self._image_groups = {name: numbers[pattern] for name, pattern in patterns.items()}
         self._layer_of = {group: name for name, group in self._image_groups.items()}
-        sizes = resolutions_of(unet, layers, latent_size)
-        self._sizes = {math.prod(size): size for size in sizes.values()}
         resolutions = {name: math.prod(size) for name, size in sizes.items()}
         if not routing.per_pixel:
             resolutions = dict.fromkeys(layers, 0)
         wanted = {(self._image_groups[name], pixels) for name, pixels in resolutions.items()}
         self._image_weights = {key: tensor for key, tensor in self._image_weights.items() if key in wanted}
         self._masks = {
-            pixels: _filled(self._masks.get(pixels), routing.masks(pixels, self._sizes[pixels], dtype).to(text.device))
+            pixels: filled(self._masks.get(pixels), routing.masks(pixels, self._sizes[pixels], dtype).to(text.device))
             for pixels in sorted({pixels for _, pixels in wanted} - {0})
         }
         for group, pixels in sorted(wanted):
@@ -306,12 +413,15 @@ class Personalization:
             if pixels not in self._masks:
                 self._masks[pixels] = self._routing.masks(pixels, None, dtype).to(like.device)
             weights = weights[..., None] * self._masks[pixels]
-        self._image_weights[group, pixels] = _filled(self._image_weights.get((group, pixels)), weights)
+        self._image_weights[group, pixels] = filled(self._image_weights.get((group, pixels)), weights)
 
-    def _edits(self, text: Tensor, locks: tuple[str, ...]) -> edits.Edit | None:
-        """The edit of the rows' concepts with one of `locks`; None if there are none."""
-        rows = [
-            [use for use in self._uses[row] if use.lock in locks] if row >= 0 else [] for row in self.row_index.tolist()
+    def _edits(self, text: Tensor, locks: tuple[str, ...], early: bool) -> edits.Edit | None:
+        """The edit of the rows' concepts with one of `locks`, before or after their starts; None if there are none."""
+        rows: list[list[ConceptUse]] = [
+            [use for use in self._uses[row] if use.lock in locks]
+            if row >= 0 and not (early and self._starts[row])
+            else []
+            for row in self.row_index.tolist()
         ]
         if not any(rows):
             return None
@@ -331,52 +441,6 @@ class Personalization:
             name: edits.tables(attn, targets, supers, torch.stack([value[name] for value in values]).to(device), dtype)
             for name, attn in layers.items()
         }
-
-
-def _version(tensor: Tensor) -> int | None:
-    """How often a tensor was written to; None for inference tensors, which do not count it."""
-    return None if tensor.is_inference() else tensor._version
-
-
-def _versions(sources: Mapping[str, Sequence[Tensor]]) -> list[tuple[str, Any, int | None]]:
-    return [(name, weakref.ref(tensor), _version(tensor)) for name, tensors in sources.items() for tensor in tensors]
-
-
-def _filled(buffer: Tensor | None, value: Tensor) -> Tensor:
-    """The buffer with this value, or the value itself where it does not fit."""
-    if buffer is None or any(
-        of(buffer) != of(value)
-        for of in (lambda t: t.shape, lambda t: t.dtype, lambda t: t.device, Tensor.is_inference)
-    ):
-        return value
-    return buffer.copy_(value)
-
-
-def _filled_pairs(
-    buffers: Mapping[str, tuple[Tensor, Tensor]], values: Mapping[str, tuple[Tensor, Tensor]]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    filled = {}
-    for name, (key, value) in values.items():
-        before = buffers.get(name, (None, None))
-        filled[name] = _filled(before[0], key), _filled(before[1], value)
-    return filled
-
-
-def resolutions_of(unet: Any, layers: Iterable[str], latent_size: tuple[int, int] | None) -> dict[str, tuple[int, int]]:
-    """Height and width that each layer runs at: every level of a U-Net is half as high and wide as the one above."""
-    if latent_size is None:
-        return {}
-    last = len(unet.config.block_out_channels) - 1
-
-    def level(layer: str) -> int:
-        block, _, rest = layer.partition(".")
-        if block not in ("down_blocks", "up_blocks"):
-            return last
-        number = int(rest.partition(".")[0])
-        return number if block == "down_blocks" else last - number
-
-    height, width = latent_size
-    return {layer: (-(-height // 2 ** level(layer)), -(-width // 2 ** level(layer))) for layer in layers}
 
 
 def _gates_of(rows: Sequence[Sequence[ConceptUse]], concepts: Sequence[Concept]) -> tuple[edits.Gates, Tensor]:

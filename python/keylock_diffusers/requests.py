@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from keylock_diffusers import image_prompts, text
+from keylock_diffusers import image_prompts, regions, text
 from keylock_diffusers.concepts import BaseModel, Concept
 from keylock_diffusers.encoding import text_encoders
+from keylock_diffusers.fusion import FusedSubject, SubjectFusion, encode_subject
 from keylock_diffusers.image_prompts import ImageEncoder, ImagePrompt
 from keylock_diffusers.image_streams import ImageRouting, ImageUse
 from keylock_diffusers.personalization import ConceptUse, Personalization
+from keylock_diffusers.regions import PromptRegions, Region
 
 _LOCKS = ("local", "global")
 
@@ -31,6 +33,7 @@ class Use:
         strength: 1 is the concept as trained, 0 exactly its absence.
         lock: "local": keys are locked to the super-class token by token; "global": all keys are those of the prompt
             with the super-class in the concept's place, which follows the prompt more and the subject less.
+        region: where the concept's word may be seen, as a `Region`'s mask; default everywhere.
     """
 
     concept: str | Concept
@@ -38,6 +41,7 @@ class Use:
     tau: float | None = None
     strength: float = 1.0
     lock: str = "local"
+    region: Any = None  # [height, width]
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,16 @@ class Request:
         guidance_scale: weight of the prompt; 1 or less is without guidance.
         concepts: what the prompt's placeholders stand for.
         image_prompts: pictures that the drawn one should resemble, through the pipeline's IP-Adapters.
+        subjects: pictures of what words of the prompt name, through `generate`'s fusion module.
+        subject_start: the share of the steps that are drawn before concepts and subjects count, their super-classes or
+            plain words in their place: 1 - alpha of FastComposer's delayed subject conditioning (alpha 0.6 to 0.8).
+        regions: where words of the prompt may be seen.
+        negative_regions: the same for the negative prompt; without them it is seen everywhere.
+        endings: in a picture with regions, what becomes of the prompt's end token and padding. They carry all of its
+            words, so that masking the words alone lets subjects bleed into each other. "own": each region reads a
+            wording of its own, the whole prompt with its words in the place of every region's ("a cat and a dog" as "a
+            cat and a cat"), and the rest of the picture reads the prompt; "everywhere", "outside" (where no region is)
+            and "hidden": where they are seen, while regions' words are masked. docs/localization.md compares them.
         seed: of the first image; image k takes seed + k. None: a different picture every time.
         num_images: how many.
     """
@@ -67,6 +81,11 @@ class Request:
     guidance_scale: float = 7.5
     concepts: Sequence[Use | str | Concept] = ()
     image_prompts: Sequence[ImagePrompt] = ()
+    subjects: Sequence[FusedSubject] = ()
+    subject_start: float = 0.0
+    regions: Sequence[Region] = ()
+    negative_regions: Sequence[Region] = ()
+    endings: str = "own"
     seed: int | None = None
     num_images: int = 1
 
@@ -91,6 +110,9 @@ class Plan:
     negatives: tuple[text.TokenizedPrompt, ...] | None
     images: tuple[ImageUse, ...]
     negative_images: tuple[ImageUse, ...]  # of the unconditional half; none without guidance
+    subjects: tuple[tuple[str, Tensor], ...]  # words of the prompt, and the encoding [D] of what they name
+    regions: PromptRegions
+    negative_regions: PromptRegions
 
 
 def plan(
@@ -101,6 +123,7 @@ def plan(
     base: BaseModel | None,
     images: ImageEncoder,
     image_lengths: Sequence[Sequence[int]] | None,
+    fusion: SubjectFusion | None,
     strict: bool,
 ) -> Plan:
     """Looks up, tokenizes and checks everything a request names, and encodes its images.
@@ -149,7 +172,63 @@ def plan(
     drawn = tuple(images.use(image) for image in request.image_prompts)
     ImageRouting([drawn], image_lengths)  # raises here what would fail the whole batch
     absent = tuple(images.use(image, negative=True) for image in request.image_prompts if guidance > 1)
-    return Plan(uses, prompts, negatives, drawn, absent)
+    start = request.subject_start
+    if isinstance(start, bool) or not isinstance(start, (int, float)) or not 0 <= start <= 1:
+        raise ValueError(f"subject_start must lie in [0, 1], got {start!r}")
+    subjects = _subjects(pipe, request, prompts, fusion)
+    return Plan(uses, prompts, negatives, drawn, absent, subjects, *_regions(pipe, request, uses, prompts, negatives))
+
+
+def _subjects(
+    pipe: Any, request: Request, prompts: tuple[text.TokenizedPrompt, ...] | None, fusion: SubjectFusion | None
+) -> tuple[tuple[str, Tensor], ...]:
+    """The words that the request's subjects are fused into, and the subjects' encodings."""
+    if not isinstance(request.subjects, (list, tuple)):
+        raise TypeError(f"subjects must be a list, got {type(request.subjects).__name__}")
+    made = []
+    taken: set[int] = set()
+    for subject in request.subjects:
+        embeds = encode_subject(subject, pipe, fusion)
+        if prompts is None or len(prompts) > 1:
+            raise ValueError("subjects need a prompt, not prompt_embeds, and a pipeline with one text encoder")
+        places = text.find(pipe.tokenizer, prompts[0], subject.prompt)
+        if not places:
+            raise ValueError(f"the words {subject.prompt!r} of a FusedSubject are not in the prompt")
+        tokens = {place[-1] for place in places}
+        if tokens & taken:
+            raise ValueError(f"two of its subjects are fused into the same word {subject.prompt!r}")
+        taken |= tokens
+        made.append((subject.prompt, embeds))
+    return tuple(made)
+
+
+def _regions(
+    pipe: Any,
+    request: Request,
+    uses: Sequence[ConceptUse],
+    prompts: tuple[text.TokenizedPrompt, ...] | None,
+    negatives: tuple[text.TokenizedPrompt, ...] | None,
+) -> tuple[PromptRegions, PromptRegions]:
+    """Regions of the prompt, those of its concepts and subjects among them, and of the negative prompt."""
+    for name in ("regions", "negative_regions"):
+        if not isinstance(getattr(request, name), (list, tuple)):
+            raise TypeError(f"{name} must be a list, got {type(getattr(request, name)).__name__}")
+    of_concepts = [
+        Region(order.region, use.concept.placeholder)
+        for order, use in zip(request.concepts, uses, strict=True)
+        if isinstance(order, Use) and order.region is not None
+    ]
+    of_subjects = [Region(subject.region, subject.prompt) for subject in request.subjects if subject.region is not None]
+    given = [*request.regions, *of_concepts, *of_subjects]
+    halves = []
+    for name, half, tokenized, embeds in (
+        ("regions", given, prompts, request.prompt_embeds),
+        ("negative_regions", list(request.negative_regions), negatives, request.negative_prompt_embeds),
+    ):
+        length = pipe.tokenizer.model_max_length if embeds is None else embeds.shape[0]
+        tokenizers = [tokenizer for tokenizer, _ in text_encoders(pipe)]
+        halves.append(regions.resolve(half, tokenized, length, tokenizers, request.endings, name))
+    return halves[0], halves[1]
 
 
 def _check_encodings(pipe: Any, request: Request) -> None:

@@ -15,6 +15,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0, IP
 from torch import Tensor
 
 from keylock_diffusers.concepts import cross_attention_layers
+from keylock_diffusers.image_prompts import layer_numbers
 from keylock_diffusers.processors.attention import (
     ATTENTION_OF_IMAGES,
     ATTENTION_OF_TEXT,
@@ -286,12 +287,7 @@ def random_ip_adapter(unet: Any, projection: str = "base", *, width: int = 32, s
         image_proj = {**linear("proj.0", 2 * width, width), **linear("proj.2", 4 * 64, 2 * width), **norm("norm", 64)}
         image_proj.update(resampler("perceiver_resampler.", 64))
     layers: dict[str, Tensor] = {}
-    number = 1
-    for name in unet.attn_processors:
-        if name.endswith("attn1.processor") or "motion_modules" in name or name.startswith("encoder_hid_proj"):
-            continue
-        attn = unet.get_submodule(name.removesuffix(".processor"))
+    for name, number in layer_numbers(unet).items():
         for side in ("to_k_ip", "to_v_ip"):
-            layers.update(linear(f"{number}.{side}", attn.inner_dim, dim, bias=False))
-        number += 2
+            layers.update(linear(f"{number}.{side}", unet.get_submodule(name).inner_dim, dim, bias=False))
     return {"image_proj": image_proj, "ip_adapter": layers}

@@ -30,6 +30,12 @@ class TokenizedPrompt:
     ids: tuple[int, ...]  # padded to the tokenizer's length
     attention: tuple[int, ...]  # 1 for a token, 0 for padding
     words: tuple[tuple[int, str], ...]  # (position, placeholder) of each learned word
+    spans: tuple[tuple[int, int, str], ...] = ()  # (first, last + 1, placeholder) of each super-class's tokens
+
+    @property
+    def ending(self) -> tuple[int, ...]:
+        """The positions of the end token and the padding."""
+        return tuple(range(sum(self.attention) - 1, len(self.ids)))
 
 
 def tokenize(tokenizer: Any, prompt: str, super_classes: Mapping[str, str] | None = None) -> TokenizedPrompt:
@@ -57,24 +63,36 @@ def tokenize(tokenizer: Any, prompt: str, super_classes: Mapping[str, str] | Non
 
     ids: list[int] = []
     words: list[tuple[int, str]] = []
+    spans: list[tuple[int, int, str]] = []
     start = 0
     for match in PLACEHOLDER.finditer(prompt):
         placeholder = match.group().lower()
         if placeholder in super_classes:
             ids += _ids(tokenizer, prompt[start : match.start()])
+            first = len(ids) + 1
             ids += super_class_ids(tokenizer, super_classes[placeholder])
+            spans.append((first, len(ids) + 1, placeholder))
             words.append((len(ids), placeholder))  # the last of the super-class's tokens, counted with BOS
             start = match.end()
     ids += _ids(tokenizer, prompt[start:])
 
+    return _padded(tokenizer, ids, words, spans, repr(prompt))
+
+
+def _padded(
+    tokenizer: Any,
+    ids: Sequence[int],
+    words: Sequence[tuple[int, str]],
+    spans: Sequence[tuple[int, int, str]],
+    name: str,
+) -> TokenizedPrompt:
+    """A prompt of the tokens between start and end; words and spans count the start token."""
     length = tokenizer.model_max_length
     if len(ids) > length - 2:
         cut = [placeholder for position, placeholder in words if position > length - 2]
         if cut:
-            raise ValueError(
-                f"prompt {prompt!r}: {cut[0]} lies beyond the {length - 2} tokens that the text encoder reads"
-            )
-        logger.warning("prompt %r is cut after %d tokens", prompt, length - 2)
+            raise ValueError(f"prompt {name}: {cut[0]} lies beyond the {length - 2} tokens that the text encoder reads")
+        logger.warning("prompt %s is cut after %d tokens", name, length - 2)
         ids = ids[: length - 2]
     ids = [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
     padding = length - len(ids)
@@ -82,7 +100,77 @@ def tokenize(tokenizer: Any, prompt: str, super_classes: Mapping[str, str] | Non
         ids=(*ids, *[tokenizer.pad_token_id] * padding),
         attention=(1,) * len(ids) + (0,) * padding,
         words=tuple(words),
+        spans=tuple(spans),
     )
+
+
+def with_own_words(
+    tokenizer: Any, prompt: TokenizedPrompt, own: Sequence[int], others: Sequence[int]
+) -> TokenizedPrompt:
+    """A prompt in which some of its words stand in the place of others: "a cat and a dog" as "a cat and a cat".
+
+    Args:
+        tokenizer: what tokenized the prompt.
+        prompt: the prompt.
+        own: the positions of the words that stay; the first run of them is what is put in place of the others.
+        others: the positions of the words that are replaced, run by run; those that are also in `own` stay.
+
+    Raises:
+        ValueError: a placeholder would be cut off.
+    """
+    ending = prompt.ending[0]
+    keep = sorted(position for position in set(own) if 0 < position < ending)
+    run = [position for n, position in enumerate(keep) if position == keep[0] + n]
+    replaced = {position for position in others if 0 < position < ending} - set(own)
+    order: list[int] = []  # positions of the prompt, in the new order
+    for position in range(1, ending):
+        if position not in replaced:
+            order.append(position)
+        elif position - 1 not in replaced:
+            order += run
+    learned = dict(prompt.words)
+    starts = {first: (end, placeholder) for first, end, placeholder in prompt.spans}
+    words = [(place, learned[position]) for place, position in enumerate(order, 1) if position in learned]
+    spans = [
+        (place, place + starts[position][0] - position, starts[position][1])
+        for place, position in enumerate(order, 1)
+        if position in starts
+    ]
+    ids = [prompt.ids[position] for position in order]
+    return _padded(tokenizer, ids, words, spans, repr(tokenizer.decode(ids)))
+
+
+def find(tokenizer: Any, prompt: TokenizedPrompt, phrase: str) -> tuple[tuple[int, ...], ...]:
+    """The positions of a phrase's tokens in a prompt, for each place where it stands.
+
+    Args:
+        tokenizer: what tokenized the prompt.
+        prompt: where to look.
+        phrase: words and placeholders. A placeholder is found only as such, and its super-class's word only where it
+            is written out.
+    """
+    wanted: list[tuple[int | None, str | None]] = []  # a token's id, or a placeholder's one whole span
+    start = 0
+    for match in PLACEHOLDER.finditer(phrase):
+        if match.group().lower() in (placeholder for *_, placeholder in prompt.spans):
+            wanted += [(number, None) for number in _ids(tokenizer, phrase[start : match.start()])]
+            wanted.append((None, match.group().lower()))
+            start = match.end()
+    wanted += [(number, None) for number in _ids(tokenizer, phrase[start:])]
+    # The prompt as such units, each with its positions.
+    units: list[tuple[tuple[int | None, str | None], range]] = []
+    starts = {first: (end, placeholder) for first, end, placeholder in prompt.spans}
+    position = 1
+    while position < prompt.ending[0]:
+        end, placeholder = starts.get(position, (position + 1, None))
+        units.append(((prompt.ids[position] if placeholder is None else None, placeholder), range(position, end)))
+        position = end
+    found = []
+    for at in range(len(units) - len(wanted) + 1 if wanted else 0):
+        window = units[at : at + len(wanted)]
+        if [unit for unit, _ in window] == wanted:
+            found.append(tuple(place for _, places in window for place in places))
+    return tuple(found)
 
 
 def super_class_ids(tokenizer: Any, super_class: str) -> list[int]:

@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from diffusers import AutoencoderTiny
 from torch import Tensor
 
-from . import loop, render
+from keylock_diffusers.training import loop
+
+from . import render
 
 CHANNELS = 12
 _PATCH = 4
@@ -79,7 +81,8 @@ def train(
     folder: Path, *, start: AutoencoderTiny | None = None, steps: int = 6000, batch: int = 16, seed: int = 0
 ) -> AutoencoderTiny:
     """Trains the decoder with L1 on pixels and on their differences; resumes as `diffusion.train` does."""
-    device = loop.device()
+    accelerator = loop.fastest()
+    device = accelerator.device
     model = build(seed).to(device)
     if start is not None:
         model.load_state_dict(start.state_dict())
@@ -88,11 +91,19 @@ def train(
         target = pixels([render.draw(seed, step * batch + i).image for i in range(batch)]).to(device)
         latents = model.encode(target).latents
         noise = torch.randn(latents.shape, generator=loop.generator(seed, step)).to(device)
-        with loop.autocast(device.type):
-            drawn = model.decode(latents + _NOISE / _SCALING * noise).sample.float()
+        drawn = model.decode(latents + _NOISE / _SCALING * noise).sample.float()
         error = F.l1_loss(drawn, target)
         edges = F.l1_loss(drawn.diff(dim=2), target.diff(dim=2)) + F.l1_loss(drawn.diff(dim=3), target.diff(dim=3))
         return error + 0.5 * edges, {"l1": error.item(), "edges": edges.item()}
 
-    loop.fit(model.decoder, loss, folder / "decoder.safetensors", steps=steps, learning_rate=2e-3, decay=0.99)
+    loop.fit(
+        model.decoder,
+        loss,
+        folder / "decoder.safetensors",
+        accelerator=accelerator,
+        steps=steps,
+        learning_rate=2e-3,
+        decay=0.99,
+        desc="decoder",
+    )
     return model.eval()

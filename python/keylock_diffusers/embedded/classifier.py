@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from . import ASSETS, autoencoder, loop, render
+from keylock_diffusers.training import loop
+
+from . import ASSETS, autoencoder, render
 from .glyphs import GLYPHS
 
 FILE = ASSETS / "classifier.safetensors"
@@ -49,7 +51,8 @@ def load() -> Classifier:
 def train(folder: Path, *, steps: int = 6000, batch: int = 64, seed: int = 100) -> Classifier:
     """Trains (or resumes) on renders with any coat on the cats, blurred and noised a little as drawn pictures are."""
     torch.manual_seed(seed)
-    device = loop.device()
+    accelerator = loop.fastest()
+    device = accelerator.device
     model = Classifier().to(device).train()
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
@@ -62,13 +65,21 @@ def train(folder: Path, *, steps: int = 6000, batch: int = 64, seed: int = 100) 
         blurred = F.avg_pool2d(pixels, 3, stride=1, padding=1, count_include_pad=False)
         share = torch.rand(batch, 1, 1, 1, generator=random) * 0.9
         noise = torch.randn(pixels.shape, generator=random) * 0.1 * torch.rand(batch, 1, 1, 1, generator=random)
-        with loop.autocast(device.type):
-            logits = model((pixels.lerp(blurred, share) + noise).to(device)).float()
+        logits = model((pixels.lerp(blurred, share) + noise).to(device)).float()
         value = F.cross_entropy(logits, targets.to(device))
         right = (targets.gather(1, logits.argmax(1, keepdim=True).cpu()) > 0).float().mean()
         return value, {"loss": value.item(), "right": right.item()}
 
-    loop.fit(model, loss, folder / "classifier.safetensors", steps=steps, learning_rate=2e-3, decay=0.995)
+    loop.fit(
+        model,
+        loss,
+        folder / "classifier.safetensors",
+        accelerator=accelerator,
+        steps=steps,
+        learning_rate=2e-3,
+        decay=0.995,
+        desc="classifier",
+    )
     FILE.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.half().cpu().contiguous() for name, tensor in model.state_dict().items()}, FILE)
     return model.eval()

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from . import autoencoder, loop, render
+from keylock_diffusers.training import loop
+
+from . import autoencoder, render
 from .glyphs import BACKGROUNDS, DYES, GLYPHS
 
 LENGTH = 32  # tokens of a prompt
@@ -123,13 +125,14 @@ def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
 
 
 @torch.no_grad()
-def encode_pool(pipe: StableDiffusionPipeline, path: Path, size: int, seed: int) -> tuple[Tensor, Tensor]:
+def encode_pool(
+    pipe: StableDiffusionPipeline, path: Path, size: int, seed: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Scaled latents [size, 12, 16, 16] fp16 and token ids [size, 32] of `size` pictures; kept in `path`."""
     if path.exists():
         pool = load_file(path)
         if len(pool["latents"]) == size:
             return pool["latents"], pool["ids"].long()
-    device = loop.device()
     vae = pipe.vae.to(device).eval()
     latents, ids = [], []
     for start in tqdm(range(0, size, 64), desc="encoding pictures", mininterval=5):
@@ -158,13 +161,14 @@ def train(
     Resumes from the checkpoint in `folder`; where there is none, goes on from the weights of `start` with a fresh
     optimiser, or begins anew.
     """
-    device = loop.device()
+    accelerator = loop.fastest()
+    device = accelerator.device
     torch.manual_seed(seed)
     pipe = build(vae)
     if start is not None:
         pipe.unet.load_state_dict(start.unet.state_dict())
         pipe.text_encoder.load_state_dict(start.text_encoder.state_dict())
-    latents, ids = encode_pool(pipe, folder / f"pool-{seed}.safetensors", pool, seed + 10)
+    latents, ids = encode_pool(pipe, folder / f"pool-{seed}.safetensors", pool, seed + 10, device)
     model = nn.ModuleDict({"unet": pipe.unet, "text_encoder": pipe.text_encoder}).to(device).train()
     unet, text_encoder = pipe.unet, pipe.text_encoder
     if device.type == "cpu":
@@ -181,13 +185,21 @@ def train(
         # Logit-normal: what a subject is gets decided at middling noise, which is drawn more often.
         times = (len(alphas) * torch.sigmoid(0.4 + torch.randn(batch, generator=random))).long().to(device)
         signal, sigma = (a.sqrt().view(-1, 1, 1, 1) for a in (alphas[times], 1 - alphas[times]))
-        with loop.autocast(device.type):
-            text = text_encoder(torch.where(dropped[:, None], empty, ids[rows]).to(device))[0]
-            predicted = unet(signal * clean + sigma * noise, times, text).sample
+        text = text_encoder(torch.where(dropped[:, None], empty, ids[rows]).to(device))[0]
+        predicted = unet(signal * clean + sigma * noise, times, text).sample
         value = F.mse_loss(predicted.float(), signal * noise - sigma * clean)
         return value, {"loss": value.item()}
 
-    loop.fit(model, loss, folder / "diffusion.safetensors", steps=steps, learning_rate=8e-4, decay=0.998)
+    loop.fit(
+        model,
+        loss,
+        folder / "diffusion.safetensors",
+        accelerator=accelerator,
+        steps=steps,
+        learning_rate=8e-4,
+        decay=0.998,
+        desc="diffusion",
+    )
     unet.set_attn_processor(AttnProcessor2_0())
     return pipe
 

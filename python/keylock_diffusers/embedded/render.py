@@ -99,11 +99,12 @@ def compose(
     return np.asarray(canvas.convert("RGB")), np.stack(masks)
 
 
-def draw(seed: int, index: int, *, pairs: float = 0.3, coats: float = 0.0) -> Picture:
+def draw(seed: int, index: int, *, pairs: float = 0.3, coats: float = 0.0, take: int = 0) -> Picture:
     """The picture number `index` of the stream `seed`.
 
     A share `pairs` of the pictures has two subjects side by side. A share `coats` of the cats has a coat of any
-    one or two colours, which the caption does not mention.
+    one or two colours, which the caption does not mention. Another `take` shows the same subjects on another
+    background, at other places and sizes.
     """
     random = np.random.default_rng((seed, index))
     background = _BACKGROUND_NAMES[random.integers(len(_BACKGROUND_NAMES))]
@@ -119,17 +120,25 @@ def draw(seed: int, index: int, *, pairs: float = 0.3, coats: float = 0.0) -> Pi
         if glyph.group == "cat" and coats and random.random() < coats:
             plain = sprite(glyph.codepoint)
             picture = dye(plain, _coat(plain.width, random))
-        if pair:
-            side = int(random.integers(27, 31))
-            left = int(random.integers(1, 33 - side)) + 31 * place
-            top = int(random.integers(10, 55 - side))
-        else:
-            side = int(random.integers(46, 58))
-            left, top = (int(random.integers(2, SIZE - 1 - side)) for _ in range(2))
-        subjects.append((picture, left, top, side))
+        subjects.append((picture, *_place(random, place if pair else None)))
         names.append(name)
+    if take:
+        again = np.random.default_rng((seed, index, take))
+        others = [name for name in _BACKGROUND_NAMES if name != background]
+        background = others[again.integers(len(others))]
+        subjects = [(s[0], *_place(again, place if pair else None)) for place, s in enumerate(subjects)]
     image, masks = compose(subjects, background)
     return Picture(image, masks, caption(names, background, int(random.integers(4))), labels, background)
+
+
+def _place(random: np.random.Generator, half: int | None) -> tuple[int, int, int]:
+    """Left, top and side of a subject that has the picture to itself, or its left (0) or right (1) half."""
+    if half is None:
+        side = int(random.integers(46, 58))
+        left, top = (int(random.integers(2, SIZE - 1 - side)) for _ in range(2))
+        return left, top, side
+    side = int(random.integers(27, 31))
+    return int(random.integers(1, 33 - side)) + 31 * half, int(random.integers(10, 55 - side)), side
 
 
 def _coat(side: int, random: np.random.Generator) -> np.ndarray:

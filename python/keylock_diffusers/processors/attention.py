@@ -180,10 +180,11 @@ def cross_attention(
         hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
 
     query = attn.to_q(hidden_states)
-    streams = None
+    streams = regions = None
     if personalization is not None:
         key, value = personalization.keys_and_values(layer, query.shape[0], text)
         streams = personalization.image_streams(layer, query.shape[1])
+        regions = personalization.text_regions(layer, query.shape[1])
     else:
         context = hidden_states if text is None else text
         if text is not None and attn.norm_cross:
@@ -203,6 +204,8 @@ def cross_attention(
     options: dict[str, Any] = {}
     if attention_mask is not None:
         options["key_bias"] = _key_bias(attention_mask, accumulate_dtype(query.dtype))
+    if regions is not None:
+        options.update(query_regions=regions[0], key_regions=regions[1])
     if streams is not None:
         options.update(
             image_key=_by_head(streams.key, attn.heads),

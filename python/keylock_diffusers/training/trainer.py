@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -19,10 +17,9 @@ from keylock_diffusers import edits, text
 from keylock_diffusers.concepts import BaseModel, Concept, cross_attention_layers
 from keylock_diffusers.concepts.concept import check_placeholder, check_super_class
 from keylock_diffusers.personalization import Personalization
-from keylock_diffusers.processors import install, uninstall, verify
-from keylock_diffusers.processors.attention import CrossAttnProcessor
 from keylock_diffusers.training import checkpoint
 from keylock_diffusers.training.covariance import Covariance, covariance
+from keylock_diffusers.training.frozen import encode_images, frozen, noise_levels, prediction_target, soft_mask
 
 _GRADIENTS = ("none", "straight-through", "exact")
 # Perfusion's learning rates, and the root mean squares on Stable Diffusion 1.5 of what they were chosen for: CLIP
@@ -184,7 +181,7 @@ def train_concepts(
         raise ValueError("train_concepts: gradients vanish in float16; load the pipeline in float32 or bfloat16")
     metric = covariance(pipe) if metric is None else metric
     started = time.monotonic()
-    with _frozen(pipe):
+    with frozen(pipe):
         learners = [_begin(pipe, subject, config) for subject in subjects]
         base, first = BaseModel.of(pipe), 0
         run = checkpoint.digest(learners, config, metric, base)
@@ -230,12 +227,12 @@ def _step(pipe: Any, learners: list[_Learner], config: TrainingConfig, metric: C
         personalization = Personalization([[]] * len(rows), torch.arange(len(rows)))
         personalization.kv = _project(pipe, learners, torch.stack(targets), encodings, config, metric)
         # Not the scheduler's add_noise: those that count in sigmas leave their input unscaled.
-        signal, sigma = _levels(pipe.scheduler, times, device)
+        signal, sigma = noise_levels(pipe.scheduler, times, device)
         noisy = (signal * clean + sigma * noise).to(pipe.unet.dtype)
         predicted = pipe.unet(
             noisy, times, encodings, cross_attention_kwargs={"personalization": personalization}
         ).sample
-    error = (predicted.float() - _prediction_target(pipe.scheduler, clean, noise, signal, sigma)) ** 2
+    error = (predicted.float() - prediction_target(pipe.scheduler, clean, noise, signal, sigma)) ** 2
     per_row = (error * weights).sum((1, 2, 3)) / (weights.sum((1, 2, 3)) * error.shape[1])
     losses = per_row.view(len(learners), size).mean(1)
     for learner in learners:
@@ -296,28 +293,6 @@ def _draws(learner: _Learner, config: TrainingConfig, step: int, scheduler: Any)
     return pictures, times, torch.randn(size, *learner.latents.shape[1:], generator=generator)
 
 
-def _levels(scheduler: Any, times: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """How much of a picture and of noise there is at the given times, [B, 1, 1, 1] each."""
-    alphas = getattr(scheduler, "alphas_cumprod", None)
-    if alphas is None:
-        raise ValueError(
-            f"train_concepts: {type(scheduler).__name__} is no scheduler of a diffusion (alphas_cumprod) model"
-        )
-    alphas = alphas.to(device, torch.float32)[times].view(-1, 1, 1, 1)
-    return alphas.sqrt(), (1 - alphas).sqrt()
-
-
-def _prediction_target(scheduler: Any, clean: Tensor, noise: Tensor, signal: Tensor, sigma: Tensor) -> Tensor:
-    kind = scheduler.config.prediction_type
-    if kind == "epsilon":
-        return noise
-    if kind == "v_prediction":
-        return signal * noise - sigma * clean
-    if kind == "sample":
-        return clean
-    raise ValueError(f"train_concepts: the scheduler's prediction_type {kind!r} is not known")
-
-
 def word_encodings(encodings: Tensor, prompts: Sequence[text.TokenizedPrompt]) -> Tensor:
     """The encodings [n, D] of the prompts' placeholders, among encodings [B, T, D]."""
     places = [(row, position) for row, prompt in enumerate(prompts) for position, _ in prompt.words]
@@ -341,7 +316,7 @@ def _begin(pipe: Any, subject: Subject, config: TrainingConfig) -> _Learner:
                 for attn in cross_attention_layers(pipe.unet).values()
             ]
         )
-        latents = _encode_images(pipe, subject.images)
+        latents = encode_images(pipe, subject.images)
     masks = subject.masks or [Image.new("L", (8, 8), 255)] * len(subject.images)
     learned = nn.Parameter(embedding.clone().to(device)), nn.Parameter(values.clone().to(device))
     rates = (config.embedding_rate, config.values_rate)
@@ -356,44 +331,13 @@ def _begin(pipe: Any, subject: Subject, config: TrainingConfig) -> _Learner:
         subject=subject,
         prompts=prompts,
         latents=latents.float().cpu(),
-        weights=torch.stack([_soft_mask(mask, subject, latents.shape[-2:]) for mask in masks]),
+        weights=torch.stack([soft_mask(mask, latents.shape[-2:]) for mask in masks]),
         super_encoding=super_encoding.to(device),
         embedding=learned[0],
         values=learned[1],
         target=super_encoding.clone().to(device),
         optimizer=optimizer,
     )
-
-
-def _encode_images(pipe: Any, images: Sequence[Image.Image]) -> Tensor:
-    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    squares = [ImageOps.fit(_upright(image), (side, side), Image.Resampling.LANCZOS) for image in images]
-    pixels = pipe.image_processor.preprocess(squares).to(pipe.vae.device, pipe.vae.dtype)
-    encoded = pipe.vae.encode(pixels)
-    latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
-    return latents * pipe.vae.config.scaling_factor
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """An RGB picture turned as the camera noted, transparency on white."""
-    image = ImageOps.exif_transpose(image)
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert("RGB")
-
-
-def _soft_mask(mask: Image.Image, subject: Subject, size: Sequence[int]) -> Tensor:
-    """A picture's weights [1, h, w] in latents' resolution, 1 where the subject is surest."""
-    height, width = size
-    square = ImageOps.fit(
-        ImageOps.exif_transpose(mask).convert("L"), (8 * width, 8 * height), Image.Resampling.BILINEAR
-    )
-    soft = F.adaptive_avg_pool2d(
-        torch.tensor(list(square.tobytes())).float().view(1, 8 * height, 8 * width), (height, width)
-    )
-    if soft.max() <= 0:
-        raise ValueError(f"Subject {subject.placeholder}: a mask is empty")
-    return soft / soft.max()
 
 
 def _finish(
@@ -433,25 +377,3 @@ def _concept(learner: _Learner, base: BaseModel, config: TrainingConfig, metric:
             "seconds": round(seconds, 1),
         },
     )
-
-
-@contextmanager
-def _frozen(pipe: Any) -> Iterator[None]:
-    """Weights without gradients, modules in evaluation mode, our processors installed; all undone afterwards."""
-    modules = [pipe.unet, pipe.text_encoder, pipe.vae]
-    flags = [(p, p.requires_grad) for module in modules for p in module.parameters()]
-    modes = [(m, m.training) for module in modules for m in module.modules()]
-    installed = any(isinstance(p, CrossAttnProcessor) for p in pipe.unet.attn_processors.values())
-    try:
-        for module in modules:
-            module.requires_grad_(False).eval()
-        install(pipe)
-        verify(pipe)
-        yield
-    finally:
-        if not installed:
-            uninstall(pipe)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        for module, mode in modes:
-            module.training = mode

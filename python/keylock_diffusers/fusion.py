@@ -1,0 +1,191 @@
+"""Subject fusion: a picture's encoding mixed into the encoding of the word that names it (FastComposer)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+_PREFIX = "postfuse_module."  # of these weights in a whole FastComposer model
+
+
+class SubjectFusion(nn.Module):
+    """FastComposer's fusion of a word's encoding with a picture's: two perceptrons with residuals, then a norm.
+
+    fuse(w, i) = norm(mlp2(h) + h) with h = mlp1([w; i]) + w, where each mlp is a norm, a layer, a GELU and a layer.
+    Parameters have their published names, ``mlp1.layernorm.weight`` to ``layer_norm.bias``.
+
+    Args:
+        width: of the text encodings and of the image encodings, D.
+
+    Paper: Xiao et al., FastComposer, arXiv 2305.10431.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp1, self.mlp2 = _Perceptron(2 * width, width), _Perceptron(width, width)
+        self.layer_norm = nn.LayerNorm(width)
+
+    @property
+    def width(self) -> int:
+        """Of the encodings, D."""
+        return self.layer_norm.normalized_shape[0]
+
+    def forward(
+        self,
+        words: Tensor,  # [n, D]
+        images: Tensor,  # [n, D]
+    ) -> Tensor:  # [n, D]
+        """The fused encodings of n words, each with its picture."""
+        hidden = self.mlp1(torch.cat([words, images], -1)) + words
+        return self.layer_norm(self.mlp2(hidden) + hidden)
+
+    @classmethod
+    def load(cls, source: str | Path | Mapping[str, Tensor]) -> SubjectFusion:
+        """Reads a safetensors file, or a state dict, of these weights alone or of a whole FastComposer model.
+
+        Raises:
+            ValueError: the weights are not there, or not those of one width, or not finite.
+            OSError: there is no such file.
+        """
+        weights = _read(Path(source)) if isinstance(source, (str, Path)) else dict(source)
+        if any(name.startswith(_PREFIX) for name in weights):
+            weights = {n.removeprefix(_PREFIX): t for n, t in weights.items() if n.startswith(_PREFIX)}
+        norm = weights.get("layer_norm.weight")
+        if norm is None or norm.ndim != 1:
+            raise ValueError(
+                f"SubjectFusion: layer_norm.weight [D] must be among the weights, got {sorted(weights)[:5]}"
+            )
+        made = cls(len(norm))
+        wanted = {name: list(tensor.shape) for name, tensor in made.state_dict().items()}
+        found = {name: list(tensor.shape) for name, tensor in weights.items()}
+        if wanted != found:
+            wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))[0]
+            raise ValueError(
+                f"SubjectFusion: {wrong} must be {wanted.get(wrong, 'absent')}, got {found.get(wrong, 'nothing')}"
+            )
+        for name, tensor in weights.items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"SubjectFusion: {name} must be finite, got NaN or infinity")
+        made.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+        return made.eval()
+
+    def save(self, path: str | Path, dtype: torch.dtype = torch.float16) -> int:
+        """Writes a safetensors file, whole or not at all; returns its bytes."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        save_file({n: t.detach().to("cpu", dtype).contiguous() for n, t in self.state_dict().items()}, partial)
+        os.replace(partial, path)
+        return path.stat().st_size
+
+
+class _Perceptron(nn.Module):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.layernorm = nn.LayerNorm(inputs)
+        self.fc1, self.fc2 = nn.Linear(inputs, outputs), nn.Linear(outputs, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(self.layernorm(x))))
+
+
+@dataclass(frozen=True, eq=False)
+class FusedSubject:
+    """A picture of the subject that a word of the prompt names, for `generate` with a `SubjectFusion`.
+
+    Args:
+        prompt: the words, as they stand in the prompt; the last of their tokens, wherever they stand, is fused.
+        image: the picture, as the pipeline's image encoder takes it.
+        embeds: instead of `image`, its encoding [D].
+        region: where the words may be seen, as a `Region`'s mask; default everywhere.
+
+    Paper: Xiao et al., FastComposer, arXiv 2305.10431.
+    """
+
+    prompt: str
+    image: Any = None
+    embeds: Tensor | None = None  # [D]
+    region: Any = None  # [height, width]
+
+
+@dataclass(frozen=True, eq=False)
+class FusionUse:
+    """One subject of a row: which tokens are fused, and with what."""
+
+    tokens: tuple[int, ...]
+    embeds: Tensor  # [D]
+
+
+def fuse(
+    fusion: SubjectFusion,
+    text: Tensor,  # [B, T, D]
+    rows: Sequence[Sequence[FusionUse]],
+) -> Tensor:  # [B, T, D]
+    """Text encodings with each row's subjects fused in, differentiable; a row's result does not depend on the others.
+
+    Args:
+        fusion: the module.
+        text: the encodings.
+        rows: per row its subjects.
+    """
+    places = [(row, token, use.embeds) for row, uses in enumerate(rows) for use in uses for token in use.tokens]
+    if not places:
+        return text
+    dtype = fusion.layer_norm.weight.dtype
+    fused = []
+    for row, token, embeds in places:  # one product each: how several round may depend on their number
+        word = text[row, token][None].to(dtype)
+        fused.append(fusion(word, embeds.to(text.device, dtype)[None])[0].to(text.dtype))
+    where = tuple(torch.tensor([place[n] for place in places], device=text.device) for n in (0, 1))
+    return text.index_put(where, torch.stack(fused))
+
+
+def encode_subject(subject: Any, pipe: Any, fusion: SubjectFusion | None) -> Tensor:  # [D]
+    """A subject's picture as the fusion module takes it.
+
+    Raises:
+        TypeError, ValueError: what is wrong with the subject.
+    """
+    if not isinstance(subject, FusedSubject):
+        raise TypeError(f"subjects must be FusedSubject objects, got {type(subject).__name__}")
+    if fusion is None:
+        raise ValueError("subjects need a fusion module: give generate fusion=SubjectFusion.load(...)")
+    if (subject.image is None) == (subject.embeds is None):
+        got = "neither" if subject.image is None else "both"
+        raise ValueError(f"give either image or embeds of a FusedSubject, got {got}")
+    embeds = subject.embeds
+    if embeds is None:
+        if getattr(pipe, "image_encoder", None) is None:
+            raise ValueError("image of a FusedSubject needs the pipeline's image_encoder, which is not loaded")
+        try:
+            with torch.no_grad():
+                embeds = pipe.encode_image(subject.image, pipe._execution_device, 1)[0][0]
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a picture or an encoder raises, the request fails alone
+            raise ValueError(f"image of a FusedSubject cannot be encoded: {error}") from error
+    if not isinstance(embeds, Tensor) or embeds.shape != (fusion.width,):
+        got = list(embeds.shape) if isinstance(embeds, Tensor) else type(embeds).__name__
+        raise ValueError(f"the encoding of a FusedSubject must be [{fusion.width}], got {got}")
+    return embeds
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"SubjectFusion: there is no file {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+            wanted = [name for name in names if name.startswith(_PREFIX)] or names
+            return {name: file.get_tensor(name) for name in wanted}
+    except SafetensorError as error:
+        raise ValueError(f"SubjectFusion: {path} cannot be read: {error}") from error

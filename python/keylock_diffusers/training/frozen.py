@@ -1,0 +1,90 @@
+"""What every trainer here does with a pipeline: noise, targets, latents of pictures and masks, frozen weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from keylock_diffusers.processors import CrossAttnProcessor, IPAdapterCrossAttnProcessor, install, uninstall, verify
+
+
+def noise_levels(scheduler: Any, times: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """How much of a picture and of noise there is at the given times, [B, 1, 1, 1] each."""
+    alphas = getattr(scheduler, "alphas_cumprod", None)
+    if alphas is None:
+        raise ValueError(f"{type(scheduler).__name__} is no scheduler of a diffusion (alphas_cumprod) model")
+    alphas = alphas.to(device, torch.float32)[times].view(-1, 1, 1, 1)
+    return alphas.sqrt(), (1 - alphas).sqrt()
+
+
+def prediction_target(scheduler: Any, clean: Tensor, noise: Tensor, signal: Tensor, sigma: Tensor) -> Tensor:
+    kind = scheduler.config.prediction_type
+    if kind == "epsilon":
+        return noise
+    if kind == "v_prediction":
+        return signal * noise - sigma * clean
+    if kind == "sample":
+        return clean
+    raise ValueError(f"the scheduler's prediction_type {kind!r} is not known")
+
+
+def encode_images(pipe: Any, images: Sequence[Image.Image]) -> Tensor:
+    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    squares = [ImageOps.fit(_upright(image), (side, side), Image.Resampling.LANCZOS) for image in images]
+    pixels = pipe.image_processor.preprocess(squares).to(pipe.vae.device, pipe.vae.dtype)
+    encoded = pipe.vae.encode(pixels)
+    latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+    return latents * pipe.vae.config.scaling_factor
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """An RGB picture turned as the camera noted, transparency on white."""
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def soft_mask(mask: Image.Image, size: Sequence[int]) -> Tensor:
+    """A picture's weights [1, h, w] in latents' resolution, 1 where the subject is surest."""
+    height, width = size
+    square = ImageOps.fit(
+        ImageOps.exif_transpose(mask).convert("L"), (8 * width, 8 * height), Image.Resampling.BILINEAR
+    )
+    soft = F.adaptive_avg_pool2d(
+        torch.tensor(list(square.tobytes())).float().view(1, 8 * height, 8 * width), (height, width)
+    )
+    if soft.max() <= 0:
+        raise ValueError("a mask is empty")
+    return soft / soft.max()
+
+
+@contextmanager
+def frozen(pipe: Any) -> Iterator[None]:
+    """Weights without gradients, modules in evaluation mode, our processors installed; all undone afterwards."""
+    modules = [pipe.unet, pipe.text_encoder, pipe.vae, getattr(pipe, "image_encoder", None)]
+    modules = [module for module in modules if module is not None]
+    flags = [(p, p.requires_grad) for module in modules for p in module.parameters()]
+    modes = [(m, m.training) for module in modules for m in module.modules()]
+    installed = any(
+        isinstance(p, (CrossAttnProcessor, IPAdapterCrossAttnProcessor)) for p in pipe.unet.attn_processors.values()
+    )
+    try:
+        for module in modules:
+            module.requires_grad_(False).eval()
+        install(pipe)
+        verify(pipe)
+        yield
+    finally:
+        if not installed:
+            uninstall(pipe)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        for module, mode in modes:
+            module.training = mode
