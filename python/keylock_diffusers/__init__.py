@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from keylock_diffusers.attention_maps import record_attention
     from keylock_diffusers.concepts import Concept, ConceptBank
     from keylock_diffusers.fusion import FusedSubject, SubjectFusion
     from keylock_diffusers.generation import generate
@@ -31,6 +32,7 @@ _HOME = {
     "Use": "requests",
     "generate": "generation",
     "install": "processors",
+    "record_attention": "attention_maps",
     "uninstall": "processors",
 }
 
@@ -49,6 +51,7 @@ __all__ = [
     "Use",
     "generate",
     "install",
+    "record_attention",
     "uninstall",
 ]
 

@@ -83,6 +83,9 @@ def train(
         float | None, typer.Option(help="Learning rate of the word, in units of its size.")
     ] = None,
     seed: Annotated[int, typer.Option()] = 0,
+    localize: Annotated[
+        float, typer.Option(min=0, help="Weight of the localization loss, such as 1e-3; needs masks.")
+    ] = 0.0,
     mixed_precision: Annotated[str, typer.Option(help="no or bf16")] = "no",
     target_gradient: Annotated[str, typer.Option(help="none, straight-through or exact")] = "none",
     checkpoint: Annotated[Path | None, typer.Option(help="File to resume from and to write.")] = None,
@@ -99,6 +102,7 @@ def train(
         "batch_size": batch_size,
         "values_rate": values_rate,
         "embedding_rate": embedding_rate,
+        "localize": localize,
         "mixed_precision": mixed_precision,
         "target_gradient": target_gradient,
     }

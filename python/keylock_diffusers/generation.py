@@ -12,6 +12,8 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 from torch import Tensor
 
+from keylock_diffusers import text
+from keylock_diffusers.attention_maps import AttentionMaps, WordMaps, check_words, recording
 from keylock_diffusers.concepts import BaseModel, Concept
 from keylock_diffusers.encoding import BatchEncoder, lora_scale, text_encoders
 from keylock_diffusers.fusion import SubjectFusion
@@ -26,7 +28,7 @@ from keylock_diffusers.requests import Plan, Request, RequestError, plan
 _PER_REQUEST = frozenset(
     "prompt prompt_2 negative_prompt negative_prompt_2 generator guidance_scale num_images_per_prompt latents "
     "prompt_embeds negative_prompt_embeds pooled_prompt_embeds negative_pooled_prompt_embeds ip_adapter_image "
-    "ip_adapter_image_embeds ip_adapter_masks personalization".split()
+    "ip_adapter_image_embeds ip_adapter_masks personalization readout".split()
 )
 
 
@@ -138,12 +140,18 @@ def generate(
             rows += [_Row(index, image, request, planned) for image in range(request.num_images)]
             results[index] = [None] * request.num_images
 
+    maps = recording()
+    if maps is not None:
+        check_words(maps, (row.plan.prompts for row in rows), encoders[0][0])
+    recorded: dict[tuple[int, int], WordMaps] = {}
     view = copy.copy(pipe)  # its own scheduler and per-call state; modules are shared
     for batch in _batches(view, rows, max_batch):
         view.scheduler = copy.deepcopy(pipe.scheduler if scheduler is None else scheduler)
-        drawn = _draw(view, batch, num_inference_steps, callback, image_lengths, fusion, dict(kwargs))
+        drawn = _draw(view, batch, num_inference_steps, callback, image_lengths, fusion, maps, recorded, dict(kwargs))
         for row, image in zip(batch, drawn, strict=True):
             results[row.request][row.image] = image
+    if maps is not None:
+        maps.images += [recorded[key] for key in sorted(recorded)]
     return [r[0] if isinstance(r, list) and len(r) == 1 else r for r in results]
 
 
@@ -172,6 +180,8 @@ def _draw(
     callback: Any,
     image_lengths: Sequence[Sequence[int]] | None,
     fusion: SubjectFusion | None,
+    maps: AttentionMaps | None,
+    recorded: dict[tuple[int, int], WordMaps],
     kwargs: dict[str, Any],
 ) -> list[Any]:
     device, dtype = pipe._execution_device, pipe.unet.dtype
@@ -205,13 +215,13 @@ def _draw(
             halves = [stacked(encoder.positive(learned, fused=fused).text), *(o.to(device, dtype) for o in own)]
             return torch.cat(halves, 1)
 
-        text = stacked(positive.text)
+        whole = stacked(positive.text)
         locked = any(use.lock == "global" for plan in plans for use in plan.uses)
         personalization = Personalization(
             [plan.uses for plan in plans], index, images, image_lengths, regions, starts
         ).prepare(
             pipe,
-            text,
+            whole,
             read(lambda use: use.lock == "local") if locked else None,
             read_text=read(lambda use: True) if encoder.wordings else None,
             early_text=read(lambda use: False, fused=False) if any(starts) else None,
@@ -227,6 +237,12 @@ def _draw(
         kwargs["ip_adapter_image_embeds"] = [torch.empty(halves * len(rows), 0, 1)] * adapters
     if personalization.scheduled:
         callback, kwargs = _stepping(personalization, callback, kwargs)
+    readout = None
+    if maps is not None:
+        wordings = [_wordings(plan) for plan in plans]
+        layout = [None] * len(rows) + wordings if guided else wordings
+        readout = maps.batch(unet_of(pipe), layout, pipe.tokenizer, _latent_size(pipe, kwargs)).to(device)
+        attention["readout"] = readout
     scales = [row.order.guidance_scale for row in rows]
     result = pipe(
         prompt_embeds=positive.text,
@@ -239,7 +255,16 @@ def _draw(
         return_dict=True,
         **kwargs,
     )
+    if readout is not None:
+        first = len(rows) if guided else 0
+        for place, row in enumerate(rows):
+            recorded[row.request, row.image] = readout.picture(first + place, str(row.order.prompt))
     return list(result.images)
+
+
+def _wordings(plan: Plan) -> list[text.TokenizedPrompt] | None:
+    """What a row reads one after another: its prompt, and the wordings that its regions have of their own."""
+    return None if plan.prompts is None else [plan.prompts[0], *(own[0] for own in plan.regions.own)]
 
 
 def _latent_size(pipe: Any, kwargs: Mapping[str, Any]) -> tuple[int, int]:

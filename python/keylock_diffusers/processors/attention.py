@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, IPAdapterAttnProcessor2_0
@@ -19,6 +19,19 @@ if TYPE_CHECKING:
 # diffusers' own, whatever `keylock_diffusers.testing.patch` puts in their place.
 ATTENTION_OF_TEXT = AttnProcessor2_0.__call__
 ATTENTION_OF_IMAGES = IPAdapterAttnProcessor2_0.__call__
+
+
+class Readout(Protocol):
+    """What is read out of the attention while it is computed, passed as ``cross_attention_kwargs={"readout": r}``."""
+
+    def wanted(self, layer: str, rows: int, pixels: int) -> tuple[Tensor, Tensor | None] | None:
+        """Which tokens to read in a layer, int32 [B, M], -1 for none, and with which weights [B, N, M].
+
+        Without weights the maps themselves are read; None: nothing is.
+        """
+
+    def receive(self, layer: str, read: Tensor) -> None:
+        """Takes what was read: sums [B, H, M] with weights, maps [B, H, N, M] without."""
 
 
 class SelfAttnProcessor(AttnProcessor2_0):
@@ -40,6 +53,7 @@ class SelfAttnProcessor(AttnProcessor2_0):
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
         personalization: Personalization | None = None,
+        readout: Readout | None = None,
     ) -> Tensor:
         return ATTENTION_OF_TEXT(self, attn, hidden_states, encoder_hidden_states, attention_mask, temb)
 
@@ -67,6 +81,7 @@ class CrossAttnProcessor:
         attention_mask: Tensor | None = None,  # [B, 1, T], added to the scores
         temb: Tensor | None = None,
         personalization: Personalization | None = None,
+        readout: Readout | None = None,
     ) -> Tensor:
         if isinstance(encoder_hidden_states, tuple):
             if personalization is None:
@@ -76,14 +91,21 @@ class CrossAttnProcessor:
                 )
             encoder_hidden_states = _text_alone(self.layer, encoder_hidden_states)
         if attention_mask is not None and not _masks_keys_only(attention_mask, hidden_states, encoder_hidden_states):
-            if personalization is not None:
+            if personalization is not None or readout is not None:
                 raise _unsupported_mask(self.layer, attention_mask)
             original = self.original
             if original is None or type(original) is AttnProcessor2_0:
                 return ATTENTION_OF_TEXT(self, attn, hidden_states, encoder_hidden_states, attention_mask, temb)  # type: ignore[arg-type]
             return original(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
         return cross_attention(
-            attn, hidden_states, encoder_hidden_states, attention_mask, temb, personalization, self.layer
+            attn,
+            hidden_states,
+            encoder_hidden_states,
+            attention_mask,
+            temb,
+            personalization,
+            self.layer,
+            readout=readout,
         )
 
 
@@ -120,9 +142,18 @@ class IPAdapterCrossAttnProcessor(IPAdapterAttnProcessor2_0):
         scale: float = 1.0,
         ip_adapter_masks: Any = None,  # per adapter None or [1, n, height, width]
         personalization: Personalization | None = None,
+        readout: Readout | None = None,
     ) -> Tensor:
         return ip_adapter_attention(
-            self, attn, hidden_states, encoder_hidden_states, attention_mask, temb, ip_adapter_masks, personalization
+            self,
+            attn,
+            hidden_states,
+            encoder_hidden_states,
+            attention_mask,
+            temb,
+            ip_adapter_masks,
+            personalization,
+            readout,
         )
 
 
@@ -135,6 +166,7 @@ def ip_adapter_attention(
     temb: Tensor | None,
     ip_adapter_masks: Any,
     personalization: Personalization | None,
+    readout: Readout | None = None,
 ) -> Tensor:
     """IPAdapterAttnProcessor2_0's forward pass with the scales and projections of `processor`."""
     layer = getattr(processor, "layer", "attention")
@@ -144,7 +176,7 @@ def ip_adapter_attention(
     else:
         text, states = _text_and_images(layer, encoder_hidden_states, processor.num_tokens)
     if attention_mask is not None and not _masks_keys_only(attention_mask, hidden_states, text):
-        if personalization is not None:
+        if personalization is not None or readout is not None:
             raise _unsupported_mask(layer, attention_mask)
         return ATTENTION_OF_IMAGES(
             processor, attn, hidden_states, (text, states), attention_mask, temb, ip_adapter_masks=ip_adapter_masks
@@ -153,7 +185,7 @@ def ip_adapter_attention(
     def images(query: Tensor) -> ImageStreams | None:  # [B, N, C]
         return adapter_streams(states, processor.scale, processor.to_k_ip, processor.to_v_ip, ip_adapter_masks, query)
 
-    return cross_attention(attn, hidden_states, text, attention_mask, temb, personalization, layer, images)
+    return cross_attention(attn, hidden_states, text, attention_mask, temb, personalization, layer, images, readout)
 
 
 def cross_attention(
@@ -165,6 +197,7 @@ def cross_attention(
     personalization: Personalization | None,
     layer: str,
     images: Callable[[Tensor], ImageStreams | None] | None = None,
+    readout: Readout | None = None,
 ) -> Tensor:
     """A cross-attention layer's forward pass; `images` makes a layer's image streams from its query [B, N, C].
 
@@ -214,7 +247,14 @@ def cross_attention(
             image_key_bias=streams.key_bias,
             image_weights=streams.weights,
         )
-    hidden_states = cast(Tensor, localized_attention(query, key, value, scale=scale, **options)).flatten(2)
+    wanted = None if readout is None else readout.wanted(layer, query.shape[0], query.shape[1])
+    if wanted is not None:
+        options.update(readout_tokens=wanted[0], readout_weights=wanted[1])
+    attended = localized_attention(query, key, value, scale=scale, **options)
+    if readout is not None and wanted is not None:
+        attended, read = attended
+        readout.receive(layer, read)
+    hidden_states = cast(Tensor, attended).flatten(2)
 
     hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))
     if len(shape) == 4:
@@ -258,7 +298,9 @@ def _key_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:  # [B, 1, T] or [B, T
 
 
 def _unsupported_mask(layer: str, mask: Tensor) -> ValueError:
-    return ValueError(f"{layer}: attention_mask must be [B, 1, T] with personalization, got {list(mask.shape)}")
+    return ValueError(
+        f"{layer}: attention_mask must be [B, 1, T] with personalization or readout, got {list(mask.shape)}"
+    )
 
 
 def _masks_keys_only(mask: Tensor, hidden_states: Tensor, encoder_hidden_states: Tensor | None) -> bool:

@@ -1,14 +1,23 @@
 """Learning concepts from pictures."""
 
 from keylock_diffusers.training.covariance import Covariance, covariance, default_captions
+from keylock_diffusers.training.image_adapter import AdapterConfig, AdapterExample, ImageAdapter, train_image_adapter
+from keylock_diffusers.training.localization import Localization, localization_layers, localization_loss
 from keylock_diffusers.training.trainer import ConceptTrainingError, Subject, TrainingConfig, train_concepts
 
 __all__ = [
+    "AdapterConfig",
+    "AdapterExample",
     "ConceptTrainingError",
     "Covariance",
+    "ImageAdapter",
+    "Localization",
     "Subject",
     "TrainingConfig",
     "covariance",
     "default_captions",
+    "localization_layers",
+    "localization_loss",
     "train_concepts",
+    "train_image_adapter",
 ]

@@ -20,6 +20,7 @@ from keylock_diffusers.personalization import Personalization
 from keylock_diffusers.training import checkpoint
 from keylock_diffusers.training.covariance import Covariance, covariance
 from keylock_diffusers.training.frozen import encode_images, frozen, noise_levels, prediction_target, soft_mask
+from keylock_diffusers.training.localization import FORMS, Localization, localization_loss
 
 _GRADIENTS = ("none", "straight-through", "exact")
 # Perfusion's learning rates, and the root mean squares on Stable Diffusion 1.5 of what they were chosen for: CLIP
@@ -83,6 +84,9 @@ class TrainingConfig:
             "exact" (through this step's share of the average).
         max_grad_norm: each concept's gradients are clipped to this norm; None: not at all.
         patience: a concept stops when its smoothed loss has not improved for so many steps; None: never.
+        localize: weight of the localization loss of the subject's word (FastComposer's is 1e-3), which needs the
+            subjects' masks; 0: none.
+        localization_form: see `Localization`.
         mixed_precision: "no" or "bf16".
         inference_beta, inference_tau: the gate stored with the concept.
     """
@@ -97,6 +101,8 @@ class TrainingConfig:
     target_gradient: str = "none"
     max_grad_norm: float | None = 1.0
     patience: int | None = None
+    localize: float = 0.0
+    localization_form: str = "balanced"
     mixed_precision: str = "no"
     inference_beta: float = 0.75
     inference_tau: float = 0.15
@@ -111,7 +117,11 @@ class TrainingConfig:
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"TrainingConfig: {name} must be at least 1, got {getattr(self, name)}")
-        for name in ("values_rate", "embedding_rate"):
+        if self.localization_form not in FORMS:
+            raise ValueError(
+                f"TrainingConfig: localization_form must be one of {FORMS}, got {self.localization_form!r}"
+            )
+        for name in ("values_rate", "embedding_rate", "localize"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"TrainingConfig: {name} must be at least 0, got {getattr(self, name)}")
         if not 0 <= self.target_decay < 1:
@@ -179,6 +189,9 @@ def train_concepts(
         raise ValueError("train_concepts: subjects must not be empty")
     if pipe.unet.dtype == torch.float16:
         raise ValueError("train_concepts: gradients vanish in float16; load the pipeline in float32 or bfloat16")
+    bare = [subject.placeholder for subject in subjects if subject.masks is None]
+    if config.localize and bare:
+        raise ValueError(f"train_concepts: localize needs masks, and the subject {bare[0]} has none")
     metric = covariance(pipe) if metric is None else metric
     started = time.monotonic()
     with frozen(pipe):
@@ -229,15 +242,22 @@ def _step(pipe: Any, learners: list[_Learner], config: TrainingConfig, metric: C
         # Not the scheduler's add_noise: those that count in sigmas leave their input unscaled.
         signal, sigma = noise_levels(pipe.scheduler, times, device)
         noisy = (signal * clean + sigma * noise).to(pipe.unet.dtype)
-        predicted = pipe.unet(
-            noisy, times, encodings, cross_attention_kwargs={"personalization": personalization}
-        ).sample
+        options: dict[str, Any] = {"personalization": personalization}
+        if config.localize:
+            tokens = torch.tensor([[prompt.words[0][0]] for prompt in prompts], device=device)
+            options["readout"] = Localization(
+                pipe.unet, tokens, weights, clean.shape[-2:], form=config.localization_form
+            )
+        predicted = pipe.unet(noisy, times, encodings, cross_attention_kwargs=options).sample
     error = (predicted.float() - prediction_target(pipe.scheduler, clean, noise, signal, sigma)) ** 2
     per_row = (error * weights).sum((1, 2, 3)) / (weights.sum((1, 2, 3)) * error.shape[1])
     losses = per_row.view(len(learners), size).mean(1)
     for learner in learners:
         learner.optimizer.zero_grad(set_to_none=True)
-    losses.sum().backward()
+    total = losses.sum()
+    if config.localize:
+        total = total + config.localize * localization_loss(options["readout"], per_row=True).sum() / size
+    total.backward()
     for learner, loss in zip(learners, losses.detach().tolist(), strict=True):
         _update(learner, loss, config, step)
 

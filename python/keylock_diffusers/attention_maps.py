@@ -1,0 +1,277 @@
+"""Where words were attended to: maps read out of the attention while pictures are drawn."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from keylock_diffusers import text
+from keylock_diffusers.concepts import cross_attention_layers
+from keylock_diffusers.processors import verify
+from keylock_diffusers.processors.swap import unet_of
+from keylock_diffusers.regions import resolutions_of
+
+_RECORDING: ContextVar[AttentionMaps | None] = ContextVar("recording", default=None)
+
+
+@dataclass(frozen=True)
+class WordMaps:
+    """One drawn picture's maps: how much of each pixel's attention its words got, averaged over heads.
+
+    Args:
+        prompt: the picture's.
+        maps: per word that the prompt has, per layer, [steps, height, width] float32 on the CPU, one map a step, or the
+            mean of all steps alone.
+    """
+
+    prompt: str
+    maps: Mapping[str, Mapping[str, Tensor]]  # word -> layer -> [S, h, w]
+
+    def mean(
+        self, word: str, size: tuple[int, int] | None = None, layers: Sequence[str] | None = None
+    ) -> Tensor:  # [height, width]
+        """The mean map of a word over steps and layers, each resized (bilinear) to one resolution.
+
+        Args:
+            word: one of those recorded.
+            size: (height, width); default the finest layer's.
+            layers: which; default all that were recorded.
+
+        Raises:
+            KeyError: the prompt does not have the word, or there is no such layer.
+        """
+        if word not in self.maps:
+            known = ", ".join(self.maps) or "none"
+            raise KeyError(f"prompt {self.prompt!r} has no map of {word!r}; it has those of: {known}")
+        found = self.maps[word]
+        chosen = [found[layer] for layer in (found if layers is None else layers)]
+        if size is None:
+            size = max((tuple(m.shape[-2:]) for m in chosen), key=math.prod)
+        resized = [F.interpolate(m.mean(0)[None, None], size, mode="bilinear")[0, 0] for m in chosen]
+        return torch.stack(resized).mean(0)
+
+
+@dataclass
+class AttentionMaps:
+    """What `record_attention` has recorded so far: ``images`` in the order in which they were asked for."""
+
+    words: tuple[str, ...]
+    layers: tuple[str, ...]
+    every_step: bool
+    images: list[WordMaps] = field(default_factory=list)
+
+    def batch(
+        self,
+        unet: Any,
+        prompts: Sequence[Sequence[text.TokenizedPrompt] | None],
+        tokenizer: Any,
+        latent_size: tuple[int, int],
+    ) -> BatchReadout:
+        """The readout of a batch.
+
+        Args:
+            unet: the U-Net.
+            prompts: per row of its batch, the wordings it reads one after another (see
+                `keylock_diffusers.Request.endings`); None: nothing is recorded.
+            tokenizer: what tokenized them.
+            latent_size: (height, width) of the latents.
+        """
+        places = []
+        for wordings in prompts:
+            found: list[tuple[int, int]] = []  # (word, position)
+            for number, wording in enumerate(wordings or ()):
+                first = number * len(wording.ids)
+                for word, phrase in enumerate(self.words):
+                    positions = {p: None for spot in text.find(tokenizer, wording, phrase) for p in spot}
+                    found += [(word, first + position) for position in positions]
+            places.append(found)
+        return BatchReadout(self, places, resolutions_of(unet, self.layers, latent_size))
+
+
+class BatchReadout:
+    """Collects the maps of one batch; a `keylock_diffusers.processors.Readout`."""
+
+    def __init__(
+        self,
+        owner: AttentionMaps,
+        places: Sequence[Sequence[tuple[int, int]]],
+        sizes: Mapping[str, tuple[int, int]],
+    ) -> None:
+        self._owner, self._places, self._sizes = owner, places, sizes
+        width = max((len(row) for row in places), default=0)
+        self._tokens = torch.full((len(places), width), -1, dtype=torch.int32)
+        self._words = torch.zeros(len(places), width, len(owner.words))
+        for row, found in enumerate(places):
+            for place, (word, position) in enumerate(found):
+                self._tokens[row, place] = position
+                self._words[row, place, word] = 1
+        self._sums: dict[str, list[Tensor]] = {}  # [B, N, words]: of every step, or of all together
+        self._steps = 0
+
+    def wanted(self, layer: str, rows: int, pixels: int) -> tuple[Tensor, None] | None:
+        """See `keylock_diffusers.processors.Readout`."""
+        if layer not in self._sizes or not self._tokens.shape[1]:
+            return None
+        if rows != len(self._places) or pixels != math.prod(self._sizes[layer]):
+            raise ValueError(
+                f"record_attention: expected {len(self._places)} rows and {self._sizes[layer]} pixels in {layer}, got "
+                f"{rows} rows and {pixels} pixels"
+            )
+        return self._tokens, None
+
+    def receive(self, layer: str, read: Tensor) -> None:  # [B, H, N, M]
+        """See `keylock_diffusers.processors.Readout`."""
+        self._words = self._words.to(read.device)
+        maps = read.detach().float().mean(1) @ self._words  # [B, N, words]: all of a word's tokens together
+        held = self._sums.setdefault(layer, [])
+        if held and not self._owner.every_step:
+            held[0] += maps
+        else:
+            held.append(maps)
+        if layer == next(iter(self._sums)):
+            self._steps += 1
+
+    def to(self, device: torch.device) -> BatchReadout:
+        """Moves what the layers are given to their device."""
+        self._tokens, self._words = self._tokens.to(device), self._words.to(device)
+        return self
+
+    def picture(self, row: int, prompt: str) -> WordMaps:
+        """The maps of one row."""
+        scale = 1.0 if self._owner.every_step else 1 / max(self._steps, 1)
+        return WordMaps(
+            prompt,
+            {
+                word: {
+                    layer: (torch.stack([m[row, :, n] for m in sums]) * scale).view(-1, *self._sizes[layer]).cpu()
+                    for layer, sums in self._sums.items()
+                }
+                for n, word in enumerate(self._owner.words)
+                if any(place == n for place, _ in self._places[row])
+            },
+        )
+
+
+def recording() -> AttentionMaps | None:
+    """What records in this thread; None outside of `record_attention`."""
+    return _RECORDING.get()
+
+
+def check_words(maps: AttentionMaps, prompts: Iterable[Sequence[text.TokenizedPrompt] | None], tokenizer: Any) -> None:
+    """Every word that is to be recorded stands in a prompt.
+
+    Raises:
+        ValueError: one does not; it is named.
+    """
+    first = [prompt[0] for prompt in prompts if prompt is not None]
+    for word in maps.words:
+        if not any(text.find(tokenizer, prompt, word) for prompt in first):
+            raise ValueError(f"record_attention: the word {word!r} is in none of the prompts")
+
+
+@contextmanager
+def record_attention(
+    pipe: Any, words: Sequence[str], *, layers: Sequence[str] | None = None, every_step: bool = False
+) -> Iterator[AttentionMaps]:
+    """While it lasts, what `generate` or the pipeline itself draws in this thread leaves maps of chosen words.
+
+    They are read out of the attention in the same pass, whatever backend computes it, for each row of a mixed batch by
+    itself, and the pictures do not change. Only the conditional half of guidance is recorded.
+
+    Args:
+        pipe: a Stable Diffusion 1.x, 2.x or XL pipeline after `install`.
+        words: phrases as they stand in prompts, placeholders included; all their tokens count together, wherever they
+            stand. A prompt without a word has no map of it.
+        layers: names of cross-attention layers; default all.
+        every_step: whether to keep each step's maps, or their mean alone.
+
+    Yields:
+        The maps, filled as pictures are finished.
+
+    Raises:
+        ValueError: no words, or a layer that is not there.
+        RuntimeError: a layer does not have our processor.
+
+    Paper: maps of words as in Tang et al., DAAM, arXiv 2210.04885.
+
+    Example:
+        >>> with kd.record_attention(pipe, ["cat"]) as maps:  # doctest: +SKIP
+        ...     images = kd.generate(pipe, [kd.Request("a cat on blue", seed=1)])
+        >>> maps.images[0].mean("cat")  # [height, width]
+    """
+    if isinstance(words, str) or not words or not all(isinstance(w, str) and w.strip() for w in words):
+        raise ValueError(f"record_attention: words must be a list of words, got {words!r}")
+    unet = unet_of(pipe)
+    verify(pipe)
+    known = list(cross_attention_layers(unet))
+    chosen = known if layers is None else list(layers)
+    absent = [name for name in chosen if name not in known]
+    if absent or not chosen:
+        raise ValueError(f"record_attention: layers must be cross-attention layers of the U-Net, got {absent}")
+    maps = AttentionMaps(tuple(dict.fromkeys(words)), tuple(chosen), every_step)
+    token = _RECORDING.set(maps)
+    plain = _PlainCalls(pipe, maps)
+    try:
+        yield maps
+    finally:
+        plain.close()
+        _RECORDING.reset(token)
+
+
+class _PlainCalls:
+    """Records calls of the pipeline itself, whose rows are known from what it encodes."""
+
+    def __init__(self, pipe: Any, maps: AttentionMaps) -> None:
+        self._pipe, self._maps = pipe, maps
+        self._rows: list[str | None] = []  # per row of the U-Net's batch, its prompt
+        self._batch: BatchReadout | None = None
+        self._encode: Callable[..., Any] = pipe.encode_prompt
+        self._signature = inspect.signature(self._encode)
+        pipe.encode_prompt = self._watch
+        self._hook = unet_of(pipe).register_forward_pre_hook(self._before, with_kwargs=True)
+
+    def _watch(self, *args: Any, **kwargs: Any) -> Any:
+        if recording() is self._maps:
+            self._finish()
+            given = self._signature.bind(*args, **kwargs)
+            given.apply_defaults()
+            prompt = given.arguments.get("prompt")
+            if prompt is not None:
+                prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+                rows = [one for one in prompts for _ in range(given.arguments.get("num_images_per_prompt") or 1)]
+                guided = given.arguments.get("do_classifier_free_guidance")
+                self._rows = [*([None] * len(rows) if guided else []), *rows]
+        return self._encode(*args, **kwargs)
+
+    def _before(self, _unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        options = kwargs.get("cross_attention_kwargs") or {}
+        if recording() is not self._maps or not self._rows or "readout" in options:
+            return None
+        sample = args[0] if args else kwargs["sample"]
+        if self._batch is None:
+            tokenizer = self._pipe.tokenizer or self._pipe.tokenizer_2
+            prompts = [None if row is None else [text.tokenize(tokenizer, row)] for row in self._rows]
+            self._batch = self._maps.batch(unet_of(self._pipe), prompts, tokenizer, tuple(sample.shape[-2:]))
+            self._batch.to(sample.device)
+        return args, {**kwargs, "cross_attention_kwargs": {**options, "readout": self._batch}}
+
+    def _finish(self) -> None:
+        if self._batch is not None:
+            self._maps.images += [
+                self._batch.picture(row, prompt) for row, prompt in enumerate(self._rows) if prompt is not None
+            ]
+        self._rows, self._batch = [], None
+
+    def close(self) -> None:
+        self._finish()
+        self._hook.remove()
+        del self._pipe.encode_prompt
