@@ -55,7 +55,7 @@ class WordMaps:
         found = self.maps[word]
         chosen = [found[layer] for layer in (found if layers is None else layers)]
         if size is None:
-            size = max((tuple(m.shape[-2:]) for m in chosen), key=math.prod)
+            size = max(((m.shape[1], m.shape[2]) for m in chosen), key=math.prod)
         resized = [F.interpolate(m.mean(0)[None, None], size, mode="bilinear")[0, 0] for m in chosen]
         return torch.stack(resized).mean(0)
 

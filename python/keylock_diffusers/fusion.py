@@ -174,8 +174,8 @@ def encode_subject(subject: Any, pipe: Any, fusion: SubjectFusion | None) -> Ten
         except Exception as error:  # whatever a picture or an encoder raises, the request fails alone
             raise ValueError(f"image of a FusedSubject cannot be encoded: {error}") from error
     if not isinstance(embeds, Tensor) or embeds.shape != (fusion.width,):
-        got = list(embeds.shape) if isinstance(embeds, Tensor) else type(embeds).__name__
-        raise ValueError(f"the encoding of a FusedSubject must be [{fusion.width}], got {got}")
+        shape = list(embeds.shape) if isinstance(embeds, Tensor) else type(embeds).__name__
+        raise ValueError(f"the encoding of a FusedSubject must be [{fusion.width}], got {shape}")
     return embeds
 
 

@@ -240,7 +240,7 @@ def _draw(
     readout = None
     if maps is not None:
         wordings = [_wordings(plan) for plan in plans]
-        layout = [None] * len(rows) + wordings if guided else wordings
+        layout = [*([None] * len(rows) if guided else []), *wordings]
         readout = maps.batch(unet_of(pipe), layout, pipe.tokenizer, _latent_size(pipe, kwargs)).to(device)
         attention["readout"] = readout
     scales = [row.order.guidance_scale for row in rows]

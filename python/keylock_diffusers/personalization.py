@@ -78,6 +78,7 @@ class Personalization:
         self._image_weights: dict[tuple[int, int], Tensor] = {}
         self._masks: dict[int, Tensor] = {}
         self._sizes: dict[int, tuple[int, int]] = {}  # height and width, by number of pixels
+        self._tokens = 0  # of one wording
         self._key_regions: Tensor | None = None
         self._query_regions: dict[int, Tensor] = {}
         self._phases: tuple[_Pairs, _Pairs] | None = None  # keys and values before and after the rows' starts
@@ -186,6 +187,7 @@ class Personalization:
         if type(hook).__name__ == "CpuOffload":  # whole-model offloading moves the U-Net in when it is called, or here
             hook.pre_forward(unet)
         layers = cross_attention_layers(unet)
+        self._tokens = text.shape[1]
         projected = self._project(layers, read_text, key_text, early=False)
         self._phases = None
         if early_text is not None and any(self._starts):
@@ -425,11 +427,19 @@ class Personalization:
         ]
         if not any(rows):
             return None
-        gates, mix = _gates_of(rows, self._concepts)
-        gates = edits.Gates(*(t.to(text.device) for t in (gates.slots, gates.beta, gates.tau, gates.strength)))
         directions = torch.stack([concept.direction for concept in self._concepts]).to(text.device)
-        slots = gates.pairs(len(self._concepts))
-        return slots, edits.coefficients(text, directions, gates, mix.to(text.device))
+        gates, _ = _gates_of(rows, self._concepts)
+        slots = gates.pairs(len(self._concepts)).to(text.device)
+        parts = []
+        for wording, part in enumerate(text.split(self._tokens, 1)):
+            held = [
+                [use if regions.has(wording, use.concept.placeholder) else None for use in row]
+                for row, regions in zip(rows, self._regions.rows, strict=True)
+            ]
+            gates, mix = _gates_of(held, self._concepts)
+            gates = edits.Gates(*(t.to(text.device) for t in (gates.slots, gates.beta, gates.tau, gates.strength)))
+            parts.append(edits.coefficients(part, directions, gates, mix.to(text.device)))
+        return slots, torch.cat(parts, 1)
 
     def _tables(self, layers: Mapping[str, Any], text: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Per layer, the output vectors [2S, O] of keys and of values."""
@@ -443,7 +453,7 @@ class Personalization:
         }
 
 
-def _gates_of(rows: Sequence[Sequence[ConceptUse]], concepts: Sequence[Concept]) -> tuple[edits.Gates, Tensor]:
+def _gates_of(rows: Sequence[Sequence[ConceptUse | None]], concepts: Sequence[Concept]) -> tuple[edits.Gates, Tensor]:
     """The gates of a batch's rows and how each row's concepts combine [B, R, R].
 
     Raises:
@@ -453,8 +463,8 @@ def _gates_of(rows: Sequence[Sequence[ConceptUse]], concepts: Sequence[Concept])
     width = max((len(row) for row in rows), default=0)
 
     def table(value: Callable[[ConceptUse], float], empty: float, dtype: torch.dtype) -> Tensor:  # [B, R]
-        filled = [[value(use) for use in row] + [empty] * (width - len(row)) for row in rows]
-        return torch.tensor(filled, dtype=dtype).reshape(len(rows), width)
+        values = [[empty if use is None else value(use) for use in row] + [empty] * (width - len(row)) for row in rows]
+        return torch.tensor(values, dtype=dtype).reshape(len(rows), width)
 
     gates = edits.Gates(
         slots=table(lambda use: slot_of[id(use.concept)], -1, torch.int32),

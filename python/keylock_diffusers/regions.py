@@ -55,12 +55,18 @@ class RowRegions:
         outside: the positions of tokens that are seen only where no region is.
         hidden: those of tokens that are seen nowhere.
         tokens: how many the row has; those after them are nowhere seen. None: all there are.
+        placeholders: those in each wording that the row reads after its prompt.
     """
 
     uses: tuple[RegionUse, ...] = ()
     outside: tuple[int, ...] = ()
     hidden: tuple[int, ...] = ()
     tokens: int | None = None
+    placeholders: tuple[frozenset[str], ...] = ()
+
+    def has(self, wording: int, placeholder: str) -> bool:
+        """Whether a placeholder of the prompt (wording 0) is also in a wording of its own; they count from 1."""
+        return wording == 0 or (wording <= len(self.placeholders) and placeholder in self.placeholders[wording - 1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,7 +226,8 @@ def resolve(
     )
     blocks = [RegionUse(use.mask, tuple(range(tokens * (r + 1), tokens * (r + 2)))) for r, use in enumerate(uses)]
     outside = tuple(token for token in range(tokens) if token not in named)
-    return PromptRegions(RowRegions(tuple(blocks), outside, named, tokens * (1 + len(uses))), own)
+    placeholders = tuple(frozenset(placeholder for *_, placeholder in wording[0].spans) for wording in own)
+    return PromptRegions(RowRegions(tuple(blocks), outside, named, tokens * (1 + len(uses)), placeholders), own)
 
 
 def region_mask(mask: Any, what: str) -> Tensor:

@@ -27,7 +27,9 @@ def heat_map(attention: Tensor, size: tuple[int, int] | None = None) -> Image.Im
     Raises:
         ValueError: it is no map, or not finite.
     """
-    picture = Image.fromarray((matplotlib.colormaps[_COLOURS](_unit(attention))[..., :3] * 255).round().astype(np.uint8))
+    picture = Image.fromarray(
+        (matplotlib.colormaps[_COLOURS](_unit(attention))[..., :3] * 255).round().astype(np.uint8)
+    )
     return picture if size is None else picture.resize(size, Image.Resampling.BICUBIC)
 
 
@@ -80,7 +82,7 @@ def grid(
     pen = ImageDraw.Draw(sheet)
     for line, (image, recorded, caption) in enumerate(zip(images, maps, captions, strict=True)):
         top = line * (step + _LABEL)
-        pen.text((_GAP, top + _LABEL / 2), _cut(pen, caption, step), fill=_INK, font_size=12, anchor="lm")
+        pen.text((_GAP, top + _LABEL / 2), _cut(pen, caption, cell), fill=_INK, font_size=12, anchor="lm")
         picture = _picture(image)
         scale = cell / max(picture.size)
         size = round(picture.width * scale), round(picture.height * scale)

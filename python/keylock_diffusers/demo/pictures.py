@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from PIL import Image
 
 from keylock_diffusers.embedded import ASSETS, render
+from keylock_diffusers.embedded.glyphs import Glyph
 
 FOLDER = ASSETS / "demo"
 
@@ -51,6 +53,7 @@ def load(user: User) -> tuple[list[Image.Image], list[Image.Image]]:
     )
 
 
+@cache
 def coat_colour(user: User) -> np.ndarray:
     """The mean colour [3] of the cat in a user's pictures."""
     pictures, masks = load(user)
@@ -87,13 +90,17 @@ _COATS: dict[str, Callable[[int], np.ndarray]] = {
 }
 
 
+def coated(user: User, glyph: Glyph) -> Image.Image:
+    """A cat's sprite with the coat of a user's."""
+    plain = render.sprite(glyph.codepoint)
+    return render.dye(plain, _COATS[user.name](plain.width))
+
+
 def draw(user: User) -> list[tuple[Image.Image, Image.Image]]:
     """A user's pictures with their masks; only the fur's colour differs from the plain cat's."""
     drawn = []
     for words, background, left, top, side in _SCENES:
-        glyph = render.find(words.removeprefix("a ").format("cat"))
-        plain = render.sprite(glyph.codepoint)
-        cat = render.dye(plain, _COATS[user.name](plain.width))
+        cat = coated(user, render.find(words.removeprefix("a ").format("cat")))
         image, masks = render.compose([(cat, left, top, side)], background)
         drawn.append((Image.fromarray(image), Image.fromarray((masks[0] * 255).astype(np.uint8))))
     return drawn

@@ -17,7 +17,7 @@ from keylock_diffusers import edits, embedded
 from keylock_diffusers.concepts import Concept, ConceptBank, cross_attention_layers
 from keylock_diffusers.demo import grid, pictures
 from keylock_diffusers.demo.pictures import USERS, User
-from keylock_diffusers.embedded import classifier
+from keylock_diffusers.embedded import classifier, render
 from keylock_diffusers.embedded.evaluate import background_name
 from keylock_diffusers.generation import generate
 from keylock_diffusers.processors import install
@@ -127,18 +127,23 @@ def run(
 def _teach(
     pipe: Any, metric: Covariance, config: TrainingConfig, folder: Path, progress: bool
 ) -> tuple[ConceptBank, float]:
-    subjects = []
-    for number, user in enumerate(USERS):
-        images, masks = pictures.load(user)
-        captions = [words.format(user.placeholder) for words in pictures.CAPTIONS]
-        subjects.append(Subject(user.placeholder, "cat", images, captions, masks, seed=number))
-    concepts, seconds = _timed(lambda s: train_concepts(pipe, s, config, metric=metric, progress=progress), subjects)
+    concepts, seconds = _timed(lambda s: train_concepts(pipe, s, config, metric=metric, progress=progress), subjects())
     bank = ConceptBank(folder)
     for user, concept in zip(USERS, concepts, strict=True):
         if not isinstance(concept, Concept):
             raise concept
         bank.add(_id(user), concept, overwrite=True)
     return bank, seconds
+
+
+def subjects() -> list[Subject]:
+    """What the users give to learn from."""
+    made = []
+    for number, user in enumerate(USERS):
+        images, masks = pictures.load(user)
+        captions = [words.format(user.placeholder) for words in pictures.CAPTIONS]
+        made.append(Subject(user.placeholder, "cat", images, captions, masks, seed=number))
+    return made
 
 
 def _mixed_batch(seed: int) -> list[Request]:
@@ -182,24 +187,34 @@ def _difference(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> flo
     return float(max(np.abs(a - b).max() for a, b in zip(ours, theirs, strict=True)) * 255)
 
 
-def cat_colour(image: np.ndarray, left_half: bool) -> np.ndarray:
-    """The mean colour [3] in 0..255 of what is not background in a picture [64, 64, 3] in 0..1."""
+def wearer(image: np.ndarray, where: np.ndarray | None = None) -> str | None:
+    """Whose cat a picture [64, 64, 3] in 0..1 shows: whose coat is nearest to the mean colour of the subject.
+
+    Args:
+        image: the picture.
+        where: bool [64, 64], the part of it to look at; default all.
+
+    Returns:
+        The user's name; None if there is nothing but background.
+    """
     pixels = image.astype(np.float32) * 255
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     subject = np.abs(pixels - np.median(border, axis=0)).max(-1) > 40
-    if left_half:
-        subject[:, subject.shape[1] // 2 :] = False
-    return pixels[subject].mean(0) if subject.any() else np.full(3, np.nan)
+    if where is not None:
+        subject &= where
+    if not subject.any():
+        return None
+    colour = pixels[subject].mean(0)
+    return min(USERS, key=lambda user: float(np.square(pictures.coat_colour(user) - colour).sum())).name
 
 
 def _coats(cells: Sequence[tuple[Scene, User, int]], images: Sequence[np.ndarray]) -> dict[str, str]:
     """Per scene, how many pictures' cats are nearest in colour to their own user's coat."""
-    coats = {user.name: pictures.coat_colour(user) for user in USERS}
+    left = np.arange(render.SIZE) < render.SIZE // 2
     right = {scene.label: [0, 0] for scene in SCENES}
     for (scene, user, _), image in zip(cells, images, strict=True):
-        colour = cat_colour(image, scene.left_half)
-        nearest = min(coats, key=lambda name: float(np.square(coats[name] - colour).sum()))
-        right[scene.label][0] += bool(np.isfinite(colour).all()) and nearest == user.name
+        where = np.broadcast_to(left, image.shape[:2]) if scene.left_half else None
+        right[scene.label][0] += wearer(image, where) == user.name
         right[scene.label][1] += 1
     return {label: f"{found} of {total}" for label, (found, total) in right.items()}
 

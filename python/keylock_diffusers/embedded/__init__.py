@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 BASE_MODEL = ASSETS / "base"
+ADAPTER = ASSETS / "ip-adapter"
+ADAPTER_FILE, IMAGE_ENCODER_FOLDER = "ip-adapter.safetensors", "image_encoder"
 
 
 def load(**kwargs: Any) -> StableDiffusionPipeline:
@@ -28,4 +30,18 @@ def load(**kwargs: Any) -> StableDiffusionPipeline:
         raise FileNotFoundError(f"embedded: there is no base model in {BASE_MODEL}; this installation lacks its assets")
     pipe = StableDiffusionPipeline.from_pretrained(BASE_MODEL, **kwargs)
     pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def load_adapter(pipe: StableDiffusionPipeline) -> StableDiffusionPipeline:
+    """Loads the embedded image prompt adapter and its image encoder, through diffusers' own `load_ip_adapter`.
+
+    Raises:
+        FileNotFoundError: the package was built without its assets.
+    """
+    if not (ADAPTER / ADAPTER_FILE).exists():
+        raise FileNotFoundError(f"embedded: there is no adapter in {ADAPTER}; this installation lacks its assets")
+    pipe.load_ip_adapter(
+        str(ADAPTER), subfolder="", weight_name=ADAPTER_FILE, image_encoder_folder=IMAGE_ENCODER_FOLDER
+    )
     return pipe

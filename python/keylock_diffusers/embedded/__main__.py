@@ -1,34 +1,54 @@
 """``python -m keylock_diffusers.embedded``: make the embedded base model again.
 
     render      look at what it is trained on
-    autoencoder, diffusion, classifier
+    autoencoder, diffusion, classifier, image-encoder, adapter
                 train one part, or go on from its checkpoint
     export      write the pipeline's files
+    export-adapter
+                write the image prompt adapter and its encoder
     evaluate    draw the contact sheet and measure it
+    localization
+                measure regions, the localization loss, image prompts and attention maps
 
-Needs Debian's fonts-noto-color-emoji. Checkpoints go to a working folder; the exported model and the
-classifier go to the package's assets.
+Needs Debian's fonts-noto-color-emoji. Checkpoints go to a working folder; what is exported and the classifier go to
+the package's assets.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from . import BASE_MODEL, autoencoder, classifier, diffusion, evaluate, load, render
+from . import (
+    ADAPTER,
+    BASE_MODEL,
+    adapter,
+    autoencoder,
+    classifier,
+    diffusion,
+    evaluate,
+    image_encoder,
+    load,
+    localization,
+    render,
+)
+
+STAGES = (
+    "autoencoder", "diffusion", "classifier", "export", "image-encoder", "adapter", "export-adapter", "evaluate",
+    "localization",
+)  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m keylock_diffusers.embedded", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument(
-        "stage", choices=("render", "autoencoder", "diffusion", "classifier", "export", "evaluate", "all")
-    )
+    parser.add_argument("stage", choices=("render", *STAGES, "all"))
     parser.add_argument("--folder", type=Path, default=Path(".work/embedded"), help="checkpoints and pictures")
     parser.add_argument("--steps", type=int, help="steps in all of the stage's training")
     parser.add_argument("--seed", type=int, default=0)
@@ -39,8 +59,7 @@ def main() -> None:
     folder, steps = arguments.folder, {"steps": arguments.steps} if arguments.steps else {}
     start = load() if arguments.from_export else None
     folder.mkdir(parents=True, exist_ok=True)
-    stages = ("autoencoder", "diffusion", "classifier", "export", "evaluate")
-    for stage in stages if arguments.stage == "all" else (arguments.stage,):
+    for stage in STAGES if arguments.stage == "all" else (arguments.stage,):
         if stage == "render":
             pictures = [render.draw(arguments.seed, n).image for n in range(128)]
             rows = [np.concatenate(pictures[n : n + 16], axis=1) for n in range(0, 128, 16)]
@@ -53,6 +72,16 @@ def main() -> None:
             diffusion.train(folder, vae, start=start, seed=arguments.seed, **steps)
         elif stage == "classifier":
             classifier.train(folder, **steps)
+        elif stage == "image-encoder":
+            image_encoder.train(folder, **steps)
+        elif stage == "adapter":
+            config = replace(adapter.CONFIG, **steps)
+            adapter.train(folder, load(), image_encoder.restore(folder), config=config)
+        elif stage == "export-adapter":
+            print(f"{ADAPTER}: {adapter.export(folder) / 2**20:.1f} MiB")
+        elif stage == "localization":
+            measured = localization.measure(folder)
+            print(localization.table(measured))
         elif stage == "export":
             size = diffusion.export(diffusion.assemble(folder, arguments.seed), BASE_MODEL)
             print(f"{BASE_MODEL}: {size / 2**20:.1f} MiB")

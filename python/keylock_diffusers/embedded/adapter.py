@@ -10,9 +10,9 @@ from tqdm import tqdm
 from transformers import CLIPVisionModelWithProjection
 
 from keylock_diffusers.training import loop
-from keylock_diffusers.training.image_adapter import AdapterConfig, AdapterExample, train_image_adapter
+from keylock_diffusers.training.image_adapter import AdapterConfig, AdapterExample, ImageAdapter, train_image_adapter
 
-from . import autoencoder, image_encoder, render
+from . import ADAPTER, ADAPTER_FILE, IMAGE_ENCODER_FOLDER, autoencoder, image_encoder, load, render
 
 CONFIG = AdapterConfig(
     steps=4000,
@@ -24,6 +24,7 @@ CONFIG = AdapterConfig(
     drop_both=0.05,
     average_decay=0.995,
 )
+CHECKPOINT = "image-adapter.safetensors"
 _BATCH = 64
 
 
@@ -61,5 +62,16 @@ def train(
         examples(pipe, encoder.float().eval(), pool, seed),
         config,
         accelerator=loop.fastest(),
-        checkpoint_path=folder / "image-adapter.safetensors",
+        checkpoint_path=folder / CHECKPOINT,
     )
+
+
+def export(folder: Path) -> int:
+    """Writes the adapter and its image encoder, of the checkpoints in `folder`, in float16; returns their bytes."""
+    pipe = load()
+    encoder = image_encoder.restore(folder)
+    made = ImageAdapter(pipe.unet, image_encoder.WIDTH, CONFIG.tokens)
+    loop.load_average(folder / CHECKPOINT, made)
+    made.save(ADAPTER / ADAPTER_FILE)
+    encoder.half().save_pretrained(ADAPTER / IMAGE_ENCODER_FOLDER)
+    return sum(file.stat().st_size for file in ADAPTER.rglob("*") if file.is_file())

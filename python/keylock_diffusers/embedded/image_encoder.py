@@ -19,6 +19,7 @@ from . import autoencoder, render
 from .glyphs import GLYPHS
 
 WIDTH = 192
+CHECKPOINT = "image-encoder.safetensors"
 # What diffusers' feature extractor normalises pictures with: CLIP's own mean and deviation, per channel, of 0..1.
 _MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 _DEVIATION = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
@@ -89,7 +90,7 @@ def train(folder: Path, *, steps: int = 5000, batch: int = 64, seed: int = 200) 
     loop.fit(
         model,
         loss,
-        folder / "image-encoder.safetensors",
+        folder / CHECKPOINT,
         accelerator=accelerator,
         steps=steps,
         learning_rate=1e-3,
@@ -102,5 +103,5 @@ def train(folder: Path, *, steps: int = 5000, batch: int = 64, seed: int = 200) 
 def restore(folder: Path) -> CLIPVisionModelWithProjection:
     """The encoder of the checkpoint in `folder`, with averaged weights."""
     model = Reader()
-    loop.load_average(folder / "image-encoder.safetensors", model)
+    loop.load_average(folder / CHECKPOINT, model)
     return model.encoder.eval()

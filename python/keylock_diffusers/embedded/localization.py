@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
+from keylock_diffusers.attention_maps import AttentionMaps, record_attention
+from keylock_diffusers.concepts import Concept, cross_attention_layers
+from keylock_diffusers.demo import story
+from keylock_diffusers.demo.pictures import USERS, User, coated
 from keylock_diffusers.generation import generate
-from keylock_diffusers.regions import Region
-from keylock_diffusers.requests import Request
+from keylock_diffusers.image_prompts import ImagePrompt
+from keylock_diffusers.processors import install
+from keylock_diffusers.regions import ENDINGS, Region
+from keylock_diffusers.requests import Request, Use
+from keylock_diffusers.text import encode, tokenize
+from keylock_diffusers.training import Subject, covariance, default_captions, train_concepts
 
-from . import classifier, render
-from .evaluate import background_name
-from .glyphs import BACKGROUNDS, GLYPHS
+from . import autoencoder, classifier, load, load_adapter, render
+from .evaluate import background_name, subjects
+from .glyphs import BACKGROUNDS, GLYPHS, INDEX
 
 COUNT, STEPS, GUIDANCE = 64, 25, 4.0
-_PROMPT_SEED, _FIRST_SEED = 64, 5000
+_PROMPT_SEED, _FIRST_SEED, _RENDER_SEED = 64, 5000, 7000
+_TIMES = (200, 400, 600)  # noise levels at which renders' maps are read
+_THRESHOLDS = 100
 
 
 @dataclass(frozen=True)
@@ -95,3 +106,209 @@ def judge_pairs(scenes: Sequence[Pair], images: Sequence[np.ndarray]) -> dict[st
         ground += background_name(image) == scene.background
     count = len(scenes)
     return {"own": own / (2 * count), "other": other / (2 * count), "background": ground / count}
+
+
+def measure_regions(pipe: Any) -> dict[str, Any]:
+    """Pairs without regions, and with them in each treatment of the prompt's end."""
+    scenes = pairs()
+    return {
+        name: judge_pairs(scenes, draw(pipe, pair_orders(scenes, None if name == "none" else name)))
+        for name in ("none", *ENDINGS)
+    }
+
+
+def measure_two_concepts(pipe: Any, concepts: dict[str, Concept]) -> dict[str, Any]:
+    """Two users' cats in one picture, in every order and both ways round: whose is where, and is it a cat?"""
+    judge = classifier.load()
+    cells = [
+        (first, second, flip, seed)
+        for first in USERS
+        for second in USERS
+        if first is not second
+        for flip in (False, True)
+        for seed in range(3)
+    ]
+    counted = {}
+    for name in ("none", "own"):
+        orders = []
+        for n, (first, second, flip, _) in enumerate(cells):
+            uses = [
+                Use(concepts[user.name], region=None if name == "none" else half(left=(user is first) != flip))
+                for user in (first, second)
+            ]
+            words = render.caption([first.placeholder, second.placeholder], "white", 3)
+            orders.append(Request(words, concepts=uses, seed=_FIRST_SEED + n, guidance_scale=GUIDANCE))
+        coat = other = cat = 0
+        for (first, second, flip, _), image in zip(cells, draw(pipe, orders), strict=True):
+            for user in (first, second):
+                own = half(left=(user is first) != flip)
+                coat += story.wearer(image / 255, own.numpy() > 0.5) == user.name
+                other += story.wearer(image / 255, own.numpy() <= 0.5) == user.name
+                cat += _is_cat(judge.names([inside(image, own)])[0][0])
+        total = 2 * len(cells)
+        counted[name] = {"coat": coat / total, "coat elsewhere": other / total, "cat": cat / total, "subjects": total}
+    return counted
+
+
+def measure_localization(pipe: Any, progress: bool = False) -> dict[str, Any]:
+    """Concepts learned from pictures of two subjects, with and without the loss: what is inside and outside."""
+    metric = covariance(pipe, default_captions(500))
+    measured = {}
+    for weight in (0.0, 1e-3, 1e-2):
+        taught = [_two_subject_pictures(user, number) for number, user in enumerate(USERS)]
+        config = replace(story.TRAINING, localize=weight)
+        learned = train_concepts(pipe, [subject for subject, _ in taught], config, metric=metric, progress=progress)
+        concepts = {user.name: _checked(concept) for user, concept in zip(USERS, learned, strict=True)}
+        measured[f"{weight:g}"] = _beside_others(pipe, concepts)
+    return measured
+
+
+def _beside_others(pipe: Any, concepts: dict[str, Concept]) -> dict[str, float]:
+    """Each concept beside subjects that were not in its pictures: inside its half and outside, and its word's map."""
+    judge = classifier.load()
+    others = ("tree", "taxi", "pizza", "robot", "sunflower", "castle", "guitar", "apple")
+    others = tuple(name for name in others if name in INDEX)
+    cells = [(user, name) for user in USERS for name in others]
+    orders = [
+        Request(
+            render.caption([user.placeholder, name], "blue", 3),
+            concepts=[concepts[user.name]],
+            seed=_FIRST_SEED + n,
+            guidance_scale=GUIDANCE,
+        )
+        for n, (user, name) in enumerate(cells)
+    ]
+    left, right = half(True), half(False)
+    found = {"cat inside": 0, "coat inside": 0, "cat outside": 0, "other outside": 0}
+    with record_attention(pipe, [user.placeholder for user in USERS]) as maps:
+        images = draw(pipe, orders)
+    within = []
+    for (user, name), image, recorded in zip(cells, images, maps.images, strict=True):
+        found["cat inside"] += _is_cat(judge.names([inside(image, left)])[0][0])
+        found["coat inside"] += story.wearer(image / 255, left.numpy() > 0.5) == user.name
+        beyond = judge.names([inside(image, right)])[0][0]
+        found["cat outside"] += _is_cat(beyond)
+        found["other outside"] += beyond == name
+        attention = recorded.mean(user.placeholder, tuple(left.shape))
+        within.append(float((attention * left).sum() / attention.sum()))
+    shares = {name: count / len(cells) for name, count in found.items()}
+    return {**shares, "attention inside": float(np.mean(within)), "pictures": len(cells)}
+
+
+def _two_subject_pictures(user: User, number: int) -> tuple[Subject, list[str]]:
+    """Four pictures of a user's cat beside something else, on either side, with the cat's masks."""
+    beside = ("house", "dog", "rocket", "burger")
+    images, masks, captions = [], [], []
+    for n, (name, background) in enumerate(zip(beside, ("white", "green", "pink", "yellow"), strict=True)):
+        cat = coated(user, render.find("cat"))
+        other = render.sprite(render.find(name).codepoint)
+        placed = [(cat, 2, 18, 29), (other, 33, 18, 28)] if n % 2 == 0 else [(other, 2, 18, 28), (cat, 33, 18, 29)]
+        image, alphas = render.compose(placed, background)
+        names = [user.placeholder, name] if n % 2 == 0 else [name, user.placeholder]
+        images.append(Image.fromarray(image))
+        masks.append(Image.fromarray((alphas[n % 2] * 255).astype(np.uint8)))
+        captions.append(render.caption(names, background, 3))
+    return Subject(user.placeholder, "cat", images, captions, masks, seed=number), captions
+
+
+def measure_adapter(pipe: Any) -> dict[str, Any]:
+    """Held-out renders as image prompts: alone, with a background in words, and with scale 0."""
+    judge = classifier.load()
+    renders = [render.draw(_RENDER_SEED, n, pairs=0) for n in range(COUNT)]
+    pictures = [Image.fromarray(picture.image) for picture in renders]
+    backgrounds = list(BACKGROUNDS)
+    wanted = [
+        backgrounds[(backgrounds.index(picture.background) + 1 + n % (len(backgrounds) - 1)) % len(backgrounds)]
+        for n, picture in enumerate(renders)
+    ]
+
+    def orders(prompts: Sequence[str], scale: float | None) -> list[Request]:
+        return [
+            Request(
+                prompt,
+                image_prompts=[] if scale is None else [ImagePrompt(picture, scale=scale)],
+                seed=_FIRST_SEED + n,
+                guidance_scale=GUIDANCE,
+            )
+            for n, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True))
+        ]
+
+    def named(images: Sequence[np.ndarray]) -> float:
+        names = judge.names(list(images))
+        return float(np.mean([n[0] == GLYPHS[p.labels[0]].caption for n, p in zip(names, renders, strict=True)]))
+
+    alone = draw(pipe, orders([""] * COUNT, 1.0))
+    worded = [f"on {background}" for background in wanted]
+    with_words = draw(pipe, orders(worded, 1.0))
+    absent, none = (draw(pipe, orders(worded, scale)[:8]) for scale in (0.0, None))
+    ruled = [background_name(image) == background for image, background in zip(with_words, wanted, strict=True)]
+    return {
+        "class from the image alone": named(alone),
+        "class with words of the background": named(with_words),
+        "background of the words": float(np.mean(ruled)),
+        "scale 0 equals none bit for bit": all(np.array_equal(a, b) for a, b in zip(absent, none, strict=True)),
+    }
+
+
+@torch.no_grad()
+def measure_maps(pipe: Any) -> dict[str, float]:
+    """Maps of the words for renders' subjects against their exact masks, read while the model denoises the renders."""
+    scores: dict[str, list[float]] = {"one subject": [], "two subjects": []}
+    chance: dict[str, list[float]] = {"one subject": [], "two subjects": []}
+    for kind, share in (("one subject", 0.0), ("two subjects", 1.0)):
+        for start in range(0, COUNT, 16):
+            scenes = [render.draw(_RENDER_SEED, n, pairs=share) for n in range(start, start + 16)]
+            names = [subjects(scene.caption)[0] for scene in scenes]
+            words = tuple(dict.fromkeys(name for row in names for name in row))
+            maps = AttentionMaps(words, tuple(cross_attention_layers(pipe.unet)), every_step=False)
+            prompts = [tokenize(pipe.tokenizer, scene.caption) for scene in scenes]
+            pixels = autoencoder.pixels([scene.image for scene in scenes])
+            latents = pipe.vae.encode(pixels).latents * pipe.vae.config.scaling_factor
+            readout = maps.batch(pipe.unet, [[p] for p in prompts], pipe.tokenizer, tuple(latents.shape[-2:]))
+            text = encode(pipe.text_encoder, prompts)
+            for time in _TIMES:
+                noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(_FIRST_SEED + start + time))
+                times = torch.full((len(scenes),), time)
+                noisy = pipe.scheduler.add_noise(latents, noise, times)
+                pipe.unet(noisy, times, text, cross_attention_kwargs={"readout": readout})
+            for row, scene in enumerate(scenes):
+                recorded = readout.picture(row, scene.caption)
+                for name, mask in zip(names[row], scene.masks, strict=True):
+                    score, base = best_overlap(recorded.mean(name, mask.shape), torch.from_numpy(mask) > 0.5)
+                    scores[kind].append(score)
+                    chance[kind].append(base)
+    return {
+        **{kind: float(np.mean(values)) for kind, values in scores.items()},
+        **{f"{kind}, by chance": float(np.mean(values)) for kind, values in chance.items()},
+    }
+
+
+def best_overlap(attention: Tensor, mask: Tensor) -> tuple[float, float]:
+    """Intersection over union of a map [h, w] with a mask at the best threshold, and what no map at all would get."""
+    levels = torch.linspace(float(attention.min()), float(attention.max()), _THRESHOLDS)[:, None, None]
+    found = attention >= levels
+    overlap = (found & mask).sum((1, 2)) / (found | mask).sum((1, 2))
+    return float(overlap.max()), float(mask.float().mean())
+
+
+def _is_cat(name: str) -> bool:
+    return GLYPHS[INDEX[name]].group == "cat"
+
+
+def _checked(concept: Any) -> Concept:
+    if not isinstance(concept, Concept):
+        raise concept
+    return concept
+
+
+def measure(progress: bool = True) -> dict[str, Any]:
+    """Everything of docs/localization.md that is measured on pictures."""
+    pipe = install(load())
+    metric = covariance(pipe, default_captions(500))
+    learned = train_concepts(pipe, story.subjects(), story.TRAINING, metric=metric, progress=progress)
+    concepts = {user.name: _checked(concept) for user, concept in zip(USERS, learned, strict=True)}
+    measured: dict[str, Any] = {"regions": measure_regions(pipe), "two concepts": measure_two_concepts(pipe, concepts)}
+    measured["localization loss"] = measure_localization(pipe, progress)
+    measured["maps"] = measure_maps(pipe)
+    measured["image prompts"] = measure_adapter(install(load_adapter(pipe)))
+    return measured

@@ -3,6 +3,12 @@
 from keylock_diffusers.training.covariance import Covariance, covariance, default_captions
 from keylock_diffusers.training.image_adapter import AdapterConfig, AdapterExample, ImageAdapter, train_image_adapter
 from keylock_diffusers.training.localization import Localization, localization_layers, localization_loss
+from keylock_diffusers.training.subject_fusion import (
+    FusionConfig,
+    FusionExample,
+    FusionSubject,
+    train_subject_fusion,
+)
 from keylock_diffusers.training.trainer import ConceptTrainingError, Subject, TrainingConfig, train_concepts
 
 __all__ = [
@@ -10,6 +16,9 @@ __all__ = [
     "AdapterExample",
     "ConceptTrainingError",
     "Covariance",
+    "FusionConfig",
+    "FusionExample",
+    "FusionSubject",
     "ImageAdapter",
     "Localization",
     "Subject",
@@ -20,4 +29,5 @@ __all__ = [
     "localization_loss",
     "train_concepts",
     "train_image_adapter",
+    "train_subject_fusion",
 ]

@@ -43,6 +43,48 @@ def encode_images(pipe: Any, images: Sequence[Image.Image]) -> Tensor:
     return latents * pipe.vae.config.scaling_factor
 
 
+def latents_of(pipe: Any, images: Sequence[Image.Image | Tensor], device: torch.device) -> Tensor:  # [B, c, h, w]
+    """Pictures' scaled latents in float32; those that are latents already are taken as they are."""
+    made = [image if isinstance(image, Tensor) else encode_images(pipe, [image])[0] for image in images]
+    return torch.stack([latents.to(device, torch.float32) for latents in made])
+
+
+def encoded_prompts(
+    pipe: Any, prompts: Sequence[Image.Image | Tensor], device: torch.device, name: str
+) -> Tensor:  # [B, D]
+    """Pictures as the pipeline's image encoder says them, in float32; encodings [D] are taken as they are.
+
+    Raises:
+        TypeError: a picture, and the pipeline has no image encoder.
+        ValueError: an encoding of another shape.
+    """
+    made = []
+    for prompt in prompts:
+        if isinstance(prompt, Tensor):
+            if prompt.ndim != 1:
+                raise ValueError(f"{name}: encodings must be [D], got {list(prompt.shape)}")
+            made.append(prompt.to(device, torch.float32))
+            continue
+        if getattr(pipe, "image_encoder", None) is None:
+            raise TypeError(f"{name}: pipe must have an image_encoder for pictures, got none")
+        made.append(pipe.encode_image(_upright(prompt), device, 1)[0][0].float())
+    return torch.stack(made)
+
+
+def moved(pipe: Any, device: torch.device, name: str) -> Any:
+    """The pipeline's U-Net, once all its parts are on a device.
+
+    Raises:
+        TypeError: the pipeline has two text encoders.
+    """
+    if getattr(pipe, "text_encoder_2", None) is not None:
+        raise TypeError(f"{name}: pipe must have one text encoder, got two")
+    for module in (pipe.unet, pipe.text_encoder, pipe.vae, getattr(pipe, "image_encoder", None)):
+        if module is not None:
+            module.to(device)
+    return pipe.unet
+
+
 def _upright(image: Image.Image) -> Image.Image:
     """An RGB picture turned as the camera noted, transparency on white."""
     image = ImageOps.exif_transpose(image)

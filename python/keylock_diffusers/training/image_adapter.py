@@ -23,7 +23,14 @@ from keylock_diffusers.concepts import base_layer, cross_attention_layers
 from keylock_diffusers.image_prompts import layer_numbers
 from keylock_diffusers.processors.images import ImageStreams
 from keylock_diffusers.training import loop
-from keylock_diffusers.training.frozen import encode_images, frozen, noise_levels, prediction_target
+from keylock_diffusers.training.frozen import (
+    encoded_prompts,
+    frozen,
+    latents_of,
+    moved,
+    noise_levels,
+    prediction_target,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,16 +164,11 @@ def train_image_adapter(
     """
     if not len(examples):
         raise ValueError("train_image_adapter: examples must not be empty")
-    if getattr(pipe, "text_encoder_2", None) is not None:
-        raise TypeError("train_image_adapter: pipe must have one text encoder, got two")
     accelerator = accelerator or Accelerator()
     device = accelerator.device
-    unet = pipe.unet.to(device)
-    for module in (pipe.text_encoder, pipe.vae, getattr(pipe, "image_encoder", None)):
-        if module is not None:
-            module.to(device)
+    unet = moved(pipe, device, "train_image_adapter")
     with frozen(pipe):
-        width = _prompts(pipe, [examples[0]], device).shape[-1]
+        width = encoded_prompts(pipe, [_prompt(examples[0])], device, "train_image_adapter").shape[-1]
         torch.manual_seed(config.seed)
         adapter = ImageAdapter(unet, width, config.tokens)
         empty = text.tokenize(pipe.tokenizer, "")
@@ -182,14 +184,14 @@ def train_image_adapter(
             edges = torch.tensor([config.drop_text, config.drop_image, config.drop_both]).cumsum(0)
             kind = torch.bucketize(share, edges, right=True)  # 0: no text, 1: no image, 2: neither, 3: both
             with torch.no_grad():
-                clean = _latents(pipe, rows, device)
+                clean = latents_of(pipe, [row.image for row in rows], device)
                 noise = torch.randn(clean.shape, generator=random).to(device)
                 prompts = [
                     empty if dropped else text.tokenize(pipe.tokenizer, row.caption)
                     for row, dropped in zip(rows, ((kind == 0) | (kind == 2)).tolist(), strict=True)
                 ]
                 encodings = text.encode(pipe.text_encoder, prompts).to(unet.dtype)
-                embeds = _prompts(pipe, rows, device)
+                embeds = encoded_prompts(pipe, [_prompt(row) for row in rows], device, "train_image_adapter")
                 embeds = torch.where(((kind == 1) | (kind == 2)).to(device)[:, None], 0, embeds)
                 text_kv = {name: (attn.to_k(encodings), attn.to_v(encodings)) for name, attn in layers.items()}
             signal, sigma = noise_levels(pipe.scheduler, times, device)
@@ -247,26 +249,10 @@ def _copy(projection: nn.Module) -> nn.Linear:
     return made
 
 
-def _latents(pipe: Any, rows: Sequence[AdapterExample], device: torch.device) -> Tensor:  # [B, c, h, w]
-    made = [row.image if isinstance(row.image, Tensor) else encode_images(pipe, [row.image])[0] for row in rows]
-    return torch.stack([latents.to(device, torch.float32) for latents in made])
-
-
-def _prompts(pipe: Any, rows: Sequence[AdapterExample], device: torch.device) -> Tensor:  # [B, D]
-    made = []
-    for row in rows:
-        prompt = row.image if row.prompt is None else row.prompt
-        if isinstance(prompt, Tensor):
-            if prompt.ndim != 1 or row.prompt is None:
-                raise ValueError(
-                    f"AdapterExample: prompt must be a picture or an encoding [D], got {list(prompt.shape)}"
-                )
-            made.append(prompt.to(device, torch.float32))
-            continue
-        if getattr(pipe, "image_encoder", None) is None:
-            raise TypeError("train_image_adapter: pipe must have an image_encoder for prompts that are pictures")
-        made.append(pipe.encode_image(prompt, device, 1)[0][0].float())
-    return torch.stack(made)
+def _prompt(example: AdapterExample) -> Image.Image | Tensor:
+    if example.prompt is None and isinstance(example.image, Tensor):
+        raise ValueError("AdapterExample: prompt must be given where image is latents, got None")
+    return example.image if example.prompt is None else example.prompt
 
 
 def _digest(config: AdapterConfig, count: int, adapter: ImageAdapter) -> str:

@@ -246,7 +246,7 @@ def _step(pipe: Any, learners: list[_Learner], config: TrainingConfig, metric: C
         if config.localize:
             tokens = torch.tensor([[prompt.words[0][0]] for prompt in prompts], device=device)
             options["readout"] = Localization(
-                pipe.unet, tokens, weights, clean.shape[-2:], form=config.localization_form
+                pipe.unet, tokens, weights, (clean.shape[2], clean.shape[3]), form=config.localization_form
             )
         predicted = pipe.unet(noisy, times, encodings, cross_attention_kwargs=options).sample
     error = (predicted.float() - prediction_target(pipe.scheduler, clean, noise, signal, sigma)) ** 2

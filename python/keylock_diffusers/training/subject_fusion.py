@@ -1,0 +1,245 @@
+"""Trains a subject fusion module: pictures of subjects mixed into the words that name them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor
+
+from keylock_diffusers import text
+from keylock_diffusers.fusion import FusionUse, SubjectFusion, fuse
+from keylock_diffusers.training import loop
+from keylock_diffusers.training.frozen import (
+    encoded_prompts,
+    frozen,
+    latents_of,
+    moved,
+    noise_levels,
+    prediction_target,
+    soft_mask,
+)
+from keylock_diffusers.training.localization import FORMS, Localization, localization_loss
+
+
+@dataclass(frozen=True, eq=False)
+class FusionSubject:
+    """One subject of a picture.
+
+    Args:
+        prompt: the words that name it, as they stand in the caption; the last of their tokens is fused.
+        image: a picture of it, or its encoding [D] by the pipeline's image encoder.
+        mask: where it is, a picture that is white there, or a tensor [1, h, w] in latents' resolution; None: it is not
+            localized.
+    """
+
+    prompt: str
+    image: Image.Image | Tensor  # [D]
+    mask: Image.Image | Tensor | None = None  # [1, h, w]
+
+
+@dataclass(frozen=True, eq=False)
+class FusionExample:
+    """One picture to learn from.
+
+    Args:
+        image: what is to be drawn: a picture, or its scaled latents [c, h, w].
+        caption: its words.
+        subjects: those of its subjects that are fused.
+    """
+
+    image: Image.Image | Tensor  # [c, h, w]
+    caption: str
+    subjects: Sequence[FusionSubject]
+
+
+@dataclass(frozen=True)
+class FusionConfig:
+    """How fusion is trained; the defaults are FastComposer's on Stable Diffusion 1.5, whose U-Net learned too.
+
+    Args:
+        steps: optimiser steps.
+        batch_size: pictures per step and process.
+        learning_rate: AdamW's, after `warmup` steps; it falls as a cosine.
+        weight_decay: AdamW's.
+        warmup: steps.
+        drop_text: share of the rows that learn without words or subjects, for guidance.
+        drop_subjects: share of the rows that learn from words alone.
+        localize: weight of the localization loss of the subjects that have a mask.
+        localization_form: see `Localization`.
+        average_decay: of the weights' moving average, which is what is returned; None: the last weights.
+        seed: of every draw.
+    """
+
+    steps: int = 150_000
+    batch_size: int = 16
+    learning_rate: float = 1e-5
+    weight_decay: float = 0.01
+    warmup: int = 500
+    drop_text: float = 0.1
+    drop_subjects: float = 0.1
+    localize: float = 1e-3
+    localization_form: str = "balanced"
+    average_decay: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"FusionConfig: {name} must be at least 1, got {getattr(self, name)}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"FusionConfig: learning_rate must be above 0, got {self.learning_rate}")
+        if not self.localize >= 0:
+            raise ValueError(f"FusionConfig: localize must be at least 0, got {self.localize}")
+        shares = [self.drop_text, self.drop_subjects]
+        if min(shares) < 0 or sum(shares) > 1:
+            raise ValueError(f"FusionConfig: drop_text and drop_subjects must be shares, got {shares}")
+        if self.localization_form not in FORMS:
+            raise ValueError(f"FusionConfig: localization_form must be one of {FORMS}, got {self.localization_form!r}")
+
+
+def train_subject_fusion(
+    pipe: Any,
+    examples: Sequence[FusionExample],
+    config: FusionConfig = FusionConfig(),
+    *,
+    start: SubjectFusion | None = None,
+    accelerator: Accelerator | None = None,
+    checkpoint_path: str | Path | None = None,
+    progress: bool = True,
+) -> SubjectFusion:
+    """Learns the fusion of subjects into words; the pipeline is frozen, and as before afterwards.
+
+    Args:
+        pipe: a Stable Diffusion 1.x or 2.x pipeline; where subjects are given as pictures, with an ``image_encoder``
+            whose encodings are as wide as its text's.
+        examples: what to learn from: anything with a length and items; pictures are encoded when they are drawn.
+        config: how.
+        start: the weights to go on from; default new ones.
+        accelerator: accelerate's, for several devices and mixed precision; default ``Accelerator()``.
+        checkpoint_path: a safetensors file to resume from and to write every two minutes.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The module.
+
+    Raises:
+        ValueError: no examples, words that are not in their caption, an encoding of another width than the text's, or
+            a checkpoint of another run.
+        TypeError: the pipeline has two text encoders, or lacks an image encoder that is needed.
+
+    Paper: Xiao et al., FastComposer, arXiv 2305.10431.
+    """
+    if not len(examples):
+        raise ValueError("train_subject_fusion: examples must not be empty")
+    accelerator = accelerator or Accelerator()
+    device = accelerator.device
+    unet = moved(pipe, device, "train_subject_fusion")
+    with frozen(pipe):
+        torch.manual_seed(config.seed)
+        fusion = start or SubjectFusion(unet.config.cross_attention_dim)
+        fusion.train().requires_grad_(True)
+        empty = text.tokenize(pipe.tokenizer, "")
+
+        def loss(step: int) -> tuple[Tensor, dict[str, float]]:
+            random = loop.generator(config.seed, step, accelerator.process_index)
+            count = config.batch_size
+            rows = [examples[n] for n in torch.randint(len(examples), (count,), generator=random).tolist()]
+            times = torch.randint(pipe.scheduler.config.num_train_timesteps, (count,), generator=random).to(device)
+            share = torch.rand(count, generator=random).tolist()
+            wordless = [part < config.drop_text for part in share]
+            plain = [part < config.drop_text + config.drop_subjects for part in share]
+            with torch.no_grad():
+                clean = latents_of(pipe, [row.image for row in rows], device)
+                noise = torch.randn(clean.shape, generator=random).to(device)
+                prompts = [
+                    empty if dropped else text.tokenize(pipe.tokenizer, row.caption)
+                    for row, dropped in zip(rows, wordless, strict=True)
+                ]
+                encodings = text.encode(pipe.text_encoder, prompts).to(unet.dtype)
+                places = [
+                    [] if dropped else _places(pipe, row, prompt)
+                    for row, prompt, dropped in zip(rows, prompts, plain, strict=True)
+                ]
+                pictures = [subject.image for row in places for subject, _ in row]
+                embeds = iter(encoded_prompts(pipe, pictures, device, "train_subject_fusion") if pictures else ())
+            uses = [[FusionUse((token,), next(embeds)) for _, token in row] for row in places]
+            wrong = [use.embeds for row in uses for use in row if use.embeds.shape != (fusion.width,)]
+            if wrong:
+                raise ValueError(
+                    f"train_subject_fusion: encodings must be [{fusion.width}], as wide as the text's, "
+                    f"got {list(wrong[0].shape)}"
+                )
+            words = fuse(fusion, encodings, uses)
+            options = {}
+            if config.localize:
+                size = clean.shape[2], clean.shape[3]
+                tokens, masks = _targets(places, size, device)
+                options["readout"] = Localization(unet, tokens, masks, size, form=config.localization_form)
+            signal, sigma = noise_levels(pipe.scheduler, times, device)
+            noisy = (signal * clean + sigma * noise).to(unet.dtype)
+            predicted = unet(noisy, times, words, cross_attention_kwargs=options).sample
+            value = F.mse_loss(predicted.float(), prediction_target(pipe.scheduler, clean, noise, signal, sigma))
+            figures = {"loss": value.item()}
+            if config.localize:
+                localized = localization_loss(options["readout"])
+                figures["localization"] = localized.item()
+                value = value + config.localize * localized
+            return value, figures
+
+        loop.fit(
+            fusion,
+            loss,
+            checkpoint_path,
+            accelerator=accelerator,
+            steps=config.steps,
+            learning_rate=config.learning_rate,
+            warmup=config.warmup,
+            decay=config.average_decay,
+            weight_decay=config.weight_decay,
+            run=_digest(config, len(examples), fusion),
+            desc="subject fusion",
+            progress=progress,
+        )
+    return fusion.eval().requires_grad_(False)
+
+
+def _places(pipe: Any, row: FusionExample, prompt: text.TokenizedPrompt) -> list[tuple[FusionSubject, int]]:
+    """A row's subjects, each with the token it is fused into at every place where its words stand."""
+    found = []
+    for subject in row.subjects:
+        spots = text.find(pipe.tokenizer, prompt, subject.prompt)
+        if not spots:
+            raise ValueError(f"FusionExample: the words {subject.prompt!r} are not in the caption {row.caption!r}")
+        found += [(subject, spot[-1]) for spot in spots]
+    return found
+
+
+def _targets(
+    places: Sequence[Sequence[tuple[FusionSubject, int]]], size: tuple[int, int], device: torch.device
+) -> tuple[Tensor, Tensor]:  # [B, M], [B, M, h, w]
+    """The tokens that are localized, -1 for none, and their masks."""
+    masked = [[(subject.mask, token) for subject, token in row if subject.mask is not None] for row in places]
+    width = max(1, *(len(row) for row in masked))
+    tokens, masks = torch.full((len(places), width), -1), torch.zeros(len(places), width, *size)
+    for row, subjects in enumerate(masked):
+        for place, (mask, token) in enumerate(subjects):
+            tokens[row, place] = token
+            masks[row, place] = (mask if isinstance(mask, Tensor) else soft_mask(mask, size))[0]
+    return tokens.to(device), masks.to(device)
+
+
+def _digest(config: FusionConfig, count: int, fusion: SubjectFusion) -> str:
+    """Names what makes a run the same run."""
+    hashed = hashlib.sha256(json.dumps([asdict(config), count], sort_keys=True).encode())
+    for parameter in fusion.parameters():
+        hashed.update(parameter.detach().cpu().contiguous().float().numpy().tobytes())
+    return hashed.hexdigest()
