@@ -29,6 +29,7 @@ help:
 	@echo "make gpu-record  puts on record that the CUDA C++ kernels passed every shard of make test-gpu"
 	@echo "make lint      ruff, mypy, clang-format"
 	@echo "make bench     the benchmarks; SHARD=2/4 runs every fourth, BENCH=--write-data keeps the numbers"
+	@echo "make localization  what regions, image prompts and maps do on the embedded model, into docs/localization.md"
 	@echo "make report    what the Triton kernels compile to for four GPUs"
 	@echo "make clean     removes .venv and everything built"
 	@echo "PYTHON=$(PYTHON) and TORCH=$(TORCH) choose the interpreter and the torch that .venv gets"
@@ -78,6 +79,10 @@ lint: $(VENV)/installed-lint
 
 bench: $(if $(filter $(BIN)/python,$(RUN)),$(VENV)/installed-test,native-in-place)
 	SHARD=$(SHARD) PYTHONPATH=.:python $(RUN) -m pytest benchmarks -q $(BENCH)
+
+.PHONY: localization
+localization: $(VENV)/installed-test
+	PYTHONPATH=.:python $(RUN) -m benchmarks.localization
 
 report: $(VENV)/installed-test
 	$(BIN)/python -m keylock_kernels.report

@@ -164,6 +164,8 @@ def project_layers(
 ) -> dict[str, tuple[Tensor, Tensor]]:  # [B, T, O] each
     """Every layer's edited keys and values.
 
+    What is not edited goes through the same op, so that a row's bits do not depend on whether another has a concept.
+
     Raises:
         ValueError: a layer that is edited normalises its text, for which the edit is not defined.
     """
@@ -175,11 +177,20 @@ def project_layers(
                 raise ValueError(f"{name}: concepts are not defined for a layer that normalises its text")
             texts = [attn.norm_encoder_hidden_states(stream) for stream in streams]
         key, value = (
-            projection(stream) if edit is None else _edited(projection, stream, tables[name][side], *edit)
+            _edited(
+                projection, stream, *(_nothing(projection, stream) if edit is None else (tables[name][side], *edit))
+            )
             for side, (projection, stream, edit) in enumerate(zip((attn.to_k, attn.to_v), texts, edits, strict=True))
         )
         projected[name] = (key, value)
     return projected
+
+
+def _nothing(projection: nn.Module, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Output vectors, slots and coefficients of no update at all."""
+    slots = torch.full((len(text), 1), -1, dtype=torch.int32, device=text.device)
+    u = torch.zeros(1, base_layer(projection).out_features, device=text.device)
+    return u, slots, torch.zeros(*text.shape[:2], 1, device=text.device)
 
 
 def _edited(

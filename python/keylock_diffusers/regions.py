@@ -218,16 +218,16 @@ def resolve(
         return PromptRegions(RowRegions(tuple(uses), tokens=tokens))
     if endings != "own":
         ending = tuple(token for token in prompts[0].ending if token not in named)
-        side = {"outside": ending} if endings == "outside" else {"hidden": ending}
-        return PromptRegions(RowRegions(tuple(uses), tokens=tokens, **side))
+        outside, hidden = (ending, ()) if endings == "outside" else ((), ending)
+        return PromptRegions(RowRegions(tuple(uses), outside, hidden, tokens))
     own = tuple(
         tuple(with_own_words(t, prompt, use.tokens, named) for t, prompt in zip(tokenizers, prompts, strict=True))
         for use in uses
     )
     blocks = [RegionUse(use.mask, tuple(range(tokens * (r + 1), tokens * (r + 2)))) for r, use in enumerate(uses)]
-    outside = tuple(token for token in range(tokens) if token not in named)
+    unnamed = tuple(token for token in range(tokens) if token not in named)
     placeholders = tuple(frozenset(placeholder for *_, placeholder in wording[0].spans) for wording in own)
-    return PromptRegions(RowRegions(tuple(blocks), outside, named, tokens * (1 + len(uses)), placeholders), own)
+    return PromptRegions(RowRegions(tuple(blocks), unnamed, named, tokens * (1 + len(uses)), placeholders), own)
 
 
 def region_mask(mask: Any, what: str) -> Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from keylock_diffusers.attention_maps import WordMaps
 
-_INK, _PAPER, _GAP, _LABEL = (28, 30, 36), (255, 255, 255), 6, 22
+_INK, _QUIET, _PAPER = (28, 30, 36), (110, 114, 122), (255, 255, 255)
+_GAP, _LABEL = 6, 20
 _COLOURS = "inferno"
 
 
@@ -59,7 +60,7 @@ def grid(
     cell: int = 160,
     captions: Sequence[str] | None = None,
 ) -> Image.Image:
-    """A row per picture: the picture, and beside it an overlay per word; words that a prompt does not have stay blank.
+    """A row per picture: the picture, and beside it an overlay for each of the words that its prompt has.
 
     Args:
         images: as for `overlay`.
@@ -76,23 +77,26 @@ def grid(
         raise ValueError(
             f"grid: images, maps and captions must be equally many, got {len(images)}, {len(maps)} and {len(captions)}"
         )
-    words = list(dict.fromkeys(w for recorded in maps for w in recorded.maps)) if words is None else list(words)
-    step = cell + _GAP
-    sheet = Image.new("RGB", (_GAP + step * (1 + len(words)), (step + _LABEL) * len(images)), _PAPER)
+    shown = [
+        [word for word in (recorded.maps if words is None else words) if word in recorded.maps] for recorded in maps
+    ]
+    step, head = cell + _GAP, 2 * _LABEL
+    width = _GAP + step * (1 + max(len(row) for row in shown))
+    sheet = Image.new("RGB", (width, (step + head) * len(images)), _PAPER)
     pen = ImageDraw.Draw(sheet)
-    for line, (image, recorded, caption) in enumerate(zip(images, maps, captions, strict=True)):
-        top = line * (step + _LABEL)
-        pen.text((_GAP, top + _LABEL / 2), _cut(pen, caption, cell), fill=_INK, font_size=12, anchor="lm")
+    for line, (image, recorded, caption, row) in enumerate(zip(images, maps, captions, shown, strict=True)):
+        top = line * (step + head)
+        pen.text((_GAP, top + _LABEL / 2), _cut(pen, caption, width - 2 * _GAP), fill=_INK, font_size=12, anchor="lm")
         picture = _picture(image)
         scale = cell / max(picture.size)
-        size = round(picture.width * scale), round(picture.height * scale)
-        picture = picture.resize(size, Image.Resampling.LANCZOS)
-        sheet.paste(picture, (_GAP, top + _LABEL))
-        for column, word in enumerate(words, 1):
+        picture = picture.resize(
+            (round(picture.width * scale), round(picture.height * scale)), Image.Resampling.LANCZOS
+        )
+        sheet.paste(picture, (_GAP, top + head))
+        for column, word in enumerate(row, 1):
             left = _GAP + column * step
-            pen.text((left, top + _LABEL / 2), _cut(pen, word, cell), fill=_INK, font_size=12, anchor="lm")
-            if word in recorded.maps:
-                sheet.paste(overlay(picture, recorded.mean(word)), (left, top + _LABEL))
+            pen.text((left, top + 1.5 * _LABEL), _cut(pen, word, cell), fill=_QUIET, font_size=12, anchor="lm")
+            sheet.paste(overlay(picture, recorded.mean(word)), (left, top + head))
     return sheet
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -60,3 +61,36 @@ def _wrapped(label: str, length: int = 16) -> str:
         else:
             lines.append(word)
     return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the second grid."""
+
+    label: str
+    prompt: str
+    given: Image.Image | None  # its image prompt
+    picture: np.ndarray  # [64, 64, 3] in 0..1
+    overlays: Mapping[str, Image.Image]  # by word
+
+
+def draw_lines(lines: Sequence[Line]) -> Image.Image:
+    """Line by line: what was asked for, the image prompt, the picture, and where its words were attended to."""
+    columns = 2 + max(len(line.overlays) for line in lines)
+    sheet = Image.new("RGB", (_LEFT + columns * (_CELL + _GAP), len(lines) * (_CELL + _HEAD)), _PAPER)
+    pen = ImageDraw.Draw(sheet)
+    for number, line in enumerate(lines):
+        top = number * (_CELL + _HEAD)
+        label = (_LEFT - 12, top + _HEAD + _CELL / 2)
+        pen.multiline_text(
+            label, _wrapped(f"{line.label}: {line.prompt}"), fill=_INK, font_size=14, anchor="rm", align="right"
+        )
+        picture = Image.fromarray((line.picture * 255).round().astype(np.uint8))
+        cells = [line.given, picture, *line.overlays.values()]
+        names = ["image prompt" if line.given is not None else "", "", *line.overlays]
+        for place, (cell, name) in enumerate(zip(cells, names, strict=True)):
+            if cell is None:
+                continue
+            sheet.paste(cell.resize((_CELL, _CELL), Image.Resampling.LANCZOS), (_x(place), top + _HEAD))
+            pen.text((_x(place), top + _HEAD / 2), name, fill=_QUIET, font_size=13, anchor="lm")
+    return sheet

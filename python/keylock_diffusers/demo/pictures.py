@@ -43,6 +43,11 @@ _SCENES = (
 CAPTIONS = tuple(f"{words} on {background}" for words, background, *_ in _SCENES)
 
 
+def image_prompt() -> Image.Image:
+    """The picture that the demo gives as an image prompt: a cat whose coat no word names."""
+    return Image.open(FOLDER / "image-prompt.png").convert("RGB")
+
+
 def load(user: User) -> tuple[list[Image.Image], list[Image.Image]]:
     """A user's pictures and the masks of the cat in them."""
     stem = FOLDER / user.name.lower()
@@ -83,6 +88,12 @@ def _orange_tabby(side: int) -> np.ndarray:
     return np.where(stripes[..., None], (150, 72, 24), (244, 146, 66)).astype(np.float32)
 
 
+def _blue_stripes(side: int) -> np.ndarray:
+    row, column = np.mgrid[:side, :side] / side
+    stripes = np.cos(46 * (0.5 * row + column)) > 0.3
+    return np.where(stripes[..., None], (40, 90, 190), (110, 190, 250)).astype(np.float32)
+
+
 _COATS: dict[str, Callable[[int], np.ndarray]] = {
     "Alice": _long_grey,
     "Bob": _black_with_white_muzzle,
@@ -106,8 +117,16 @@ def draw(user: User) -> list[tuple[Image.Image, Image.Image]]:
     return drawn
 
 
+def draw_image_prompt() -> Image.Image:
+    """A cat striped blue."""
+    plain = render.sprite(render.find("cat").codepoint)
+    image, _ = render.compose([(render.dye(plain, _blue_stripes(plain.width)), 6, 6, 52)], "green")
+    return Image.fromarray(image)
+
+
 def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
+    draw_image_prompt().save(FOLDER / "image-prompt.png", optimize=True)
     for user in USERS:
         for number, (image, mask) in enumerate(draw(user)):
             stem = FOLDER / f"{user.name.lower()}-{number}"

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from keylock_diffusers import edits, embedded
 from keylock_diffusers.concepts import Concept, ConceptBank, cross_attention_layers
-from keylock_diffusers.demo import grid, pictures
+from keylock_diffusers.demo import grid, pictures, regions
 from keylock_diffusers.demo.pictures import USERS, User
 from keylock_diffusers.embedded import classifier, render
 from keylock_diffusers.embedded.evaluate import background_name
@@ -54,7 +54,7 @@ _VISITOR = "Visitor"
 def run(
     output: Path, *, steps: int = 25, training: TrainingConfig = TRAINING, seed: int = 0, progress: bool = True
 ) -> dict[str, Any]:
-    """The whole demo; writes ``grid.png``, ``report.json`` and the concept files below `output`.
+    """The whole demo; writes ``grid.png``, ``regions.png``, ``report.json`` and the concept files below `output`.
 
     Args:
         output: a folder, made if need be.
@@ -117,6 +117,8 @@ def run(
         "expressions": _expressions(cells, drawn),
         "torch_threads": torch.get_num_threads(),
     }
+    localized = regions.run(install(embedded.load_adapter(pipe)), bank, output, steps=steps, seed=seed)
+    report["regions"] = localized
     columns = [user.name for user in USERS] + [_VISITOR]
     rows = [scene.label for scene in (*SCENES, _PLAIN)]
     grid.draw(columns, rows, batch, {user.name: pictures.load(user)[0] for user in USERS}).save(output / "grid.png")

@@ -7,8 +7,6 @@
     export-adapter
                 write the image prompt adapter and its encoder
     evaluate    draw the contact sheet and measure it
-    localization
-                measure regions, the localization loss, image prompts and attention maps
 
 Needs Debian's fonts-noto-color-emoji. Checkpoints go to a working folder; what is exported and the classifier go to
 the package's assets.
@@ -34,13 +32,11 @@ from . import (
     evaluate,
     image_encoder,
     load,
-    localization,
     render,
 )
 
 STAGES = (
-    "autoencoder", "diffusion", "classifier", "export", "image-encoder", "adapter", "export-adapter", "evaluate",
-    "localization",
+    "autoencoder", "diffusion", "classifier", "export", "image-encoder", "adapter", "export-adapter", "evaluate"
 )  # fmt: skip
 
 
@@ -79,9 +75,6 @@ def main() -> None:
             adapter.train(folder, load(), image_encoder.restore(folder), config=config)
         elif stage == "export-adapter":
             print(f"{ADAPTER}: {adapter.export(folder) / 2**20:.1f} MiB")
-        elif stage == "localization":
-            measured = localization.measure(folder)
-            print(localization.table(measured))
         elif stage == "export":
             size = diffusion.export(diffusion.assemble(folder, arguments.seed), BASE_MODEL)
             print(f"{BASE_MODEL}: {size / 2**20:.1f} MiB")

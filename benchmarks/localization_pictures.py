@@ -1,4 +1,7 @@
-"""How well regions, localization, image prompts and maps work on the embedded model: see docs/localization.md."""
+"""How well regions, localization, image prompts and maps work on the embedded model: see docs/localization.md.
+
+Needs the emoji font, for renders that the model has not seen.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,10 @@ from keylock_diffusers.attention_maps import AttentionMaps, record_attention
 from keylock_diffusers.concepts import Concept, cross_attention_layers
 from keylock_diffusers.demo import story
 from keylock_diffusers.demo.pictures import USERS, User, coated
+from keylock_diffusers.demo.regions import half
+from keylock_diffusers.embedded import autoencoder, classifier, load, load_adapter, render
+from keylock_diffusers.embedded.evaluate import background_name, subjects
+from keylock_diffusers.embedded.glyphs import BACKGROUNDS, GLYPHS, INDEX
 from keylock_diffusers.generation import generate
 from keylock_diffusers.image_prompts import ImagePrompt
 from keylock_diffusers.processors import install
@@ -22,10 +29,6 @@ from keylock_diffusers.regions import ENDINGS, Region
 from keylock_diffusers.requests import Request, Use
 from keylock_diffusers.text import encode, tokenize
 from keylock_diffusers.training import Subject, covariance, default_captions, train_concepts
-
-from . import autoencoder, classifier, load, load_adapter, render
-from .evaluate import background_name, subjects
-from .glyphs import BACKGROUNDS, GLYPHS, INDEX
 
 COUNT, STEPS, GUIDANCE = 64, 25, 4.0
 _PROMPT_SEED, _FIRST_SEED, _RENDER_SEED = 64, 5000, 7000
@@ -48,13 +51,6 @@ class Pair:
     def mask(self, place: int) -> Tensor:  # [64, 64]
         """The half of the picture for the subject named first (0) or second (1)."""
         return half(left=(place == 0) == self.first_left)
-
-
-def half(left: bool) -> Tensor:  # [64, 64]
-    """One half of the picture."""
-    mask = torch.zeros(render.SIZE, render.SIZE)
-    mask[:, : render.SIZE // 2] = 1
-    return mask if left else 1 - mask
 
 
 def pairs(count: int = COUNT) -> list[Pair]:
@@ -117,8 +113,16 @@ def measure_regions(pipe: Any) -> dict[str, Any]:
     }
 
 
-def measure_two_concepts(pipe: Any, concepts: dict[str, Concept]) -> dict[str, Any]:
+def pipeline(adapter: bool = False) -> Any:
+    """The embedded model, with its image prompt adapter or without."""
+    return install(load_adapter(load()) if adapter else load())
+
+
+def measure_two_concepts(pipe: Any) -> dict[str, Any]:
     """Two users' cats in one picture, in every order and both ways round: whose is where, and is it a cat?"""
+    metric = covariance(pipe, default_captions(500))
+    learned = train_concepts(pipe, story.subjects(), story.TRAINING, metric=metric)
+    concepts = {user.name: _checked(concept) for user, concept in zip(USERS, learned, strict=True)}
     judge = classifier.load()
     cells = [
         (first, second, flip, seed)
@@ -150,14 +154,14 @@ def measure_two_concepts(pipe: Any, concepts: dict[str, Concept]) -> dict[str, A
     return counted
 
 
-def measure_localization(pipe: Any, progress: bool = False) -> dict[str, Any]:
+def measure_localization(pipe: Any) -> dict[str, Any]:
     """Concepts learned from pictures of two subjects, with and without the loss: what is inside and outside."""
     metric = covariance(pipe, default_captions(500))
     measured = {}
     for weight in (0.0, 1e-3, 1e-2):
         taught = [_two_subject_pictures(user, number) for number, user in enumerate(USERS)]
         config = replace(story.TRAINING, localize=weight)
-        learned = train_concepts(pipe, [subject for subject, _ in taught], config, metric=metric, progress=progress)
+        learned = train_concepts(pipe, [subject for subject, _ in taught], config, metric=metric)
         concepts = {user.name: _checked(concept) for user, concept in zip(USERS, learned, strict=True)}
         measured[f"{weight:g}"] = _beside_others(pipe, concepts)
     return measured
@@ -299,16 +303,3 @@ def _checked(concept: Any) -> Concept:
     if not isinstance(concept, Concept):
         raise concept
     return concept
-
-
-def measure(progress: bool = True) -> dict[str, Any]:
-    """Everything of docs/localization.md that is measured on pictures."""
-    pipe = install(load())
-    metric = covariance(pipe, default_captions(500))
-    learned = train_concepts(pipe, story.subjects(), story.TRAINING, metric=metric, progress=progress)
-    concepts = {user.name: _checked(concept) for user, concept in zip(USERS, learned, strict=True)}
-    measured: dict[str, Any] = {"regions": measure_regions(pipe), "two concepts": measure_two_concepts(pipe, concepts)}
-    measured["localization loss"] = measure_localization(pipe, progress)
-    measured["maps"] = measure_maps(pipe)
-    measured["image prompts"] = measure_adapter(install(load_adapter(pipe)))
-    return measured

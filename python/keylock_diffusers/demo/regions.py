@@ -1,0 +1,120 @@
+"""The demo's second batch: a concept, an image prompt in a region, both, two subjects in two regions, and nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from keylock_diffusers.attention_maps import record_attention
+from keylock_diffusers.concepts import Concept
+from keylock_diffusers.demo import grid, pictures
+from keylock_diffusers.embedded import render
+from keylock_diffusers.generation import generate
+from keylock_diffusers.image_prompts import ImagePrompt
+from keylock_diffusers.requests import Request, Use
+from keylock_diffusers.visualize import overlay
+
+GUIDANCE = 4.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the batch, and the words whose attention is shown."""
+
+    label: str
+    request: Request
+    words: tuple[str, ...]
+
+
+def half(left: bool) -> Tensor:  # [64, 64]
+    """One half of the picture as a mask."""
+    mask = torch.zeros(render.SIZE, render.SIZE)
+    mask[:, : render.SIZE // 2] = 1
+    return mask if left else 1 - mask
+
+
+def rows(seed: int = 0) -> list[Row]:
+    """The batch."""
+    left, right = half(True), half(False)
+    picture = pictures.image_prompt()
+    common: dict[str, Any] = {"seed": seed, "guidance_scale": GUIDANCE}
+    return [
+        Row(
+            "a concept",
+            Request("<alice-cat> with tears of joy on pink", concepts=["alice/cat"], **common),
+            ("<alice-cat>", "tears"),
+        ),
+        Row(
+            "an image prompt in the right half",
+            Request(
+                "a house next to a cat on white",
+                image_prompts=[ImagePrompt(picture, scale=1.5, region=right)],
+                **common,
+            ),
+            ("house", "cat"),
+        ),
+        Row(
+            "both: a concept on the left, an image prompt on the right",
+            Request(
+                "<bob-cat> next to a cat on yellow",
+                concepts=[Use("bob/cat", region=left)],
+                image_prompts=[ImagePrompt(picture, region=right)],
+                **common,
+            ),
+            ("<bob-cat>", "cat"),
+        ),
+        Row(
+            "two subjects, each in its own half",
+            Request(
+                "<alice-cat> next to <carol-cat> on blue",
+                concepts=[Use("alice/cat", region=right), Use("carol/cat", region=left)],
+                **common,
+            ),
+            ("<alice-cat>", "<carol-cat>"),
+        ),
+        Row("nothing", Request("a rocket on purple", **common), ("rocket",)),
+    ]
+
+
+def run(pipe: Any, bank: Mapping[str, Concept], output: Path, *, steps: int, seed: int) -> dict[str, Any]:
+    """Draws the batch and its attention; writes ``regions.png``.
+
+    Args:
+        pipe: the embedded pipeline with its adapter, after `install`.
+        bank: the demo's concepts.
+        output: the folder.
+        steps: denoising steps.
+        seed: of every picture.
+
+    Returns:
+        How many of the subjects that were put somewhere are there, and the largest difference, in units of 1/255, of
+        the last row from itself beside other neighbours.
+    """
+    batch = rows(seed)
+    requests = [row.request for row in batch]
+    words = list(dict.fromkeys(word for row in batch for word in row.words))
+    options: dict[str, Any] = {"bank": bank, "num_inference_steps": steps, "output_type": "np"}
+    with record_attention(pipe, words) as maps:
+        images = generate(pipe, requests, **options)
+    beside = generate(pipe, [requests[-1]] * len(requests), **options)
+    lines = [
+        grid.Line(
+            row.label,
+            str(row.request.prompt),
+            pictures.image_prompt() if row.request.image_prompts else None,
+            image,
+            {word: overlay(image, recorded.mean(word)) for word in row.words},
+        )
+        for row, image, recorded in zip(batch, images, maps.images, strict=True)
+    ]
+    grid.draw_lines(lines).save(output / "regions.png")
+    return {
+        "pictures_in_batch": len(batch),
+        "largest_difference_beside_others": float(np.abs(images[-1] - beside[-1]).max() * 255),
+    }
