@@ -22,7 +22,7 @@ import torch
 
 from benchmarks import localization_cost as cost
 from benchmarks import localization_pictures as pictures
-from benchmarks.harness import environment
+from benchmarks.report import environment
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 NUMBERS, PAGE = DOCS / "localization.json", DOCS / "localization.md"

@@ -50,7 +50,7 @@ def demo(
     training_steps: Annotated[int | None, typer.Option(min=1, help="Training steps; default the demo's own.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the pictures.")] = 0,
 ) -> None:
-    """Teach three people's cats together on the embedded model and draw one mixed batch."""
+    """Teach three people's cats together on the embedded model and draw two mixed batches."""
     from dataclasses import replace
 
     _quiet()
@@ -58,7 +58,7 @@ def demo(
 
     training = story.TRAINING if training_steps is None else replace(story.TRAINING, steps=training_steps)
     _print_report(story.run(output, steps=steps, training=training, seed=seed))
-    _console.print(f"{output / 'grid.png'}\n{output / 'report.json'}")
+    _console.print(f"{output / 'grid.png'}\n{output / 'regions.png'}\n{output / 'report.json'}")
 
 
 @app.command()
@@ -126,9 +126,10 @@ def generate(
         Path,
         typer.Argument(
             help="JSON file: a list of requests, each with prompt, concepts (ids, or "
-            "objects with concept, beta, tau, strength, lock), image_prompts (objects with "
-            "image, a file or several, and scale, region, a file, start, end, adapter), seed, "
-            "guidance_scale, negative_prompt, num_images."
+            "objects with concept, beta, tau, strength, lock, region), image_prompts (objects with "
+            "image, a file or several, and scale, region, start, end, adapter), regions and negative_regions "
+            "(objects with mask and prompt or tokens), endings, subjects (objects with prompt, image, region), "
+            "subject_start, seed, guidance_scale, negative_prompt, num_images. Pictures and masks are files beside it."
         ),
     ],
     bank: _Bank = "concepts",
@@ -142,16 +143,42 @@ def generate(
     image_encoder: Annotated[
         Path | None, typer.Option(help="Folder of the CLIP image encoder that the adapters were trained with.")
     ] = None,
+    fusion: Annotated[Path | None, typer.Option(help="Weights of a subject fusion module, for subjects.")] = None,
+    show_attention: Annotated[
+        list[str] | None,
+        typer.Option(help="Words of the prompts whose attention is drawn beside each picture; once for each."),
+    ] = None,
 ) -> None:
     """Draw a list of requests, of different users, together."""
     import keylock_diffusers as kd
 
     orders = _orders(requests)
     pipe = _load(model)
+    if model == "embedded" and not ip_adapter and any(order.image_prompts for order in orders):
+        from keylock_diffusers import embedded
+
+        embedded.load_adapter(pipe)
     _load_ip_adapters(pipe, ip_adapter or [], image_encoder)
     kd.install(pipe).set_progress_bar_config(disable=False)
-    images = kd.generate(pipe, orders, bank=kd.ConceptBank(bank), num_inference_steps=steps, max_batch=max_batch)
+    options: dict[str, Any] = {
+        "bank": kd.ConceptBank(bank),
+        "num_inference_steps": steps,
+        "max_batch": max_batch,
+        "fusion": None if fusion is None else kd.SubjectFusion.load(fusion).to(pipe.device),
+    }
+    maps = None
+    if show_attention:
+        with kd.record_attention(pipe, show_attention) as maps:
+            images = kd.generate(pipe, orders, **options)
+    else:
+        images = kd.generate(pipe, orders, **options)
     output.mkdir(parents=True, exist_ok=True)
+    if maps is not None:
+        from keylock_diffusers import visualize
+
+        flat = [image for drawn in images for image in (drawn if isinstance(drawn, list) else [drawn])]
+        visualize.grid(flat, maps.images).save(output / "attention.png")
+        print(output / "attention.png")
     for index, drawn in enumerate(images):
         for number, image in enumerate(drawn if isinstance(drawn, list) else [drawn]):
             path = output / (f"{index:03d}.png" if not isinstance(drawn, list) else f"{index:03d}-{number}.png")
@@ -291,13 +318,13 @@ def _subject(folder: Path, placeholder: str, super_class: str, seed: int) -> Any
 def _orders(path: Path) -> list[Any]:
     from PIL import Image
 
-    from keylock_diffusers import ImagePrompt, Request, Use
+    from keylock_diffusers import FusedSubject, ImagePrompt, Region, Request, Use
 
     def picture(name: Any) -> Any:
         return [picture(one) for one in name] if isinstance(name, list) else Image.open(path.parent / name)
 
-    def image_prompt(given: dict[str, Any]) -> ImagePrompt:
-        return ImagePrompt(**{k: picture(v) if k in ("image", "region") else v for k, v in given.items()})
+    def made(kind: Any, given: dict[str, Any]) -> Any:
+        return kind(**{k: picture(v) if k in ("image", "region", "mask") else v for k, v in given.items()})
 
     try:
         listed = json.loads(path.read_text())
@@ -305,9 +332,17 @@ def _orders(path: Path) -> list[Any]:
             raise ValueError(f"must be a list of requests, got {type(listed).__name__}")
         orders = []
         for order in listed:
-            uses = [Use(**use) if isinstance(use, dict) else Use(use) for use in order.get("concepts", ())]
-            images = [image_prompt(given) for given in order.get("image_prompts", ())]
-            orders.append(Request(**{**order, "concepts": uses, "image_prompts": images}))
+            uses = [made(Use, use) if isinstance(use, dict) else Use(use) for use in order.get("concepts", ())]
+            parts = {
+                name: [made(kind, given) for given in order.get(name, ())]
+                for name, kind in (
+                    ("image_prompts", ImagePrompt),
+                    ("subjects", FusedSubject),
+                    ("regions", Region),
+                    ("negative_regions", Region),
+                )
+            }
+            orders.append(Request(**{**order, "concepts": uses, **parts}))
     except (ValueError, TypeError, AttributeError, OSError) as error:
         raise ValueError(f"{path}: {error}") from error
     return orders
@@ -331,6 +366,11 @@ def _print_report(report: dict[str, Any]) -> None:
         table.add_row(f"own coat: {scene}", f"{found} (without learned values {without})")
     for scene, found in report["expressions"].items():
         table.add_row(f"named by the classifier: {scene}", found)
+    table.add_row(
+        f"{report['regions']['pictures_in_batch']} pictures with concepts, image prompts and regions: largest "
+        "difference beside other neighbours",
+        f"{report['regions']['largest_difference_beside_others']:g} of 255",
+    )
     _console.print(table)
 
 

@@ -170,7 +170,8 @@ class BatchEncoder:
         def stacked(rows: list[Any]) -> Tensor:
             return torch.stack([row.to(device, dtype) for row in rows])
 
-        return Encodings(stacked(out), stacked(pooled) if len(encoders) > 1 else None)
+        whole = len(encoders) > 1 and all(vector is not None for vector in pooled)
+        return Encodings(stacked(out), stacked(pooled) if whole else None)
 
 
 @contextmanager

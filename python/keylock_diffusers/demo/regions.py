@@ -93,8 +93,8 @@ def run(pipe: Any, bank: Mapping[str, Concept], output: Path, *, steps: int, see
         seed: of every picture.
 
     Returns:
-        How many of the subjects that were put somewhere are there, and the largest difference, in units of 1/255, of
-        the last row from itself beside other neighbours.
+        How many pictures there are, and the largest difference, in units of 1/255, of the last from itself beside
+        other neighbours.
     """
     batch = rows(seed)
     requests = [row.request for row in batch]

@@ -1,0 +1,234 @@
+"""Trainers of image prompt adapters and of subject fusion: they learn, resume, and leave the pipeline as it was."""
+
+import dataclasses
+
+import pytest
+import torch
+from PIL import Image
+
+import keylock_diffusers as kd
+from keylock_diffusers import ImagePrompt, Request, SubjectFusion
+from keylock_diffusers.training import (
+    AdapterConfig,
+    AdapterExample,
+    FusionConfig,
+    FusionExample,
+    FusionSubject,
+    ImageAdapter,
+    loop,
+    train_image_adapter,
+    train_subject_fusion,
+)
+from tests.diffusers.compatibility import WIDTH, image_encoder
+from tests.diffusers.drawing import picture, random
+
+ADAPTER = AdapterConfig(steps=4, batch_size=3, learning_rate=1e-2, average_decay=0.9)
+FUSION = FusionConfig(steps=4, batch_size=3, learning_rate=1e-2, warmup=0, localize=1.0)
+
+
+@pytest.fixture
+def ready(pipe):
+    """With an image encoder, as adapters' pipelines have."""
+    for name, module in image_encoder().items():
+        pipe.register_modules(**{name: module})
+    return pipe
+
+
+def adapter_examples():
+    return [
+        AdapterExample(picture(1), "a cat on blue"),
+        AdapterExample(picture(2), "a dog", picture(3)),
+        AdapterExample(random(4, 8, 8), "a house", random(WIDTH, seed=3)),
+    ]
+
+
+def mask():
+    made = Image.new("L", (16, 16))
+    made.paste(255, (0, 0, 8, 16))
+    return made
+
+
+def fusion_examples():
+    return [
+        FusionExample(
+            picture(1),
+            "a cat and a dog",
+            [FusionSubject("cat", picture(2), mask()), FusionSubject("dog", random(WIDTH, seed=3))],
+        ),
+        FusionExample(
+            random(4, 8, 8),
+            "a house",
+            [FusionSubject("house", random(WIDTH, seed=4), random(1, 8, 8, seed=6).sigmoid())],
+        ),
+        FusionExample(picture(5), "a car", []),
+    ]
+
+
+def train(kind, pipe, steps=4, **options):
+    trainer, examples, config = {
+        "adapter": (train_image_adapter, adapter_examples(), ADAPTER),
+        "fusion": (train_subject_fusion, fusion_examples(), FUSION),
+    }[kind]
+    config = options.pop("config", dataclasses.replace(config, steps=steps))
+    return trainer(pipe, options.pop("examples", examples), config, progress=False, **options)
+
+
+def state(module):
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "fusion"])
+def test_it_learns_something_else_with_more_steps_and_the_same_again(ready, kind):
+    four, again, two = (state(train(kind, ready, steps)) for steps in (4, 4, 2))
+    assert equal(four, again) and not equal(four, two)
+    assert all(tensor.isfinite().all() for tensor in four.values())
+
+
+@pytest.mark.parametrize("kind", ["adapter", "fusion"])
+def test_the_pipeline_is_as_before(ready, kind):
+    before = {name: state(getattr(ready, name)) for name in ("unet", "text_encoder", "vae", "image_encoder")}
+    processors = dict(ready.unet.attn_processors)
+    flags = [p.requires_grad for p in ready.unet.parameters()]
+    ready.unet.train()
+    train(kind, ready)
+    assert all(equal(before[name], state(getattr(ready, name))) for name in before)
+    assert ready.unet.attn_processors == processors and ready.unet.training
+    assert [p.requires_grad for p in ready.unet.parameters()] == flags
+
+
+@pytest.mark.parametrize("kind", ["adapter", "fusion"])
+def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(ready, kind, tmp_path, monkeypatch):
+    whole = state(train(kind, ready))
+    path = tmp_path / "run.safetensors"
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", -1)
+    real, calls = loop.generator, []
+
+    def stop_at_the_third(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(loop, "generator", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        train(kind, ready, checkpoint_path=path)
+    monkeypatch.setattr(loop, "generator", real)
+    assert path.exists() and not list(tmp_path.glob("*.partial"))
+    assert equal(state(train(kind, ready, checkpoint_path=path)), whole)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "fusion"])
+def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(ready, kind, tmp_path):
+    path = tmp_path / "run.safetensors"
+    train(kind, ready, checkpoint_path=path)
+    with pytest.raises(ValueError, match="is of another run"):
+        train(kind, ready, steps=5, checkpoint_path=path)
+    path.write_bytes(b"no")
+    with pytest.raises(ValueError, match="cannot be read"):
+        train(kind, ready, checkpoint_path=path)
+
+
+def test_the_file_loads_through_load_ip_adapter_and_draws_what_was_learned(ready, tmp_path):
+    made = train("adapter", ready)
+    assert made.save(tmp_path / "ip-adapter.safetensors", torch.float32) > 0
+    ready.load_ip_adapter(str(tmp_path), subfolder="", weight_name="ip-adapter.safetensors", image_encoder_folder=None)
+    projection = ready.unet.encoder_hid_proj.image_projection_layers[0]
+    embeds = random(2, WIDTH)
+    torch.testing.assert_close(projection(embeds), made.projection(embeds), rtol=0, atol=0)
+    for name, (key, value) in made(embeds).items():
+        processor = ready.unet.get_submodule(name).processor
+        tokens = made.projection(embeds)
+        assert torch.equal(processor.to_k_ip[0](tokens), key) and torch.equal(processor.to_v_ip[0](tokens), value)
+    kd.install(ready)
+    images = kd.generate(ready, [Request("", image_prompts=[ImagePrompt(picture(1))], seed=1)], num_inference_steps=2)
+    assert images[0].size == (16, 16)
+
+
+def test_an_adapter_starts_from_the_texts_keys_and_values(ready):
+    made = ImageAdapter(ready.unet, WIDTH)
+    for name in made.numbers:
+        attn = ready.unet.get_submodule(name)
+        key, value = made.keys[name.replace(".", "-")], made.values[name.replace(".", "-")]
+        assert torch.equal(key.weight, attn.to_k.weight) and torch.equal(value.weight, attn.to_v.weight)
+    assert made.projection(random(2, WIDTH)).shape == (2, 4, ready.unet.config.cross_attention_dim)
+
+
+def test_dropped_conditions_are_dropped(ready):
+    """Without images nothing reaches the projection's weight; without text no caption matters."""
+    everything = dataclasses.replace(ADAPTER, drop_text=0.0, drop_image=1.0, drop_both=0.0, average_decay=None)
+    start = ImageAdapter(ready.unet, WIDTH)
+    torch.manual_seed(0)
+    start = ImageAdapter(ready.unet, WIDTH)
+    weight = train("adapter", ready, config=dataclasses.replace(everything, weight_decay=0.0)).projection.image_embeds
+    assert torch.equal(weight.weight, start.projection.image_embeds.weight)
+    wordless = dataclasses.replace(everything, drop_text=1.0, drop_image=0.0)
+    renamed = [dataclasses.replace(example, caption="a robot") for example in adapter_examples()]
+    one, other = train("adapter", ready, config=wordless), train("adapter", ready, config=wordless, examples=renamed)
+    assert equal(state(one), state(other))
+
+
+def test_fusion_goes_on_from_given_weights_and_learns_where_subjects_are(ready):
+    torch.manual_seed(5)
+    start = SubjectFusion(WIDTH)
+    before = state(start)
+    made = train("fusion", ready, start=start)
+    assert made is start and not equal(before, state(made)) and not made.training
+    assert not any(p.requires_grad for p in made.parameters())
+    unlocalized = train("fusion", ready, config=dataclasses.replace(FUSION, localize=0.0))
+    assert not equal(state(unlocalized), state(train("fusion", ready)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "examples", "error", "message"),
+    [
+        ("adapter", [], ValueError, "examples must not be empty"),
+        ("fusion", [], ValueError, "examples must not be empty"),
+        ("adapter", [AdapterExample(torch.zeros(4, 8, 8), "a cat")], ValueError, "prompt must be given where image is"),
+        ("adapter", [AdapterExample(torch.zeros(4, 8, 8), "a cat", torch.zeros(2, 3))], ValueError, r"must be \[D\]"),
+        (
+            "fusion",
+            [FusionExample(torch.zeros(4, 8, 8), "a cat", [FusionSubject("dog", torch.zeros(WIDTH))])],
+            ValueError,
+            "the words 'dog' are not in the caption 'a cat'",
+        ),
+        (
+            "fusion",
+            [FusionExample(torch.zeros(4, 8, 8), "a cat", [FusionSubject("cat", torch.zeros(3))])],
+            ValueError,
+            r"encodings must be \[32\], as wide as the text's, got \[3\]",
+        ),
+        ("adapter", [AdapterExample(picture(1), "a cat")], TypeError, "pipe must have an image_encoder"),
+    ],
+)
+def test_wrong_examples_are_named(pipe, kind, examples, error, message):
+    config = dataclasses.replace(FUSION, drop_text=0.0, drop_subjects=0.0) if kind == "fusion" else ADAPTER
+    with pytest.raises(error, match=message):
+        train(kind, pipe, examples=examples, config=config)
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "message"),
+    [
+        (ADAPTER, {"steps": 0}, "steps must be at least 1"),
+        (ADAPTER, {"learning_rate": 0.0}, "learning_rate must be above 0"),
+        (ADAPTER, {"drop_text": 0.9, "drop_image": 0.2}, "must be shares"),
+        (FUSION, {"batch_size": 0}, "batch_size must be at least 1"),
+        (FUSION, {"localize": -1.0}, "localize must be at least 0"),
+        (FUSION, {"drop_text": -0.1}, "must be shares"),
+        (FUSION, {"localization_form": "l2"}, "localization_form must be one of"),
+        (FUSION, {"learning_rate": -1.0}, "learning_rate must be above 0"),
+    ],
+)
+def test_wrong_settings_are_named(config, changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(config, **changes)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(ready):
+    bad = [AdapterExample(torch.full((4, 8, 8), torch.nan), "a cat", torch.zeros(WIDTH))]
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 0"):
+        train("adapter", ready, examples=bad)

@@ -1,0 +1,218 @@
+"""Attention maps: what the layers computed, per picture and word, and the pictures made of them."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import keylock_diffusers as kd
+from keylock_diffusers import Region, Request, visualize
+from keylock_diffusers.attention_maps import WordMaps
+from keylock_diffusers.concepts import cross_attention_layers
+from tests.diffusers.drawing import ROUNDING, build
+from tests.diffusers.test_localization import Keeping
+
+STEPS = 3
+LEFT = torch.zeros(8, 8)
+LEFT[:, :4] = 1
+
+
+@pytest.fixture
+def ready(pipe):
+    return kd.install(pipe)
+
+
+def draw(pipe, requests, **kwargs):
+    return kd.generate(pipe, requests, **{"num_inference_steps": STEPS, "output_type": "pt", **kwargs})
+
+
+def test_maps_are_the_eager_attentions_columns(pipe):
+    """A plain call with diffusers' processors that keep everything, and one recorded."""
+    kept, layers = {}, cross_attention_layers(pipe.unet)
+    for name in layers:
+        kept[name] = []
+        processor = Keeping()
+        pipe.unet.get_submodule(name).set_processor(processor)
+        pipe.unet.get_submodule(name).register_forward_hook(
+            lambda attn, _in, _out, name=name, processor=processor: kept[name].append(processor.kept)
+        )
+    arguments = {"num_inference_steps": STEPS, "guidance_scale": 4.0, "output_type": "latent"}
+    prompts = ["a cat with tears of joy on blue", "a dog"]
+    pipe(prompts, generator=[torch.Generator().manual_seed(n) for n in (1, 2)], **arguments)
+    for name, attn in layers.items():
+        attn._forward_hooks.clear()
+        attn.set_processor(kd.processors.CrossAttnProcessor(name))
+    with kd.record_attention(pipe, ["tears of joy", "dog"], every_step=True) as maps:
+        pipe(prompts, generator=[torch.Generator().manual_seed(n) for n in (1, 2)], **arguments)
+    first, second = maps.images
+    assert list(first.maps) == ["tears of joy"] and list(second.maps) == ["dog"]
+    for recorded, word, row, tokens in ((first, "tears of joy", 2, [4, 5, 6]), (second, "dog", 3, [2])):
+        for name in layers:
+            expected = torch.stack([step[row, :, :, tokens].mean(0).sum(-1) for step in kept[name]])
+            found = recorded.maps[word][name]
+            assert found.shape[0] == STEPS
+            torch.testing.assert_close(found.flatten(1), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_in_a_mixed_batch_each_picture_has_its_own_and_stays_the_same(ready, concept_for):
+    alice = concept_for(ready, super_class="crying cat")
+    orders = [
+        Request("<alice-cat> on blue", concepts=[alice], seed=1, num_images=2),
+        Request("a house", seed=2, guidance_scale=1.0),
+        Request("a cat and a dog", regions=[Region(LEFT, "cat"), Region(1 - LEFT, "dog")], seed=3, guidance_scale=4.0),
+        Request("a cat and a cat", seed=4),
+    ]
+    before = draw(ready, orders)
+    with kd.record_attention(ready, ["cat", "<alice-cat>", "house"]) as maps:
+        after = draw(ready, orders, max_batch=2)
+    for one, other in zip(before, after, strict=True):
+        for a, b in zip(*(x if isinstance(x, list) else [x] for x in (one, other)), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=ROUNDING)
+    assert [list(m.maps) for m in maps.images] == [["<alice-cat>"], ["<alice-cat>"], ["house"], ["cat"], ["cat"]]
+    assert [m.prompt for m in maps.images] == [orders[n].prompt for n in (0, 0, 1, 2, 3)]
+    with kd.record_attention(ready, ["cat"]) as alone:
+        draw(ready, [orders[3]])
+    for layer, found in maps.images[4].maps["cat"].items():
+        torch.testing.assert_close(found, alone.images[0].maps["cat"][layer], rtol=1e-3, atol=1e-5)
+
+
+def test_the_pictures_bits_do_not_change(ready):
+    orders = [Request("a cat on blue", seed=1), Request("a dog", seed=2)]
+    before = draw(ready, orders)
+    with kd.record_attention(ready, ["cat"]):
+        during = draw(ready, orders)
+    for one, other in zip(before, during, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_means_over_steps_and_layers_are_the_steps_own(ready):
+    orders, layers = [Request("a cat on blue", seed=1)], list(cross_attention_layers(ready.unet))[:2]
+    with kd.record_attention(ready, ["cat"], every_step=True, layers=layers) as each:
+        draw(ready, orders)
+    with kd.record_attention(ready, ["cat"], layers=layers) as mean:
+        draw(ready, orders)
+    assert list(mean.images[0].maps["cat"]) == layers
+    for layer in layers:
+        steps, one = each.images[0].maps["cat"][layer], mean.images[0].maps["cat"][layer]
+        assert len(steps) == STEPS and len(one) == 1
+        torch.testing.assert_close(steps.mean(0), one[0])
+    finest = max(m.shape[-2:] for m in mean.images[0].maps["cat"].values())
+    assert mean.images[0].mean("cat").shape == finest
+    assert mean.images[0].mean("cat", (5, 9), layers[:1]).shape == (5, 9)
+    with pytest.raises(KeyError, match="has no map of 'dog'; it has those of: cat"):
+        mean.images[0].mean("dog")
+
+
+@pytest.mark.parametrize("family", ["SD 1.x", "SDXL"])
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_plain_calls_are_recorded_with_adapters_too(family, guidance):
+    pipe = kd.install(build(family))
+    image = Image.fromarray(np.zeros((16, 16, 3), np.uint8))
+    options = {"height": 16, "width": 16, "num_inference_steps": 2, "output_type": "latent"}
+    with kd.record_attention(pipe, ["cat"]) as maps:
+        for prompt in (["a cat", "a dog"], "two cat"):
+            pipe(prompt, ip_adapter_image=image, guidance_scale=guidance, num_images_per_prompt=2, **options)
+    assert [list(m.maps) for m in maps.images] == [["cat"]] * 2 + [[]] * 2 + [["cat"]] * 2
+    assert "encode_prompt" not in vars(pipe) and not pipe.unet._forward_pre_hooks
+
+
+def test_everything_is_put_back_after_an_exception(ready):
+    with pytest.raises(RuntimeError, match="stop"), kd.record_attention(ready, ["cat"]):
+        raise RuntimeError("stop")
+    assert "encode_prompt" not in vars(ready) and not ready.unet._forward_pre_hooks
+    draw(ready, [Request("a dog", seed=1)])
+
+
+def test_another_threads_calls_are_not_recorded(ready):
+    errors = []
+
+    def elsewhere():
+        try:
+            draw(ready, [Request("a dog", seed=1)])
+            ready("a dog", num_inference_steps=1, output_type="latent")
+        except Exception as error:
+            errors.append(error)
+
+    with kd.record_attention(ready, ["cat"]) as maps:
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        draw(ready, [Request("a cat", seed=1)])
+    assert not errors and [m.prompt for m in maps.images] == ["a cat"]
+
+
+@pytest.mark.parametrize(
+    ("words", "options", "message"),
+    [
+        ([], {}, r"words must be a list of words, got \[\]"),
+        ("cat", {}, "words must be a list of words, got 'cat'"),
+        ([" "], {}, "words must be a list of words"),
+        (["cat"], {"layers": ["nowhere"]}, "layers must be cross-attention layers of the U-Net"),
+    ],
+)
+def test_wrong_arguments_are_named(ready, words, options, message):
+    with pytest.raises(ValueError, match=message), kd.record_attention(ready, words, **options):
+        pass
+
+
+def test_a_word_in_no_prompt_is_named_before_anything_is_drawn(ready):
+    calls = []
+    ready.unet.register_forward_hook(lambda *_: calls.append(1))
+    with kd.record_attention(ready, ["house"]) as maps, pytest.raises(ValueError, match="'house' is in none of the"):
+        draw(ready, [Request("a cat", seed=1)])
+    assert not calls and not maps.images
+
+
+def test_a_pipeline_without_our_processors_is_refused(pipe):
+    with pytest.raises(RuntimeError, match="cannot personalise"), kd.record_attention(pipe, ["cat"]):
+        pass
+
+
+# Pictures
+
+
+def recorded(**maps):
+    return WordMaps("a cat and a dog", {word: {"layer": values[None]} for word, values in maps.items()})
+
+
+def test_heat_maps_are_dark_where_lowest_and_bright_where_highest():
+    picture = np.asarray(visualize.heat_map(torch.tensor([[0.0, 0.5], [0.2, 1.0]])), float).sum(-1)
+    assert picture.argmin() == 0 and picture.argmax() == 3
+    assert visualize.heat_map(torch.zeros(3, 5), (10, 6)).size == (10, 6)
+    assert np.ptp(np.asarray(visualize.heat_map(torch.full((3, 3), 7.0)), float)) <= 255
+
+
+def test_overlays_have_the_pictures_size_and_show_where():
+    picture = np.full((20, 30, 3), 0.5)
+    shown = np.asarray(visualize.overlay(picture, LEFT), float).sum(-1)
+    assert shown.shape == (20, 30) and shown[:, :12].mean() > shown[:, 18:].mean() + 100
+    plain = visualize.overlay(Image.new("RGB", (4, 4), (200, 10, 10)), LEFT, strength=0.0)
+    assert len(set(plain.getpixel((0, 0)))) == 1  # grey
+
+
+def test_a_grid_has_a_row_per_picture_and_an_overlay_per_word():
+    maps = [recorded(cat=LEFT, dog=1 - LEFT), recorded()]
+    images = [Image.new("RGB", (16, 16), "red"), np.zeros((16, 32, 3), np.uint8)]
+    sheet = visualize.grid(images, maps, cell=40)
+    narrow = visualize.grid(images, maps, ["dog", "bird"], cell=40, captions=["one", "two"])
+    assert sheet.width > narrow.width and sheet.height == narrow.height
+    assert sheet.getpixel((10, 50)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: visualize.grid([], []), "must be equally many, got 0, 0 and 0"),
+        (lambda: visualize.grid([Image.new("RGB", (2, 2))], []), "must be equally many, got 1, 0 and 0"),
+        (lambda: visualize.heat_map(torch.zeros(3)), r"a map must be a tensor \[height, width\], got \[3\]"),
+        (lambda: visualize.heat_map(torch.full((2, 2), torch.nan)), "a map must be finite"),
+        (lambda: visualize.overlay(np.zeros((2, 2, 3)), LEFT, 2.0), r"strength must lie in \[0, 1\], got 2.0"),
+    ],
+)
+def test_wrong_pictures_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+    with pytest.raises(TypeError, match="a picture must be a PIL image or an array, got int"):
+        visualize.overlay(3, LEFT)
