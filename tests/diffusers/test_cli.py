@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import keylock_diffusers as kd
 from keylock_diffusers import cli
 from keylock_diffusers.demo import pictures
-from tests.diffusers.compatibility import save_adapter
+from tests.diffusers.compatibility import image_encoder, save_adapter
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -89,6 +89,35 @@ def test_image_prompts_are_read_beside_the_request_file(tiny_model, pipe, capsys
     assert "--ip-adapter: there is no file" in error
     orders.write_text(json.dumps([{"prompt": "a cat", "image_prompts": [{"image": "none.png"}]}]))
     assert "none.png" in fail(capsys, monkeypatch, "generate", orders)
+
+
+def test_regions_subjects_and_attention(tiny_model, pipe, capsys, monkeypatch, tmp_path):
+    for name, module in image_encoder().items():
+        pipe.register_modules(**{name: module})
+    kd.SubjectFusion(32).save(tmp_path / "fusion.safetensors")
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "photo.png")
+    left = Image.new("L", (16, 16))
+    left.paste(255, (0, 0, 8, 16))
+    left.save(tmp_path / "left.png")
+    order = {
+        "prompt": "a cat and a dog",
+        "negative_prompt": "a house",
+        "regions": [{"mask": "left.png", "prompt": "cat"}],
+        "negative_regions": [{"mask": "left.png", "tokens": [2]}],
+        "subjects": [{"prompt": "dog", "image": "photo.png"}],
+        "subject_start": 0.5,
+        "endings": "outside",
+    }
+    orders, output = tmp_path / "orders.json", tmp_path / "drawn"
+    orders.write_text(json.dumps([order, {"prompt": "a dog", "num_images": 2}]))
+    options = ["--output", output, "--steps", 2, "--fusion", tmp_path / "fusion.safetensors"]
+    run("generate", orders, *options, "--show-attention", "cat", "--show-attention", "dog")
+    assert sorted(p.name for p in output.iterdir()) == ["000.png", "001-0.png", "001-1.png", "attention.png"]
+    assert Image.open(output / "attention.png").width > 3 * 160
+    error = fail(capsys, monkeypatch, "generate", orders, *options, "--show-attention", "taxi")
+    assert "the word 'taxi' is in none of the prompts" in error
+    orders.write_text(json.dumps([{**order, "regions": [{"mask": "left.png", "prompt": "taxi"}]}]))
+    assert "the words 'taxi' of a Region are not in the prompt" in fail(capsys, monkeypatch, "generate", orders)
 
 
 def test_env_reports_the_build(capsys):

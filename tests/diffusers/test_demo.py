@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from keylock_diffusers import Concept
-from keylock_diffusers.demo import pictures, story
+from keylock_diffusers.demo import pictures, regions, story
 from keylock_diffusers.embedded import render
 
 
@@ -22,6 +22,7 @@ def report(tmp_path_factory):
 def test_it_leaves_a_grid_a_report_and_three_concepts(report):
     output, measured = report
     assert Image.open(output / "grid.png").size == (822, 870)
+    assert Image.open(output / "regions.png").size == (822, 950)
     assert json.loads((output / "report.json").read_text()) == measured
     files = sorted(p.relative_to(output).as_posix() for p in output.rglob("*.safetensors"))
     assert files == [f"concepts/{name}/cat.safetensors" for name in ("alice", "bob", "carol")]
@@ -35,6 +36,7 @@ def test_neighbours_change_nothing_and_company_only_rounding(report):
     assert measured["pictures_in_batch"] == 16
     assert measured["largest_difference_beside_others"] == 0
     assert measured["largest_difference_alone"] <= 2
+    assert measured["regions"] == {"pictures_in_batch": 5, "largest_difference_beside_others": 0}
 
 
 def test_coats_and_expressions_are_counted_for_every_scene(report):
@@ -60,12 +62,23 @@ def test_a_cat_beside_something_else_is_judged_by_its_half():
     image = np.full((64, 64, 3), 1.0)
     image[20:40, 5:25] = (0.2, 0.2, 0.2)
     image[20:40, 40:60] = (1.0, 0.0, 0.0)
-    assert np.allclose(story.cat_colour(image, left_half=True), 51)
-    assert story.cat_colour(image, left_half=False)[0] > 100
+    left = np.broadcast_to(np.arange(64) < 32, (64, 64))
+    assert story.wearer(image, left) == "Bob" and story.wearer(image, ~left) == "Carol"
+    assert story.wearer(np.ones((64, 64, 3))) is None
+
+
+def test_the_second_batch_has_a_concept_an_image_prompt_both_two_regions_and_nothing():
+    batch = [row.request for row in regions.rows()]
+    held = [(len(r.concepts), len(r.image_prompts)) for r in batch]
+    assert held == [(1, 0), (0, 1), (1, 1), (2, 0), (0, 0)]
+    assert batch[1].image_prompts[0].region is not None
+    assert all(use.region is not None for n in (2, 3) for use in batch[n].concepts)
 
 
 @pytest.mark.skipif(not render.FONT.exists(), reason="drawing the users' pictures needs fonts-noto-color-emoji")
 def test_the_shipped_pictures_are_what_the_script_draws():
+    drawn, shipped = pictures.draw_image_prompt(), pictures.image_prompt()
+    assert np.abs(np.asarray(drawn, int) - np.asarray(shipped, int)).max() <= 8
     for user in pictures.USERS:
         for (image, mask), shipped, cut in zip(pictures.draw(user), *pictures.load(user), strict=True):
             # FreeType's versions may round a pixel differently.

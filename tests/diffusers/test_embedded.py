@@ -4,14 +4,30 @@ The floors of quality are what the shipped weights reach, and rise with them; do
 aimed at.
 """
 
+import dataclasses
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 from safetensors import safe_open
 
-from keylock_diffusers import embedded
-from keylock_diffusers.embedded import classifier, evaluate, glyphs, prompts, render
+import keylock_diffusers as kd
+from keylock_diffusers import embedded, text
+from keylock_diffusers.attention_maps import AttentionMaps
+from keylock_diffusers.concepts import cross_attention_layers
+from keylock_diffusers.embedded import (
+    autoencoder,
+    classifier,
+    evaluate,
+    glyphs,
+    image_encoder,
+    prompts,
+    render,
+)
 from keylock_diffusers.embedded.diffusion import build_tokenizer
 
 MIB = 2**20
@@ -41,6 +57,12 @@ def test_it_is_small_and_in_half_precision_safetensors():
     for shard in shards:
         with safe_open(shard, "pt") as file:
             assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F16"}
+
+
+def test_all_assets_together_are_small():
+    files = [f for f in embedded.ASSETS.rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files) <= 32 * MIB
+    assert all(f.stat().st_size <= 12 * MIB for f in files)
 
 
 def test_all_parts_load_in_one_dtype():
@@ -135,3 +157,116 @@ def test_renders_are_a_function_of_seed_and_index():
         # outside the masks there is only background
         outside = picture.masks.sum(0) == 0
         assert len(np.unique(picture.image[outside], axis=0)) == 1
+
+
+HELD_OUT = Path(__file__).parent / "held_out"
+
+
+def held_out():
+    """Renders that no model was trained on: pictures, masks, and what they show; as `benchmarks.localization` draws."""
+    facts = json.loads((HELD_OUT / "captions.json").read_text())
+    pictures = np.split(np.asarray(Image.open(HELD_OUT / "renders.png").convert("RGB")), len(facts), axis=1)
+    masks = np.split(np.asarray(Image.open(HELD_OUT / "masks.png")) > 127, len(facts), axis=1)
+    return facts, pictures, masks
+
+
+@pytest.fixture(scope="module")
+def adapted():
+    return kd.install(embedded.load_adapter(embedded.load()))
+
+
+def draw(pipe, orders, steps=15):
+    images = kd.generate(pipe, orders, num_inference_steps=steps, output_type="np")
+    return [(image * 255).round().astype(np.uint8) for image in images]
+
+
+def test_the_adapter_loads_through_diffusers_own_loader_in_half_precision_files():
+    pipe = embedded.load_adapter(embedded.load())
+    assert type(pipe.image_encoder).__name__ == "CLIPVisionModelWithProjection"
+    assert pipe.feature_extractor.size in ({"shortest_edge": 64}, {"height": 64, "width": 64})
+    for file in embedded.ADAPTER.rglob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            assert {opened.get_slice(name).get_dtype() for name in opened.keys()} == {"F16"}
+
+
+def test_the_image_encoder_sees_pictures_as_it_did_in_training(adapted):
+    """What diffusers' feature extractor makes of a picture is what the encoder was trained on."""
+    _, pictures, _ = held_out()
+    ours = image_encoder.normalised(autoencoder.pixels(pictures))
+    theirs = adapted.feature_extractor([Image.fromarray(p) for p in pictures], return_tensors="pt").pixel_values
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
+
+
+def test_an_image_prompt_alone_gives_its_subject_and_words_rule_the_background(adapted):
+    facts, pictures, _ = held_out()
+    others = ["red" if fact["background"] != "red" else "blue" for fact in facts]
+    orders = [
+        kd.Request(words, image_prompts=[kd.ImagePrompt(Image.fromarray(p))], seed=n, guidance_scale=prompts.GUIDANCE)
+        for wanted in ([""] * len(facts), [f"on {other}" for other in others])
+        for n, (words, p) in enumerate(zip(wanted, pictures, strict=True))
+    ]
+    drawn = draw(adapted, orders)
+    judge = classifier.load()
+    alone, worded = drawn[: len(facts)], drawn[len(facts) :]
+    assert sum(name[0] == fact["glyph"] for name, fact in zip(judge.names(alone), facts, strict=True)) >= 9
+    assert sum(evaluate.background_name(p) == other for p, other in zip(worded, others, strict=True)) >= 14
+
+
+def test_an_image_prompt_of_scale_0_is_none_to_the_bit(adapted):
+    _, pictures, _ = held_out()
+    order = kd.Request("a cat on blue", seed=1)
+    absent = dataclasses.replace(order, image_prompts=[kd.ImagePrompt(Image.fromarray(pictures[0]), scale=0.0)])
+    one, none = (draw(adapted, [o, order], steps=4) for o in (absent, order))
+    assert np.array_equal(one[0], none[0]) and np.array_equal(one[1], none[1])
+
+
+def test_regions_put_subjects_where_they_belong(base):
+    """Against the order in which the model was taught to place them."""
+    left = np.zeros((64, 64), np.float32)
+    left[:, :32] = 1
+    pairs = [("dog", "pizza"), ("tree", "cat"), ("taxi", "apple"), ("star", "bear"), ("gift", "fox"), ("panda", "bell")]
+    orders = [
+        kd.Request(
+            f"a {first} and a {second} on white",
+            regions=[kd.Region(1 - left, first), kd.Region(left, second)],
+            seed=n,
+            guidance_scale=prompts.GUIDANCE,
+        )
+        for n, (first, second) in enumerate(pairs)
+    ]
+    judge = classifier.load()
+    found = 0
+    for (first, second), image in zip(pairs, draw(kd.install(base), orders), strict=True):
+        halves = [np.where(mask[..., None] > 0, image, 250).astype(np.uint8) for mask in (1 - left, left)]
+        found += sum(name[0] == asked for name, asked in zip(judge.names(halves), (first, second), strict=True))
+    kd.uninstall(base)
+    assert found >= 8
+
+
+def test_maps_of_words_lie_on_their_subjects(base):
+    facts, pictures, masks = held_out()
+    kd.install(base)
+    tokenized = [text.tokenize(base.tokenizer, fact["caption"]) for fact in facts]
+    maps = AttentionMaps(
+        tuple({fact["glyph"]: None for fact in facts}), tuple(cross_attention_layers(base.unet)), False
+    )
+    readout = maps.batch(base.unet, [[t] for t in tokenized], base.tokenizer, (16, 16))
+    with torch.no_grad():
+        latents = base.vae.encode(autoencoder.pixels(pictures)).latents * base.vae.config.scaling_factor
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+        times = torch.full((len(facts),), 400)
+        noisy = base.scheduler.add_noise(latents, noise, times)
+        encodings = text.encode(base.text_encoder, tokenized)
+        base.unet(noisy, times, encodings, cross_attention_kwargs={"readout": readout})
+    kd.uninstall(base)
+    overlaps = []
+    for row, (fact, mask) in enumerate(zip(facts, masks, strict=True)):
+        found = readout.picture(row, fact["caption"]).mean(fact["glyph"], mask.shape).numpy()
+        overlaps.append(
+            max(
+                (m & mask).sum() / (m | mask).sum()
+                for m in (found >= q for q in np.quantile(found, np.linspace(0, 1, 50)))
+            )
+        )
+    assert np.mean(overlaps) >= 0.7
+    assert np.mean([mask.mean() for mask in masks]) < 0.5  # what a map of one value would get

@@ -131,3 +131,36 @@ def test_the_command_prints_one_table_and_writes_nothing():
     assert "rank_one_update/sd1.5-320/B2/float32" in done.stdout and "strongest peer" in done.stdout
     assert "no number" not in done.stdout
     assert sorted((ROOT / "benchmarks").rglob("*.json")) == before
+
+
+def test_the_localization_table_holds_every_number_that_was_kept():
+    pytest.importorskip("diffusers")
+    from benchmarks import localization
+
+    measured = json.loads(localization.NUMBERS.read_text())
+    assert set(localization.PARTS) <= set(measured) and set(localization.PARTS) == set(measured["measured"])
+    page = localization.PAGE.read_text()
+    assert localization.table(measured) in page, "run python -m benchmarks.localization"
+
+
+def test_peak_memory_counts_what_lives_at_once():
+    pytest.importorskip("diffusers")
+    from benchmarks.localization_cost import peak_bytes
+
+    def step():
+        first = torch.ones(1 << 18)  # 1 MiB each
+        second = first + 1
+        del first
+        assert (second + 1).sum() > 0
+
+    assert 2 << 20 <= peak_bytes(step) < 3 << 20
+
+
+def test_a_maps_best_overlap_is_found():
+    pytest.importorskip("diffusers")
+    from benchmarks.localization_pictures import best_overlap
+
+    mask = torch.zeros(8, 8, dtype=torch.bool)
+    mask[:4] = True
+    assert best_overlap(mask * 0.3 + 0.1, mask) == (1.0, 0.5)
+    assert best_overlap(torch.rand(8, 8).masked_fill(mask, 0.0), mask)[0] == 0.5
