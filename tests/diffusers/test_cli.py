@@ -117,7 +117,8 @@ def test_regions_subjects_and_attention(tiny_model, pipe, capsys, monkeypatch, t
     error = fail(capsys, monkeypatch, "generate", orders, *options, "--show-attention", "taxi")
     assert "the word 'taxi' is in none of the prompts" in error
     orders.write_text(json.dumps([{**order, "regions": [{"mask": "left.png", "prompt": "taxi"}]}]))
-    assert "the words 'taxi' of a Region are not in the prompt" in fail(capsys, monkeypatch, "generate", orders)
+    error = fail(capsys, monkeypatch, "generate", orders, *options)
+    assert "the words 'taxi' of a Region are not in the prompt" in error
 
 
 def test_env_reports_the_build(capsys):
