@@ -10,6 +10,8 @@ from PIL import Image
 
 import keylock_diffusers as kd
 from keylock_diffusers import embedded
+from keylock_diffusers.demo import regions
+from keylock_diffusers.demo.pictures import USERS
 from tests.diffusers.compatibility import save_adapter
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,6 +46,24 @@ def test_the_image_prompts_example_runs(concept_for, tmp_path, monkeypatch):
         pipe, names["requests"], bank={"alice/cat": concept_for(pipe)}, num_inference_steps=2, output_type="pt"
     )
     assert torch.stack(list(images)).isfinite().all()
+
+
+def test_the_second_batchs_example_draws_the_demos(concept_for, tmp_path, monkeypatch):
+    (block,) = [b for b in BLOCKS if "record_attention" in b]
+    monkeypatch.chdir(tmp_path)
+    bank = kd.ConceptBank("outputs/demo/concepts")
+    for n, user in enumerate(USERS):
+        bank.add(f"{user.name.lower()}/cat", concept_for(embedded.load(), user.placeholder, seed=n))
+    names: dict = {}
+    exec(block.replace("=25", "=1"), names)
+    ours, demos = names["requests"], [row.request for row in regions.rows()]
+    for one, other in zip(ours, demos, strict=True):
+        assert (one.prompt, one.seed, one.guidance_scale) == (other.prompt, other.seed, other.guidance_scale)
+        for uses in zip(one.concepts, other.concepts, strict=True):
+            assert len({use if isinstance(use, str) else use.concept for use in uses}) == 1
+        for a, b in zip(one.image_prompts, other.image_prompts, strict=True):
+            assert a.scale == b.scale and torch.equal(a.region, b.region)
+    assert Image.open("regions.png").width == 6 + 3 * 166
 
 
 def test_the_kernel_example_runs():
