@@ -41,6 +41,8 @@ class BatchEncoder:
         plans: what was made of it.
         clip_skip: the pipeline's argument.
         fusion: mixes the rows' subjects into their words.
+        max_regions: how many wordings of their own the regions of one row have room for; default as many as are there,
+            which is then in ``wordings``.
     """
 
     def __init__(
@@ -50,9 +52,12 @@ class BatchEncoder:
         plans: Sequence[Plan],
         clip_skip: int | None,
         fusion: SubjectFusion | None,
+        max_regions: int | None = None,
     ) -> None:
         self._pipe, self._orders, self._plans, self._clip_skip = pipe, orders, plans, clip_skip
         self._fusion = fusion
+        own = [len(half.own) for plan in plans for half in (plan.regions, plan.negative_regions)]
+        self.wordings = max(own) if max_regions is None else max_regions
 
     def positive(self, learned: Callable[[ConceptUse], bool], *, fused: bool = True) -> Encodings:
         """The rows' prompts; a concept that `learned` refuses is encoded as its super-class.
@@ -79,11 +84,6 @@ class BatchEncoder:
                 if order.negative_prompt is None and order.negative_prompt_embeds is None:
                     given[row], prompts[row] = zeros, None
         return self._encode(prompts, given, None, None)
-
-    @property
-    def wordings(self) -> int:
-        """How many wordings of their own the regions of one row have at most, in either half of guidance."""
-        return max(len(half.own) for plan in self._plans for half in (plan.regions, plan.negative_regions))
 
     def own_wordings(self, learned: Callable[[ConceptUse], bool], *, fused: bool = True) -> list[Tensor]:
         """Per region of a row, what it reads [B, T, D]; a row without so many regions has its prompt's there."""

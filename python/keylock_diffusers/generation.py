@@ -22,6 +22,7 @@ from keylock_diffusers.image_prompts import adapters as image_adapters
 from keylock_diffusers.personalization import ConceptUse, Personalization
 from keylock_diffusers.processors import verify
 from keylock_diffusers.processors.swap import unet_of
+from keylock_diffusers.regions import LIMIT
 from keylock_diffusers.requests import Plan, Request, RequestError, plan
 
 # What a pipeline takes for the whole call and a Request has for itself.
@@ -51,6 +52,7 @@ def generate(
     scheduler: Any = None,
     max_batch: int = 16,
     image_lengths: Sequence[Sequence[int]] | None = None,
+    max_regions: int | None = None,
     fusion: SubjectFusion | None = None,
     on_error: str = "raise",
     callback: Callable[..., Any] | None = None,
@@ -72,6 +74,8 @@ def generate(
         max_batch: images per call of the U-Net, before guidance doubles them.
         image_lengths: per IP-Adapter, the tokens of each image prompt that a row has room for, such as [[4, 4]];
             default as many as a batch needs. Given, a compiled U-Net runs any mix of them without recompiling.
+        max_regions: how many regions with a wording of their own (see `Request`) a row has room for; default as many as
+            a batch needs. Given, a compiled U-Net runs any mix of them without recompiling.
         fusion: mixes pictures of the requests' subjects into the words that name them.
         on_error: "raise": a request that cannot be drawn raises before any step; "return": the others are drawn and
             its place in the result holds the RequestError.
@@ -105,6 +109,8 @@ def generate(
             "generate: pipe must be a pipeline with CLIP text encoders (Stable Diffusion 1.x, 2.x, XL), "
             f"got {type(pipe).__name__}"
         )
+    if max_regions is not None and not (isinstance(max_regions, int) and 1 <= max_regions <= LIMIT):
+        raise ValueError(f"generate: max_regions must be None or 1 to {LIMIT}, got {max_regions!r}")
     clash = sorted(_PER_REQUEST & {*kwargs, *(kwargs.get("cross_attention_kwargs") or {})})
     if clash:
         raise TypeError(
@@ -128,6 +134,7 @@ def generate(
                 base=base,
                 images=images,
                 image_lengths=image_lengths,
+                max_regions=max_regions,
                 fusion=fusion,
                 strict=strict,
             )
@@ -147,7 +154,9 @@ def generate(
     view = copy.copy(pipe)  # its own scheduler and per-call state; modules are shared
     for batch in _batches(view, rows, max_batch):
         view.scheduler = copy.deepcopy(pipe.scheduler if scheduler is None else scheduler)
-        drawn = _draw(view, batch, num_inference_steps, callback, image_lengths, fusion, maps, recorded, dict(kwargs))
+        drawn = _draw(
+            view, batch, num_inference_steps, callback, image_lengths, max_regions, fusion, maps, recorded, dict(kwargs)
+        )
         for row, image in zip(batch, drawn, strict=True):
             results[row.request][row.image] = image
     if maps is not None:
@@ -179,6 +188,7 @@ def _draw(
     steps: int,
     callback: Any,
     image_lengths: Sequence[Sequence[int]] | None,
+    max_regions: int | None,
     fusion: SubjectFusion | None,
     maps: AttentionMaps | None,
     recorded: dict[tuple[int, int], WordMaps],
@@ -189,7 +199,7 @@ def _draw(
     guided = rows[0].order.guidance_scale > 1 and not distilled
     attention = dict(kwargs.pop("cross_attention_kwargs", None) or {})
     plans = [row.plan for row in rows]
-    encoder = BatchEncoder(pipe, [row.order for row in rows], plans, kwargs.get("clip_skip"), fusion)
+    encoder = BatchEncoder(pipe, [row.order for row in rows], plans, kwargs.get("clip_skip"), fusion, max_regions)
     index = torch.arange(len(rows))
     images = [plan.images for plan in plans]
     regions = [plan.regions.row for plan in plans]

@@ -359,7 +359,7 @@ class Personalization:
         self._seen = weakref.ref(text), version
 
     def _prepare_regions(self, text: Tensor) -> None:
-        if not self._regions.any:
+        if not self._regions.any and text.shape[1] == self._tokens:
             self._key_regions, self._query_regions = None, {}
             return
         self._key_regions = filled(self._key_regions, self._regions.key_regions(text.shape[1]).to(text.device))

@@ -123,6 +123,7 @@ def plan(
     base: BaseModel | None,
     images: ImageEncoder,
     image_lengths: Sequence[Sequence[int]] | None,
+    max_regions: int | None,
     fusion: SubjectFusion | None,
     strict: bool,
 ) -> Plan:
@@ -176,7 +177,11 @@ def plan(
     if isinstance(start, bool) or not isinstance(start, (int, float)) or not 0 <= start <= 1:
         raise ValueError(f"subject_start must lie in [0, 1], got {start!r}")
     subjects = _subjects(pipe, request, prompts, fusion)
-    return Plan(uses, prompts, negatives, drawn, absent, subjects, *_regions(pipe, request, uses, prompts, negatives))
+    halves = _regions(pipe, request, uses, prompts, negatives)
+    most = max(len(half.own) for half in halves)
+    if max_regions is not None and most > max_regions:
+        raise ValueError(f"regions with a wording of their own must be at most max_regions, {max_regions}, got {most}")
+    return Plan(uses, prompts, negatives, drawn, absent, subjects, *halves)
 
 
 def _subjects(

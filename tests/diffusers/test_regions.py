@@ -367,3 +367,13 @@ def test_a_region_written_to_after_prepare_is_noticed(ready):
         mask.zero_()
         with pytest.raises(ValueError, match="a region of row 0 was written to"):
             ready.unet(torch.zeros(1, 4, 8, 8), 10, encodings, **call)
+
+
+def test_room_for_more_regions_changes_nothing(ready):
+    orders = [two(1), Request("a house", seed=2, guidance_scale=4.0)]
+    for one, other in zip(draw(ready, orders), draw(ready, orders, max_regions=4), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=ROUNDING)
+    with pytest.raises(RequestError, match="must be at most max_regions, 1, got 2"):
+        draw(ready, orders, max_regions=1)
+    with pytest.raises(ValueError, match="max_regions must be None or 1 to 30, got 0"):
+        draw(ready, orders, max_regions=0)

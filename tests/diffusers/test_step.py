@@ -71,6 +71,45 @@ def test_other_users_never_recompile_a_step(pipe, concept_for):
         assert counter.frame_count == 1, "a step was compiled again"
 
 
+def test_other_users_regions_never_recompile_a_step(pipe, concept_for):
+    alice, bob = concept_for(pipe), concept_for(pipe, "<bob-dog>", "dog", seed=2)
+    left, right = masks(2)[0]
+    use = {"concepts": [kd.Use(alice, region=left), kd.Use(bob, region=right)]}
+
+    def order(text, seed=1, **more):
+        return Request(text, seed=seed, guidance_scale=4.0, **more)
+
+    batches = [
+        [order("<alice-cat> and <bob-dog>", **use), order("a house")],
+        [order("a cat", regions=[kd.Region(left, "cat")]), order("a dog", regions=[kd.Region(right, "dog")])],
+        [order("a tree"), order("a cat on blue", seed=3)],
+        [order("a cat and a dog", endings="hidden", regions=[kd.Region(left, "cat")]), order("a dog")],
+    ]
+
+    def draw_all():
+        options = {"num_inference_steps": STEPS, "height": SIZE, "width": SIZE, "output_type": "np"}
+        return [kd.generate(pipe, orders, image_lengths=ROOM, max_regions=2, **options) for orders in batches]
+
+    expected = draw_all()
+    counter = CompileCounter()
+    pipe.unet = torch.compile(pipe.unet, backend=counter, fullgraph=True)
+    for ours, theirs in zip(draw_all(), expected, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), rtol=0, atol=1 / 255 / 8)
+    assert counter.frame_count == 1, "a step was compiled again"
+
+
+def test_a_compiled_step_is_recorded(pipe):
+    orders = [Request("a cat on blue", seed=1, guidance_scale=4.0), Request("a dog", seed=2, guidance_scale=4.0)]
+    with kd.record_attention(pipe, ["cat"]) as expected:
+        draw(pipe, orders)
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    with kd.record_attention(pipe, ["cat"]) as maps:
+        draw(pipe, orders)
+    for layer, found in maps.images[0].maps["cat"].items():
+        torch.testing.assert_close(found, expected.images[0].maps["cat"][layer])
+
+
 def test_a_default_device_does_not_break_the_graph(pipe, concept_for):
     """Under one, torch cannot trace some of a tensor's methods."""
     orders = users(concept_for, pipe)[0]
