@@ -76,10 +76,12 @@ def table(measured: dict[str, Any]) -> str:
         )
     if "image prompts" in measured:
         found = measured["image prompts"]
-        row("image prompt with an empty prompt: right class", f"{found['class from the image alone']:.0%} of 64", "70%")
+        total = pictures.COUNT
+        alone, worded = found["class from the image alone"], found["class with words of the background"]
+        row("image prompt with an empty prompt: right class", f"{alone:.0%} of {total}", "70%")
         row(
             'image prompt with "on red", another background than its own: background of the words / right class',
-            f"{found['background of the words']:.0%} / {found['class with words of the background']:.0%} of 64",
+            f"{found['background of the words']:.0%} / {worded:.0%} of {total}",
             "80% background",
         )
         equal = "yes" if found["scale 0 equals none bit for bit"] else "NO"

@@ -161,7 +161,7 @@ def measure_localization(pipe: Any) -> dict[str, Any]:
     for weight in (0.0, 1e-3, 1.0):
         taught = [_two_subject_pictures(user, number) for number, user in enumerate(USERS)]
         config = replace(story.TRAINING, localize=weight)
-        learned = train_concepts(pipe, [subject for subject, _ in taught], config, metric=metric)
+        learned = train_concepts(pipe, taught, config, metric=metric)
         concepts = {user.name: _checked(concept) for user, concept in zip(USERS, learned, strict=True)}
         measured[f"{weight:g}"] = _beside_others(pipe, concepts)
     return measured
@@ -199,7 +199,7 @@ def _beside_others(pipe: Any, concepts: dict[str, Concept]) -> dict[str, float]:
     return {**shares, "attention inside": float(np.mean(within)), "pictures": len(cells)}
 
 
-def _two_subject_pictures(user: User, number: int) -> tuple[Subject, list[str]]:
+def _two_subject_pictures(user: User, number: int) -> Subject:
     """Four pictures of a user's cat beside something else, on either side, with the cat's masks."""
     beside = ("house", "dog", "rocket", "burger")
     images, masks, captions = [], [], []
@@ -212,7 +212,7 @@ def _two_subject_pictures(user: User, number: int) -> tuple[Subject, list[str]]:
         images.append(Image.fromarray(image))
         masks.append(Image.fromarray((alphas[n % 2] * 255).astype(np.uint8)))
         captions.append(render.caption(names, background, 3))
-    return Subject(user.placeholder, "cat", images, captions, masks, seed=number), captions
+    return Subject(user.placeholder, "cat", images, captions, masks, seed=number)
 
 
 def measure_adapter(pipe: Any) -> dict[str, Any]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -115,7 +116,7 @@ class BatchReadout:
                 self._tokens[row, place] = position
                 self._words[row, place, word] = 1
         self._sums: dict[str, list[Tensor]] = {}  # [B, N, words]: of every step, or of all together
-        self._steps = 0
+        self.steps = 0
 
     def wanted(self, layer: str, rows: int, pixels: int) -> tuple[Tensor, None] | None:
         """See `keylock_diffusers.processors.Readout`."""
@@ -138,7 +139,7 @@ class BatchReadout:
         else:
             held.append(maps)
         if layer == next(iter(self._sums)):
-            self._steps += 1
+            self.steps += 1
 
     def to(self, device: torch.device) -> BatchReadout:
         """Moves what the layers are given to their device."""
@@ -147,7 +148,7 @@ class BatchReadout:
 
     def picture(self, row: int, prompt: str) -> WordMaps:
         """The maps of one row."""
-        scale = 1.0 if self._owner.every_step else 1 / max(self._steps, 1)
+        scale = 1.0 if self._owner.every_step else 1 / max(self.steps, 1)
         return WordMaps(
             prompt,
             {
@@ -199,6 +200,7 @@ def record_attention(
 
     Raises:
         ValueError: no words, or a layer that is not there.
+        TypeError: `pipe` is no pipeline.
         RuntimeError: a layer does not have our processor.
 
     Paper: maps of words as in Tang et al., DAAM, arXiv 2210.04885.
@@ -217,14 +219,17 @@ def record_attention(
     absent = [name for name in chosen if name not in known]
     if absent or not chosen:
         raise ValueError(f"record_attention: layers must be cross-attention layers of the U-Net, got {absent}")
+    if not hasattr(pipe, "encode_prompt"):
+        raise TypeError(f"record_attention: pipe must be a text-to-image pipeline, got {type(pipe).__name__}")
     maps = AttentionMaps(tuple(dict.fromkeys(words)), tuple(chosen), every_step)
-    token = _RECORDING.set(maps)
     plain = _PlainCalls(pipe, maps)
+    token = _RECORDING.set(maps)
     try:
         yield maps
+        plain.finish()
     finally:
-        plain.close()
         _RECORDING.reset(token)
+        plain.close()
 
 
 class _PlainCalls:
@@ -234,23 +239,20 @@ class _PlainCalls:
         self._pipe, self._maps = pipe, maps
         self._rows: list[str | None] = []  # per row of the U-Net's batch, its prompt
         self._batch: BatchReadout | None = None
-        self._encode: Callable[..., Any] = pipe.encode_prompt
-        self._signature = inspect.signature(self._encode)
-        pipe.encode_prompt = self._watch
-        self._hook = unet_of(pipe).register_forward_pre_hook(self._before, with_kwargs=True)
+        _watch(pipe, self)
+        # On what the pipeline calls, so that a compiled U-Net does not trace the hook.
+        self._hook = pipe.unet.register_forward_pre_hook(self._before, with_kwargs=True)
 
-    def _watch(self, *args: Any, **kwargs: Any) -> Any:
-        if recording() is self._maps:
-            self._finish()
-            given = self._signature.bind(*args, **kwargs)
-            given.apply_defaults()
-            prompt = given.arguments.get("prompt")
-            if prompt is not None:
-                prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-                rows = [one for one in prompts for _ in range(given.arguments.get("num_images_per_prompt") or 1)]
-                guided = given.arguments.get("do_classifier_free_guidance")
-                self._rows = [*([None] * len(rows) if guided else []), *rows]
-        return self._encode(*args, **kwargs)
+    def encoding(self, given: Mapping[str, Any]) -> None:
+        """Takes the arguments of the pipeline's encode_prompt."""
+        if recording() is not self._maps:
+            return
+        self.finish()
+        prompt = given.get("prompt")
+        if prompt is not None:
+            prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+            rows = [one for one in prompts for _ in range(given.get("num_images_per_prompt") or 1)]
+            self._rows = [*([None] * len(rows) if given.get("do_classifier_free_guidance") else []), *rows]
 
     def _before(self, _unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         options = kwargs.get("cross_attention_kwargs") or {}
@@ -259,19 +261,53 @@ class _PlainCalls:
         sample = args[0] if args else kwargs["sample"]
         if self._batch is None:
             tokenizer = self._pipe.tokenizer or self._pipe.tokenizer_2
-            prompts = [None if row is None else [text.tokenize(tokenizer, row)] for row in self._rows]
+            prompts = [
+                None if row is None else [text.as_given(tokenizer, text.converted(self._pipe, tokenizer, row))]
+                for row in self._rows
+            ]
             self._batch = self._maps.batch(unet_of(self._pipe), prompts, tokenizer, tuple(sample.shape[-2:]))
             self._batch.to(sample.device)
         return args, {**kwargs, "cross_attention_kwargs": {**options, "readout": self._batch}}
 
-    def _finish(self) -> None:
-        if self._batch is not None:
+    def finish(self) -> None:
+        """Keeps the last call's maps, unless it was broken off."""
+        if self._batch is not None and self._batch.steps >= getattr(self._pipe, "num_timesteps", 0):
             self._maps.images += [
                 self._batch.picture(row, prompt) for row, prompt in enumerate(self._rows) if prompt is not None
             ]
         self._rows, self._batch = [], None
 
     def close(self) -> None:
-        self._finish()
         self._hook.remove()
-        del self._pipe.encode_prompt
+        _unwatch(self._pipe, self)
+
+
+# Per pipeline that is recorded, who wants to know what it encodes: several may record it, in one thread or in many.
+_WATCHERS: dict[int, list[_PlainCalls]] = {}
+_LOCK = threading.Lock()
+
+
+def _watch(pipe: Any, watcher: _PlainCalls) -> None:
+    with _LOCK:
+        watchers = _WATCHERS.setdefault(id(pipe), [])
+        if not watchers:
+            encode = pipe.encode_prompt
+            signature = inspect.signature(encode)
+
+            def watched(*args: Any, **kwargs: Any) -> Any:
+                given = signature.bind(*args, **kwargs)
+                given.apply_defaults()
+                for each in tuple(watchers):
+                    each.encoding(given.arguments)
+                return encode(*args, **kwargs)
+
+            pipe.encode_prompt = watched
+        watchers.append(watcher)
+
+
+def _unwatch(pipe: Any, watcher: _PlainCalls) -> None:
+    with _LOCK:
+        watchers = _WATCHERS[id(pipe)]
+        watchers.remove(watcher)
+        if not watchers:
+            del _WATCHERS[id(pipe)], pipe.encode_prompt

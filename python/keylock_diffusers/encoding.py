@@ -101,7 +101,7 @@ class BatchEncoder:
         wordings = []
         for region in range(self.wordings):
             prompts = [
-                plan.negative_regions.own[region] if region < len(plan.negative_regions.own) else None
+                plan.negative_regions.own[region] if region < len(plan.negative_regions.own) else plan.negatives
                 for plan in self._plans
             ]
             wordings.append(self._encode(prompts, [(row, None) for row in text], None, None).text)

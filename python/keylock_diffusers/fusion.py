@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
+
+from keylock_diffusers.concepts.files import write_atomically
 
 _PREFIX = "postfuse_module."  # of these weights in a whole FastComposer model
 
@@ -64,7 +65,8 @@ class SubjectFusion(nn.Module):
             raise ValueError(
                 f"SubjectFusion: layer_norm.weight [D] must be among the weights, got {sorted(weights)[:5]}"
             )
-        made = cls(len(norm))
+        with torch.device("meta"):  # nothing is allocated before the shapes are checked
+            made = cls(len(norm))
         wanted = {name: list(tensor.shape) for name, tensor in made.state_dict().items()}
         found = {name: list(tensor.shape) for name, tensor in weights.items()}
         if wanted != found:
@@ -75,17 +77,15 @@ class SubjectFusion(nn.Module):
         for name, tensor in weights.items():
             if not tensor.isfinite().all():
                 raise ValueError(f"SubjectFusion: {name} must be finite, got NaN or infinity")
-        made.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+        made.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
         return made.eval()
 
     def save(self, path: str | Path, dtype: torch.dtype = torch.float16) -> int:
         """Writes a safetensors file, whole or not at all; returns its bytes."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        save_file({n: t.detach().to("cpu", dtype).contiguous() for n, t in self.state_dict().items()}, partial)
-        os.replace(partial, path)
-        return path.stat().st_size
+        data = save({n: t.detach().to("cpu", dtype).contiguous() for n, t in self.state_dict().items()})
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, data)
+        return len(data)
 
 
 class _Perceptron(nn.Module):
@@ -140,11 +140,10 @@ def fuse(
     places = [(row, token, use.embeds) for row, uses in enumerate(rows) for use in uses for token in use.tokens]
     if not places:
         return text
-    dtype = fusion.layer_norm.weight.dtype
+    weight = fusion.layer_norm.weight
     fused = []
     for row, token, embeds in places:  # one product each: how several round may depend on their number
-        word = text[row, token][None].to(dtype)
-        fused.append(fusion(word, embeds.to(text.device, dtype)[None])[0].to(text.dtype))
+        fused.append(fusion(text[row, token][None].to(weight), embeds[None].to(weight))[0].to(text))
     where = tuple(torch.tensor([place[n] for place in places], device=text.device) for n in (0, 1))
     return text.index_put(where, torch.stack(fused))
 

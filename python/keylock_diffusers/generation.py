@@ -63,7 +63,9 @@ def generate(
 
     A request's picture does not depend on what else is in the batch: at its place in a batch of equal size it is the
     same bit for bit, and at another place or in another size up to rounding, since the U-Net's own layers are
-    torch's. Two calls may run at the same time on one pipeline.
+    torch's. (On a GPU in half precision, where others have regions with wordings of their own, the bits are the same
+    only with `max_regions`: kernels sum more keys in another order.) Two calls may run at the same time on one
+    pipeline.
 
     Args:
         pipe: a Stable Diffusion 1.x, 2.x or XL text-to-image pipeline after `install`.
@@ -73,7 +75,8 @@ def generate(
         scheduler: one to use instead of the pipeline's; it is copied.
         max_batch: images per call of the U-Net, before guidance doubles them.
         image_lengths: per IP-Adapter, the tokens of each image prompt that a row has room for, such as [[4, 4]];
-            default as many as a batch needs. Given, a compiled U-Net runs any mix of them without recompiling.
+            default as many as a batch needs. Given, a compiled U-Net runs any mix of them without recompiling, as long
+            as regions do too.
         max_regions: how many regions with a wording of their own (see `Request`) a row has room for; default as many as
             a batch needs. Given, a compiled U-Net runs any mix of them without recompiling.
         fusion: mixes pictures of the requests' subjects into the words that name them.
@@ -118,6 +121,10 @@ def generate(
         )
     if "callback_on_step_end" in kwargs:
         raise TypeError("generate: callback_on_step_end is given as callback")
+    if fusion is not None and (fusion.width != pipe.unet.config.cross_attention_dim):
+        raise ValueError(
+            f"generate: fusion must be as wide as the text, {pipe.unet.config.cross_attention_dim}, got {fusion.width}"
+        )
     verify(pipe)
     _check_image_lengths(pipe, image_lengths)
 
@@ -148,7 +155,7 @@ def generate(
             results[index] = [None] * request.num_images
 
     maps = recording()
-    if maps is not None:
+    if maps is not None and len(rows) and not any(isinstance(result, RequestError) for result in results):
         check_words(maps, (row.plan.prompts for row in rows), encoders[0][0])
     recorded: dict[tuple[int, int], WordMaps] = {}
     view = copy.copy(pipe)  # its own scheduler and per-call state; modules are shared
@@ -217,13 +224,14 @@ def _draw(
 
         others = [] if negative is None else encoder.own_negative_wordings(negative.text)
 
-        def read(learned: Callable[[ConceptUse], bool], fused: bool = True) -> Tensor:
+        def read(learned: Callable[[ConceptUse], bool], fused: bool = True, prompts: Tensor | None = None) -> Tensor:
             """What keys or values read: the prompts, and after them the wordings that regions have of their own."""
             own = encoder.own_wordings(learned, fused=fused)
             if others:
                 own = [torch.cat(halves) for halves in zip(others, own, strict=True)]
-            halves = [stacked(encoder.positive(learned, fused=fused).text), *(o.to(device, dtype) for o in own)]
-            return torch.cat(halves, 1)
+            if prompts is None:
+                prompts = stacked(encoder.positive(learned, fused=fused).text)
+            return torch.cat([prompts, *(wording.to(device, dtype) for wording in own)], 1)
 
         whole = stacked(positive.text)
         locked = any(use.lock == "global" for plan in plans for use in plan.uses)
@@ -233,7 +241,7 @@ def _draw(
             pipe,
             whole,
             read(lambda use: use.lock == "local") if locked else None,
-            read_text=read(lambda use: True) if encoder.wordings else None,
+            read_text=read(lambda use: True, prompts=whole) if encoder.wordings else None,
             early_text=read(lambda use: False, fused=False) if any(starts) else None,
             latent_size=_latent_size(pipe, kwargs),
             steps=_count_steps(pipe, steps, kwargs) if any(starts) or any(plan.images for plan in plans) else steps,
@@ -310,7 +318,7 @@ def _check_image_lengths(pipe: Any, lengths: Any) -> None:
 def _stepping(
     personalization: Personalization, callback: Any, kwargs: dict[str, Any]
 ) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """A callback that puts the next step's image prompts in place, and then calls the caller's own."""
+    """A callback that puts in place what counts in the next step, and then calls the caller's own."""
     wanted = getattr(callback, "tensor_inputs", None)  # diffusers asks its own callback objects for this
     if wanted is not None:
         kwargs = {**kwargs, "callback_on_step_end_tensor_inputs": wanted}

@@ -41,8 +41,8 @@ class Personalization:
     unconditional rows of guidance do. Such a row is computed without any update of its keys and values.
 
     What `prepare` makes lies in buffers that later calls fill again where shapes are the same. With `image_lengths`,
-    and the latent_size given to `prepare`, they always are: a step that was compiled, or captured as a CUDA graph, then
-    stays valid for other users (see `assign`).
+    and a latent_size and a read_text of one length, longer than the text, given to `prepare`, they always are: a step
+    that was compiled, or captured as a CUDA graph, then stays valid for other users (see `assign`).
 
     Args:
         uses: per prompt, the concepts it uses.
@@ -192,7 +192,7 @@ class Personalization:
         self._phases = None
         if early_text is not None and any(self._starts):
             early = self._project(layers, early_text, early_text, early=True)
-            self._phases = early, {name: (key.clone(), value.clone()) for name, (key, value) in projected.items()}
+            self._phases = early, projected
             projected = self._current()
         sizes = resolutions_of(unet, layers, latent_size)
         self._sizes = {math.prod(size): size for size in sizes.values()}
@@ -370,7 +370,8 @@ class Personalization:
     def _bits(self, pixels: int, device: torch.device) -> Tensor:
         size = self._sizes.get(pixels)
         if size is None:  # the aspect ratio of the picture is that of the first mask, as diffusers guesses it
-            height, width = next(row.uses[0].mask.shape for row in self._regions.rows if row.uses)
+            shapes = [row.uses[0].mask.shape for row in self._regions.rows if row.uses]
+            height, width = shapes[0] if shapes else (1, 1)
             rows = max(1, round(math.sqrt(pixels * height / width)))
             size = rows, pixels // rows
             if math.prod(size) != pixels:

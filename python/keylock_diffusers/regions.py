@@ -195,7 +195,8 @@ def resolve(
         if not isinstance(region, Region):
             raise TypeError(f"{name} must be Region objects, got {type(region).__name__}")
         if (region.prompt is None) == (region.tokens is None):
-            raise ValueError(f"give either prompt or tokens of a Region, got {'both' if region.tokens else 'neither'}")
+            got = "neither" if region.tokens is None else "both"
+            raise ValueError(f"give either prompt or tokens of a Region, got {got}")
         mask = region_mask(region.mask, "mask of a Region")
         if region.prompt is not None:
             if prompts is None:
@@ -206,7 +207,9 @@ def resolve(
             if not found:
                 raise ValueError(f"the words {region.prompt!r} of a Region are not in the prompt")
         else:
-            found = tuple(region.tokens or ())
+            if not isinstance(region.tokens, (list, tuple, range)):
+                raise TypeError(f"tokens of a Region must be a list, got {type(region.tokens).__name__}")
+            found = tuple(region.tokens)
             wrong = [t for t in found if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < tokens]
             if wrong or not found:
                 raise ValueError(f"tokens of a Region must be positions from 0 to {tokens - 1}, got {list(found)}")
@@ -226,7 +229,7 @@ def resolve(
     )
     blocks = [RegionUse(use.mask, tuple(range(tokens * (r + 1), tokens * (r + 2)))) for r, use in enumerate(uses)]
     unnamed = tuple(token for token in range(tokens) if token not in named)
-    placeholders = tuple(frozenset(placeholder for *_, placeholder in wording[0].spans) for wording in own)
+    placeholders = tuple(frozenset(word for _, word in wording[0].words) for wording in own)
     return PromptRegions(RowRegions(tuple(blocks), unnamed, named, tokens * (1 + len(uses)), placeholders), own)
 
 

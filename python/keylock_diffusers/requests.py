@@ -157,13 +157,13 @@ def plan(
     prompts = negatives = None
     if request.prompt is not None:
         prompts = tuple(
-            text.tokenize(tokenizer, _converted(pipe, tokenizer, request.prompt), super_classes)
+            text.tokenize(tokenizer, text.converted(pipe, tokenizer, request.prompt), super_classes)
             for tokenizer, _ in text_encoders(pipe)
         )
         Personalization([uses], torch.zeros(1, dtype=torch.int64))  # raises here what would fail the whole batch
     if request.negative_prompt_embeds is None:
         negatives = tuple(
-            text.tokenize(tokenizer, _converted(pipe, tokenizer, request.negative_prompt or ""))
+            text.tokenize(tokenizer, text.converted(pipe, tokenizer, request.negative_prompt or ""))
             for tokenizer, _ in text_encoders(pipe)
         )
     if not isinstance(request.image_prompts, (list, tuple)):
@@ -293,9 +293,3 @@ def _resolve(use: Use | str | Concept, bank: Mapping[str, Concept] | None) -> Co
         if not isinstance(number, (int, float)) or not math.isfinite(number):
             raise ValueError(f"{name} of {concept.placeholder} must be a finite number, got {number!r}")
     return ConceptUse(concept, lock=use.lock, **numbers)
-
-
-def _converted(pipe: Any, tokenizer: Any, prompt: str) -> str:
-    """The prompt with diffusers' multi-vector textual inversion words spelled out."""
-    convert = getattr(pipe, "maybe_convert_prompt", None)
-    return prompt if convert is None else convert(prompt, tokenizer)

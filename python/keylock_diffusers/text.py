@@ -79,6 +79,18 @@ def tokenize(tokenizer: Any, prompt: str, super_classes: Mapping[str, str] | Non
     return _padded(tokenizer, ids, words, spans, repr(prompt))
 
 
+def as_given(tokenizer: Any, prompt: str) -> TokenizedPrompt:
+    """Tokenizes a prompt as pipelines do, in which placeholders are words like others."""
+    tokens = tokenizer(prompt, padding="max_length", max_length=tokenizer.model_max_length, truncation=True)
+    return TokenizedPrompt(tuple(tokens.input_ids), tuple(tokens.attention_mask), ())
+
+
+def converted(pipe: Any, tokenizer: Any, prompt: str) -> str:
+    """The prompt with diffusers' multi-vector textual inversion words spelled out."""
+    convert = getattr(pipe, "maybe_convert_prompt", None)
+    return prompt if convert is None else convert(prompt, tokenizer)
+
+
 def _padded(
     tokenizer: Any,
     ids: Sequence[int],
@@ -130,12 +142,13 @@ def with_own_words(
             order += run
     learned = dict(prompt.words)
     starts = {first: (end, placeholder) for first, end, placeholder in prompt.spans}
-    words = [(place, learned[position]) for place, position in enumerate(order, 1) if position in learned]
-    spans = [
-        (place, place + starts[position][0] - position, starts[position][1])
-        for place, position in enumerate(order, 1)
-        if position in starts
-    ]
+    words, spans = [], []
+    for place, position in enumerate(order, 1):
+        end, placeholder = starts.get(position, (position, ""))
+        if end > position and order[place - 1 : place - 1 + end - position] == list(range(position, end)):
+            spans.append((place, place + end - position, placeholder))
+        if position in learned:
+            words.append((place, learned[position]))
     ids = [prompt.ids[position] for position in order]
     return _padded(tokenizer, ids, words, spans, repr(tokenizer.decode(ids)))
 

@@ -160,7 +160,6 @@ def test_an_adapter_starts_from_the_texts_keys_and_values(ready):
 def test_dropped_conditions_are_dropped(ready):
     """Without images nothing reaches the projection's weight; without text no caption matters."""
     everything = dataclasses.replace(ADAPTER, drop_text=0.0, drop_image=1.0, drop_both=0.0, average_decay=None)
-    start = ImageAdapter(ready.unet, WIDTH)
     torch.manual_seed(0)
     start = ImageAdapter(ready.unet, WIDTH)
     weight = train("adapter", ready, config=dataclasses.replace(everything, weight_decay=0.0)).projection.image_embeds
@@ -176,7 +175,7 @@ def test_fusion_goes_on_from_given_weights_and_learns_where_subjects_are(ready):
     start = SubjectFusion(WIDTH)
     before = state(start)
     made = train("fusion", ready, start=start)
-    assert made is start and not equal(before, state(made)) and not made.training
+    assert equal(before, state(start)) and not equal(before, state(made)) and not made.training
     assert not any(p.requires_grad for p in made.parameters())
     unlocalized = train("fusion", ready, config=dataclasses.replace(FUSION, localize=0.0))
     assert not equal(state(unlocalized), state(train("fusion", ready)))
@@ -226,6 +225,41 @@ def test_wrong_examples_are_named(pipe, kind, examples, error, message):
 def test_wrong_settings_are_named(config, changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(config, **changes)
+
+
+def test_fusion_survives_steps_without_a_subject(ready):
+    bare = [FusionExample(random(4, 8, 8), "a car", [])]
+    assert all(t.isfinite().all() for t in state(train("fusion", ready, examples=bare)).values())
+
+
+@pytest.mark.parametrize("kind", ["adapter", "fusion"])
+def test_pipelines_that_cannot_be_trained_on_are_refused(ready, build_tiny, kind, tmp_path):
+    train("adapter", ready).save(tmp_path / "a.safetensors")
+    ready.load_ip_adapter(str(tmp_path), subfolder="", weight_name="a.safetensors", image_encoder_folder=None)
+    with pytest.raises(ValueError, match="pipe must have no IP-Adapter loaded"):
+        train(kind, ready)
+    half = build_tiny().to(dtype=torch.float16)
+    with pytest.raises(ValueError, match="gradients vanish in float16"):
+        train(kind, half)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "fusion"])
+def test_they_train_in_bfloat16(ready, kind):
+    ready.to(dtype=torch.bfloat16)
+    assert all(t.isfinite().all() for t in state(train(kind, ready)).values())
+
+
+def test_a_checkpoint_of_another_base_model_or_a_mask_of_another_size_is_refused(ready, build_tiny, tmp_path):
+    path = tmp_path / "run.safetensors"
+    tensors = [FusionExample(random(4, 8, 8), "a cat", [FusionSubject("cat", random(WIDTH), torch.rand(1, 8, 8))])]
+    train("fusion", ready, examples=tensors, checkpoint_path=path)
+    with pytest.raises(ValueError, match="is of another run"):
+        train("fusion", build_tiny(seed=5), examples=tensors, checkpoint_path=path)
+    flat = [FusionExample(random(4, 8, 8), "a cat", [FusionSubject("cat", random(WIDTH), torch.rand(8, 8))])]
+    with pytest.raises(ValueError, match=r"mask must be \[1, 8, 8\], got \[8, 8\]"):
+        train("fusion", ready, examples=flat, config=dataclasses.replace(FUSION, drop_text=0.0, drop_subjects=0.0))
+    with pytest.raises(ValueError, match="start must be as wide as the text, 32, got 16"):
+        train("fusion", ready, start=SubjectFusion(16))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(ready):

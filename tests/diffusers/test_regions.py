@@ -102,6 +102,13 @@ def test_placeholders_move_with_their_words():
     assert spelled(other) == "dog and dog on blue" and [w for _, w in other.words] == ["<bob-dog>"] * 2
 
 
+def test_half_a_placeholder_is_no_placeholder():
+    prompt = words("<alice-cat> and a dog", {"<alice-cat>": "crying cat"})
+    dog = [p for spot in text.find(TOKENIZER, prompt, "dog") for p in spot]
+    own = text.with_own_words(TOKENIZER, prompt, dog, [2, *dog])
+    assert spelled(own) == "crying dog and a dog" and not own.words and not own.spans
+
+
 def test_a_wording_that_grows_too_long_is_cut_but_never_a_placeholder(caplog):
     prompt = words("<bob-dog> " + "and a cat " * 9, {"<bob-dog>": "cat with tears of joy"})
     bob = [p for spot in text.find(TOKENIZER, prompt, "<bob-dog>") for p in spot]
@@ -226,17 +233,19 @@ def test_a_mixed_batch_draws_each_as_if_alone_and_permutes_bit_for_bit(ready, co
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_neighbours_regions_concepts_and_poison_change_no_bit(ready, concept_for, dtype):
     ready.to(dtype=dtype)
-    nan, huge = (
+    large, huge = (
         dataclasses.replace(concept_for(ready, seed=n), values=torch.full_like(concept_for(ready).values, value))
         for n, value in ((3, 1e4), (4, -6e4))
     )
+    poison = {"prompt_embeds": torch.full((32, 32), torch.nan), "negative_prompt_embeds": torch.full((32, 32), 1e30)}
     orders = [two(1), Request("a house", seed=2, guidance_scale=4.0)]
     clean = draw(ready, [*orders, Request("a car", seed=3, guidance_scale=4.0)])
     for third in (
         two(9),
         two(9, endings="hidden", negative_regions=()),
-        Request("<alice-cat> on blue", concepts=[Use(nan, region=LEFT)], seed=4, guidance_scale=4.0),
+        Request("<alice-cat> on blue", concepts=[Use(large, region=LEFT)], seed=4, guidance_scale=4.0),
         Request("<alice-cat> on blue", concepts=[huge], seed=4, guidance_scale=4.0),
+        Request(**poison, regions=[Region(LEFT, tokens=[3])], seed=4, guidance_scale=4.0),
         Request("a car and a cat", regions=[Region(LEFT, "car")] * 5, seed=4, guidance_scale=4.0),
     ):
         beside = draw(ready, [*orders, third])
@@ -329,6 +338,7 @@ def test_sdxl_regions():
         ({"regions": [Region(LEFT, "cat", [1])]}, "give either prompt or tokens of a Region, got both"),
         ({"regions": [Region(LEFT, tokens=[32])]}, r"tokens of a Region must be positions from 0 to 31, got \[32\]"),
         ({"regions": [Region(LEFT, tokens=[])]}, "tokens of a Region must be positions"),
+        ({"regions": [Region(LEFT, tokens=torch.tensor([1]))]}, "tokens of a Region must be a list, got Tensor"),
         ({"regions": [Region(LEFT[0], "cat")]}, r"mask of a Region must be \[height, width\], got \[8\]"),
         ({"regions": [Region("left", "cat")]}, "mask of a Region must be a picture or a tensor, got str"),
         ({"regions": [Region(LEFT * torch.nan, "cat")]}, "mask of a Region must hold finite numbers"),

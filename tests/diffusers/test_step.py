@@ -103,7 +103,7 @@ def test_a_compiled_step_is_recorded(pipe):
     orders = [Request("a cat on blue", seed=1, guidance_scale=4.0), Request("a dog", seed=2, guidance_scale=4.0)]
     with kd.record_attention(pipe, ["cat"]) as expected:
         draw(pipe, orders)
-    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    pipe.unet = torch.compile(pipe.unet, backend="eager", fullgraph=True)
     with kd.record_attention(pipe, ["cat"]) as maps:
         draw(pipe, orders)
     for layer, found in maps.images[0].maps["cat"].items():

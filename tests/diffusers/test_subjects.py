@@ -187,6 +187,11 @@ def test_each_mistake_in_a_subject_is_named(ready, fusion, subject, message):
         draw(ready, [Request("a dog", subjects=[subject])], fusion=fusion)
 
 
+def test_a_module_of_another_width_is_refused(ready):
+    with pytest.raises(ValueError, match="fusion must be as wide as the text, 32, got 16"):
+        draw(ready, [Request("a dog")], fusion=SubjectFusion(16))
+
+
 def test_other_mistakes_are_named(ready, fusion):
     subject = FusedSubject("dog", embeds=torch.zeros(WIDTH))
     for order, options, message in [

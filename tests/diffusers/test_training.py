@@ -78,14 +78,14 @@ def test_a_subject_with_a_nan_picture_stops_alone(pipe, metric, monkeypatch):
     clean = train(pipe, subjects, metric)
     from keylock_diffusers.training import trainer
 
-    encode = trainer._encode_images
+    encode = trainer.encode_images
     sick = subject("sick", 9)
 
     def poisoned(pipe, images):
         latents = encode(pipe, images)
         return latents * float("nan") if images is sick.images else latents
 
-    monkeypatch.setattr(trainer, "_encode_images", poisoned)
+    monkeypatch.setattr(trainer, "encode_images", poisoned)
     alice, failure, bob = train(pipe, [subjects[0], sick, subjects[1]], metric)
     assert isinstance(failure, ConceptTrainingError)
     assert "<sick-cat>: the loss or its gradient was not finite at step 0" in str(failure)
@@ -271,12 +271,12 @@ def test_an_unusable_result_costs_the_others_nothing(pipe, metric):
 
 
 def test_pictures_are_turned_as_the_camera_noted_and_transparency_is_white():
-    from keylock_diffusers.training.trainer import _upright
+    from keylock_diffusers.training.frozen import upright
 
     picture = Image.new("RGBA", (4, 2), (10, 20, 30, 0))
     picture.getexif()[0x0112] = 6  # turned by a quarter
-    assert _upright(picture).size == (2, 4)
-    assert _upright(picture).getpixel((0, 0)) == (255, 255, 255)
+    assert upright(picture).size == (2, 4)
+    assert upright(picture).getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_the_pipeline_is_as_before(pipe, metric):

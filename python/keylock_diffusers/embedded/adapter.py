@@ -70,7 +70,7 @@ def export(folder: Path) -> int:
     """Writes the adapter and its image encoder, of the checkpoints in `folder`, in float16; returns their bytes."""
     pipe = load()
     encoder = image_encoder.restore(folder)
-    made = ImageAdapter(pipe.unet, image_encoder.WIDTH, CONFIG.tokens)
+    made = ImageAdapter(pipe.unet, image_encoder.WIDTH)
     loop.load_average(folder / CHECKPOINT, made)
     made.save(ADAPTER / ADAPTER_FILE)
     encoder.half().save_pretrained(ADAPTER / IMAGE_ENCODER_FOLDER)

@@ -45,7 +45,7 @@ def build(seed: int = 0) -> CLIPVisionModelWithProjection:
 
 def normalised(pixels: Tensor) -> Tensor:
     """Pictures [B, 3, 64, 64] in -1..1 as the encoder takes them."""
-    return ((pixels + 1) / 2 - _MEAN) / _DEVIATION
+    return ((pixels + 1) / 2 - _MEAN.to(pixels)) / _DEVIATION.to(pixels)
 
 
 def colour(picture: render.Picture) -> Tensor:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from keylock_diffusers.image_prompts import adapters
 from keylock_diffusers.processors import CrossAttnProcessor, IPAdapterCrossAttnProcessor, install, uninstall, verify
 
 
@@ -36,7 +37,7 @@ def prediction_target(scheduler: Any, clean: Tensor, noise: Tensor, signal: Tens
 
 def encode_images(pipe: Any, images: Sequence[Image.Image]) -> Tensor:
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    squares = [ImageOps.fit(_upright(image), (side, side), Image.Resampling.LANCZOS) for image in images]
+    squares = [ImageOps.fit(upright(image), (side, side), Image.Resampling.LANCZOS) for image in images]
     pixels = pipe.image_processor.preprocess(squares).to(pipe.vae.device, pipe.vae.dtype)
     encoded = pipe.vae.encode(pixels)
     latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
@@ -67,25 +68,26 @@ def encoded_prompts(
             continue
         if getattr(pipe, "image_encoder", None) is None:
             raise TypeError(f"{name}: pipe must have an image_encoder for pictures, got none")
-        made.append(pipe.encode_image(_upright(prompt), device, 1)[0][0].float())
+        made.append(pipe.encode_image(upright(prompt), device, 1)[0][0].float())
     return torch.stack(made)
 
 
-def moved(pipe: Any, device: torch.device, name: str) -> Any:
-    """The pipeline's U-Net, once all its parts are on a device.
+def check_pipeline(pipe: Any, name: str) -> None:
+    """What every trainer here needs of a pipeline.
 
     Raises:
-        TypeError: the pipeline has two text encoders.
+        TypeError: it has two text encoders.
+        ValueError: it is in float16, or has an IP-Adapter loaded.
     """
     if getattr(pipe, "text_encoder_2", None) is not None:
         raise TypeError(f"{name}: pipe must have one text encoder, got two")
-    for module in (pipe.unet, pipe.text_encoder, pipe.vae, getattr(pipe, "image_encoder", None)):
-        if module is not None:
-            module.to(device)
-    return pipe.unet
+    if pipe.unet.dtype == torch.float16:
+        raise ValueError(f"{name}: gradients vanish in float16; load the pipeline in float32 or bfloat16")
+    if adapters(pipe.unet):
+        raise ValueError(f"{name}: pipe must have no IP-Adapter loaded; call pipe.unload_ip_adapter first")
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def upright(image: Image.Image) -> Image.Image:
     """An RGB picture turned as the camera noted, transparency on white."""
     image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
@@ -93,7 +95,7 @@ def _upright(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def soft_mask(mask: Image.Image, size: Sequence[int]) -> Tensor:
+def soft_mask(mask: Image.Image, size: Sequence[int], what: str = "a mask") -> Tensor:
     """A picture's weights [1, h, w] in latents' resolution, 1 where the subject is surest."""
     height, width = size
     square = ImageOps.fit(
@@ -103,16 +105,22 @@ def soft_mask(mask: Image.Image, size: Sequence[int]) -> Tensor:
         torch.tensor(list(square.tobytes())).float().view(1, 8 * height, 8 * width), (height, width)
     )
     if soft.max() <= 0:
-        raise ValueError("a mask is empty")
+        raise ValueError(f"{what} is empty")
     return soft / soft.max()
 
 
 @contextmanager
-def frozen(pipe: Any) -> Iterator[None]:
-    """Weights without gradients, modules in evaluation mode, our processors installed; all undone afterwards."""
+def frozen(pipe: Any, device: torch.device | None = None) -> Iterator[None]:
+    """Weights without gradients, modules in evaluation mode, our processors installed; all undone afterwards.
+
+    Args:
+        pipe: the pipeline.
+        device: where its modules are meanwhile; default where they are.
+    """
     modules = [pipe.unet, pipe.text_encoder, pipe.vae, getattr(pipe, "image_encoder", None)]
     modules = [module for module in modules if module is not None]
     flags = [(p, p.requires_grad) for module in modules for p in module.parameters()]
+    devices = [(module, next(module.parameters()).device) for module in modules]
     modes = [(m, m.training) for module in modules for m in module.modules()]
     installed = any(
         isinstance(p, (CrossAttnProcessor, IPAdapterCrossAttnProcessor)) for p in pipe.unet.attn_processors.values()
@@ -120,12 +128,16 @@ def frozen(pipe: Any) -> Iterator[None]:
     try:
         for module in modules:
             module.requires_grad_(False).eval()
+            if device is not None:
+                module.to(device)
         install(pipe)
         verify(pipe)
         yield
     finally:
         if not installed:
             uninstall(pipe)
+        for module, before in devices if device is not None else ():
+            module.to(before)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         for module, mode in modes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,22 +14,25 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers.models.embeddings import ImageProjection
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from keylock_diffusers import text
-from keylock_diffusers.concepts import base_layer, cross_attention_layers
+from keylock_diffusers.concepts import BaseModel, base_layer, cross_attention_layers
+from keylock_diffusers.concepts.files import write_atomically
 from keylock_diffusers.image_prompts import layer_numbers
 from keylock_diffusers.processors.images import ImageStreams
 from keylock_diffusers.training import loop
 from keylock_diffusers.training.frozen import (
+    check_pipeline,
     encoded_prompts,
     frozen,
     latents_of,
-    moved,
     noise_levels,
     prediction_target,
 )
+
+TOKENS = 4  # per image: what `load_ip_adapter` takes files of this kind to have
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +62,6 @@ class AdapterConfig:
         learning_rate: AdamW's, after `warmup` steps; it falls as a cosine.
         weight_decay: AdamW's.
         warmup: steps.
-        tokens: image tokens per image prompt.
         drop_text, drop_image, drop_both: shares of the rows that learn without words, image or both, for guidance.
         average_decay: of the weights' moving average, which is what is returned; None: the last weights.
         seed: of every draw.
@@ -71,7 +72,6 @@ class AdapterConfig:
     learning_rate: float = 1e-4
     weight_decay: float = 0.01
     warmup: int = 0
-    tokens: int = 4
     drop_text: float = 0.05
     drop_image: float = 0.05
     drop_both: float = 0.05
@@ -79,7 +79,7 @@ class AdapterConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "tokens"):
+        for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"AdapterConfig: {name} must be at least 1, got {getattr(self, name)}")
         if not self.learning_rate > 0:
@@ -95,16 +95,14 @@ class ImageAdapter(nn.Module):
     Args:
         unet: the U-Net it is for; keys and values start as those of its text.
         width: of the image encodings.
-        tokens: per image.
 
     Paper: Ye et al., IP-Adapter, arXiv 2308.06721.
     """
 
-    def __init__(self, unet: Any, width: int, tokens: int = 4) -> None:
+    def __init__(self, unet: Any, width: int) -> None:
         super().__init__()
-        dim = unet.config.cross_attention_dim
-        self.tokens, self.numbers = tokens, layer_numbers(unet)
-        self.projection = ImageProjection(dim, width, tokens)
+        self.numbers = layer_numbers(unet)
+        self.projection = ImageProjection(width, unet.config.cross_attention_dim, TOKENS)
         layers = cross_attention_layers(unet)
         self.keys = nn.ModuleDict({_key(name): _copy(attn.to_k) for name, attn in layers.items()})
         self.values = nn.ModuleDict({_key(name): _copy(attn.to_v) for name, attn in layers.items()})
@@ -125,12 +123,10 @@ class ImageAdapter(nn.Module):
 
     def save(self, path: str | Path, dtype: torch.dtype = torch.float16) -> int:
         """Writes a safetensors file that `pipe.load_ip_adapter` reads, whole or not at all; returns its bytes."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        save_file(self.published(dtype), partial)
-        os.replace(partial, path)
-        return path.stat().st_size
+        data = save(self.published(dtype))
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, data)
+        return len(data)
 
 
 def train_image_adapter(
@@ -157,7 +153,8 @@ def train_image_adapter(
         The adapter; `ImageAdapter.save` writes it as `pipe.load_ip_adapter` reads it.
 
     Raises:
-        ValueError: no examples, or an example, or a checkpoint of another run.
+        ValueError: no examples, or an example, a pipeline in float16 or with an IP-Adapter, or a checkpoint of another
+            run.
         TypeError: the pipeline has two text encoders, or lacks an image encoder that is needed.
 
     Paper: Ye et al., IP-Adapter, arXiv 2308.06721.
@@ -165,12 +162,12 @@ def train_image_adapter(
     if not len(examples):
         raise ValueError("train_image_adapter: examples must not be empty")
     accelerator = accelerator or Accelerator()
-    device = accelerator.device
-    unet = moved(pipe, device, "train_image_adapter")
-    with frozen(pipe):
+    device, unet = accelerator.device, pipe.unet
+    check_pipeline(pipe, "train_image_adapter")
+    with frozen(pipe, device):
         width = encoded_prompts(pipe, [_prompt(examples[0])], device, "train_image_adapter").shape[-1]
         torch.manual_seed(config.seed)
-        adapter = ImageAdapter(unet, width, config.tokens)
+        adapter = ImageAdapter(unet, width)
         empty = text.tokenize(pipe.tokenizer, "")
         layers = cross_attention_layers(unet)
 
@@ -195,7 +192,11 @@ def train_image_adapter(
                 embeds = torch.where(((kind == 1) | (kind == 2)).to(device)[:, None], 0, embeds)
                 text_kv = {name: (attn.to_k(encodings), attn.to_v(encodings)) for name, attn in layers.items()}
             signal, sigma = noise_levels(pipe.scheduler, times, device)
-            inputs = _Inputs(text_kv, adapter(embeds), (config.tokens,))
+            image_kv = {
+                name: (key.to(text_kv[name][0]), value.to(text_kv[name][1]))
+                for name, (key, value) in adapter(embeds).items()
+            }
+            inputs = _Inputs(text_kv, image_kv, (TOKENS,))
             noisy = (signal * clean + sigma * noise).to(unet.dtype)
             predicted = unet(noisy, times, encodings, cross_attention_kwargs={"personalization": inputs}).sample
             value = F.mse_loss(predicted.float(), prediction_target(pipe.scheduler, clean, noise, signal, sigma))
@@ -211,7 +212,7 @@ def train_image_adapter(
             warmup=config.warmup,
             decay=config.average_decay,
             weight_decay=config.weight_decay,
-            run=_digest(config, len(examples), adapter),
+            run=_digest(config, len(examples), adapter, BaseModel.of(pipe)),
             desc="image adapter",
             progress=progress,
         )
@@ -255,9 +256,9 @@ def _prompt(example: AdapterExample) -> Image.Image | Tensor:
     return example.image if example.prompt is None else example.prompt
 
 
-def _digest(config: AdapterConfig, count: int, adapter: ImageAdapter) -> str:
+def _digest(config: AdapterConfig, count: int, adapter: ImageAdapter, base: BaseModel) -> str:
     """Names what makes a run the same run; more steps continue it only with the same schedule."""
-    hashed = hashlib.sha256(json.dumps([asdict(config), count, adapter.numbers], sort_keys=True).encode())
-    for parameter in adapter.parameters():  # the weights it starts from, which are the base model's
+    hashed = hashlib.sha256(json.dumps([asdict(config), count, base.to_json()], sort_keys=True).encode())
+    for parameter in adapter.parameters():  # the weights it starts from
         hashed.update(parameter.detach().cpu().contiguous().float().numpy().tobytes())
     return hashed.hexdigest()

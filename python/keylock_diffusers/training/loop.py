@@ -1,7 +1,7 @@
 """One resumable training loop, through accelerate: any device, any number of processes, mixed precision.
 
 Every random draw is a function of (seed, step, process), so a run that was interrupted and resumed from its checkpoint
-repeats what an uninterrupted run would have done.
+repeats what an uninterrupted run would have done, but for fp16's loss scale, which starts anew.
 """
 
 from __future__ import annotations
@@ -35,22 +35,26 @@ def generator(seed: int, step: int, process: int = 0) -> torch.Generator:
 
 
 class Average:
-    """Exponential moving average of a module's parameters; early steps count less."""
+    """Exponential moving average of a module's parameters; early steps count less. Without a decay there is none."""
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
+    def __init__(self, module: nn.Module, decay: float | None) -> None:
         self.decay = decay
-        self.values = {name: p.detach().clone() for name, p in module.named_parameters()}
+        named = () if decay is None else module.named_parameters()
+        self.values = {name: p.detach().clone() for name, p in named}
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
+        if self.decay is None:
+            return
         decay = min(self.decay, (1 + step) / (10 + step))
         parameters = dict(module.named_parameters())
         torch._foreach_lerp_(list(self.values.values()), [parameters[n].detach() for n in self.values], 1 - decay)
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:
-        for name, parameter in module.named_parameters():
-            parameter.copy_(self.values[name])
+        parameters = dict(module.named_parameters())
+        for name, value in self.values.items():
+            parameters[name].copy_(value)
 
 
 class _Objective(nn.Module):
@@ -106,7 +110,7 @@ def fit(
     optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.99))
     module.to(accelerator.device)
     objective, prepared = accelerator.prepare(_Objective(module, loss), optimizer)
-    average = Average(module, decay or 0.0)
+    average = Average(module, decay)
     path = None if checkpoint is None else Path(checkpoint)
     start = _restore(path, module, optimizer, average, run) if path is not None and path.exists() else 0
     written = time.monotonic()
@@ -136,8 +140,7 @@ def fit(
         if path is not None and due and accelerator.is_main_process:
             _write(path, step + 1, module, optimizer, average, run)
             written = time.monotonic()
-    if decay is not None:
-        average.copy_to(module)
+    average.copy_to(module)
 
 
 def load_average(checkpoint: Path, module: nn.Module) -> None:
@@ -155,7 +158,7 @@ def _write(
     for number, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{number}/{k}": v for k, v in state.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
+    partial = path.with_suffix(f".{os.getpid()}.partial")
     save_file(
         {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, {"step": json.dumps(step), "run": run}
     )

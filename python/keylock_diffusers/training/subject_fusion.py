@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Sequence
@@ -16,13 +17,14 @@ from PIL import Image
 from torch import Tensor
 
 from keylock_diffusers import text
+from keylock_diffusers.concepts import BaseModel
 from keylock_diffusers.fusion import FusionUse, SubjectFusion, fuse
 from keylock_diffusers.training import loop
 from keylock_diffusers.training.frozen import (
+    check_pipeline,
     encoded_prompts,
     frozen,
     latents_of,
-    moved,
     noise_levels,
     prediction_target,
     soft_mask,
@@ -123,7 +125,7 @@ def train_subject_fusion(
             whose encodings are as wide as its text's.
         examples: what to learn from: anything with a length and items; pictures are encoded when they are drawn.
         config: how.
-        start: the weights to go on from; default new ones.
+        start: the weights to go on from, which are copied; default new ones.
         accelerator: accelerate's, for several devices and mixed precision; default ``Accelerator()``.
         checkpoint_path: a safetensors file to resume from and to write every two minutes.
         progress: whether to show a progress bar.
@@ -132,8 +134,8 @@ def train_subject_fusion(
         The module.
 
     Raises:
-        ValueError: no examples, words that are not in their caption, an encoding of another width than the text's, or
-            a checkpoint of another run.
+        ValueError: no examples, words that are not in their caption, an encoding of another width than the text's, a
+            pipeline in float16 or with an IP-Adapter, or a checkpoint of another run.
         TypeError: the pipeline has two text encoders, or lacks an image encoder that is needed.
 
     Paper: Xiao et al., FastComposer, arXiv 2305.10431.
@@ -141,11 +143,14 @@ def train_subject_fusion(
     if not len(examples):
         raise ValueError("train_subject_fusion: examples must not be empty")
     accelerator = accelerator or Accelerator()
-    device = accelerator.device
-    unet = moved(pipe, device, "train_subject_fusion")
-    with frozen(pipe):
+    device, unet = accelerator.device, pipe.unet
+    check_pipeline(pipe, "train_subject_fusion")
+    width = unet.config.cross_attention_dim
+    if start is not None and start.width != width:
+        raise ValueError(f"train_subject_fusion: start must be as wide as the text, {width}, got {start.width}")
+    with frozen(pipe, device):
         torch.manual_seed(config.seed)
-        fusion = start or SubjectFusion(unet.config.cross_attention_dim)
+        fusion = SubjectFusion(width) if start is None else copy.deepcopy(start)
         fusion.train().requires_grad_(True)
         empty = text.tokenize(pipe.tokenizer, "")
 
@@ -179,6 +184,8 @@ def train_subject_fusion(
                     f"got {list(wrong[0].shape)}"
                 )
             words = fuse(fusion, encodings, uses)
+            if not any(uses):  # every process and step has a gradient, though it be none
+                words = words + 0 * sum(parameter.sum() for parameter in fusion.parameters())
             options = {}
             if config.localize:
                 size = clean.shape[2], clean.shape[3]
@@ -205,7 +212,7 @@ def train_subject_fusion(
             warmup=config.warmup,
             decay=config.average_decay,
             weight_decay=config.weight_decay,
-            run=_digest(config, len(examples), fusion),
+            run=_digest(config, len(examples), fusion, BaseModel.of(pipe)),
             desc="subject fusion",
             progress=progress,
         )
@@ -233,13 +240,16 @@ def _targets(
     for row, subjects in enumerate(masked):
         for place, (mask, token) in enumerate(subjects):
             tokens[row, place] = token
-            masks[row, place] = (mask if isinstance(mask, Tensor) else soft_mask(mask, size))[0]
+            soft = mask if isinstance(mask, Tensor) else soft_mask(mask, size)
+            if soft.shape != (1, *size):
+                raise ValueError(f"FusionSubject: mask must be {[1, *size]}, got {list(soft.shape)}")
+            masks[row, place] = soft[0]
     return tokens.to(device), masks.to(device)
 
 
-def _digest(config: FusionConfig, count: int, fusion: SubjectFusion) -> str:
+def _digest(config: FusionConfig, count: int, fusion: SubjectFusion, base: BaseModel) -> str:
     """Names what makes a run the same run."""
-    hashed = hashlib.sha256(json.dumps([asdict(config), count], sort_keys=True).encode())
+    hashed = hashlib.sha256(json.dumps([asdict(config), count, base.to_json()], sort_keys=True).encode())
     for parameter in fusion.parameters():
         hashed.update(parameter.detach().cpu().contiguous().float().numpy().tobytes())
     return hashed.hexdigest()

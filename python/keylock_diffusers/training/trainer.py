@@ -19,7 +19,14 @@ from keylock_diffusers.concepts.concept import check_placeholder, check_super_cl
 from keylock_diffusers.personalization import Personalization
 from keylock_diffusers.training import checkpoint
 from keylock_diffusers.training.covariance import Covariance, covariance
-from keylock_diffusers.training.frozen import encode_images, frozen, noise_levels, prediction_target, soft_mask
+from keylock_diffusers.training.frozen import (
+    check_pipeline,
+    encode_images,
+    frozen,
+    noise_levels,
+    prediction_target,
+    soft_mask,
+)
 from keylock_diffusers.training.localization import FORMS, Localization, localization_loss
 
 _GRADIENTS = ("none", "straight-through", "exact")
@@ -181,14 +188,14 @@ def train_concepts(
         Per subject its concept, or the error that stopped it (a loss that was not finite).
 
     Raises:
-        ValueError: no subjects, a subject's captions or masks, a pipeline in float16, or a checkpoint of another run.
+        ValueError: no subjects, a subject's captions or masks, a pipeline in float16 or with an IP-Adapter, or a
+            checkpoint of another run.
 
     Paper: Perfusion, Tewel et al. 2023, arXiv 2305.01644.
     """
     if not subjects:
         raise ValueError("train_concepts: subjects must not be empty")
-    if pipe.unet.dtype == torch.float16:
-        raise ValueError("train_concepts: gradients vanish in float16; load the pipeline in float32 or bfloat16")
+    check_pipeline(pipe, "train_concepts")
     bare = [subject.placeholder for subject in subjects if subject.masks is None]
     if config.localize and bare:
         raise ValueError(f"train_concepts: localize needs masks, and the subject {bare[0]} has none")
@@ -337,6 +344,7 @@ def _begin(pipe: Any, subject: Subject, config: TrainingConfig) -> _Learner:
             ]
         )
         latents = encode_images(pipe, subject.images)
+    name = f"Subject {subject.placeholder}: a mask"
     masks = subject.masks or [Image.new("L", (8, 8), 255)] * len(subject.images)
     learned = nn.Parameter(embedding.clone().to(device)), nn.Parameter(values.clone().to(device))
     rates = (config.embedding_rate, config.values_rate)
@@ -351,7 +359,7 @@ def _begin(pipe: Any, subject: Subject, config: TrainingConfig) -> _Learner:
         subject=subject,
         prompts=prompts,
         latents=latents.float().cpu(),
-        weights=torch.stack([soft_mask(mask, latents.shape[-2:]) for mask in masks]),
+        weights=torch.stack([soft_mask(mask, latents.shape[-2:], name) for mask in masks]),
         super_encoding=super_encoding.to(device),
         embedding=learned[0],
         values=learned[1],
