@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from keylock_diffusers.attention_maps import record_attention
+    from keylock_diffusers.concept_routing import ConceptUse
     from keylock_diffusers.concepts import Concept, ConceptBank
     from keylock_diffusers.fusion import FusedSubject, SubjectFusion
     from keylock_diffusers.generation import generate
     from keylock_diffusers.image_prompts import ImagePrompt
     from keylock_diffusers.image_streams import ImageUse
-    from keylock_diffusers.personalization import ConceptUse, Personalization
+    from keylock_diffusers.personalization import Personalization
     from keylock_diffusers.processors import install, uninstall
     from keylock_diffusers.regions import Region
     from keylock_diffusers.requests import Request, RequestError, Use
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Concept": "concepts",
     "ConceptBank": "concepts",
-    "ConceptUse": "personalization",
+    "ConceptUse": "concept_routing",
     "FusedSubject": "fusion",
     "ImagePrompt": "image_prompts",
     "ImageUse": "image_streams",

@@ -14,7 +14,7 @@ from keylock_diffusers import text
 from keylock_diffusers.fusion import FusionUse, SubjectFusion, fuse
 
 if TYPE_CHECKING:
-    from keylock_diffusers.personalization import ConceptUse
+    from keylock_diffusers.concept_routing import ConceptUse
     from keylock_diffusers.requests import Plan, Request
 
 

@@ -4,34 +4,20 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from keylock_diffusers import edits
 from keylock_diffusers.buffers import filled, filled_pairs, version_of, versions_of
-from keylock_diffusers.concepts import Concept, cross_attention_layers
+from keylock_diffusers.concept_routing import ConceptRouting, ConceptUse, Pairs
+from keylock_diffusers.concepts import cross_attention_layers
 from keylock_diffusers.image_streams import ImageRouting, ImageUse, projected_images
 from keylock_diffusers.processors.images import ImageStreams
 from keylock_diffusers.processors.swap import unet_of
 from keylock_diffusers.regions import RegionRouting, RowRegions, resolutions_of
 from keylock_kernels.ops.precision import accumulate_dtype
-
-_Pairs = dict[str, tuple[Tensor, Tensor]]  # a layer's keys and values
-
-
-@dataclass(frozen=True)
-class ConceptUse:
-    """One concept in one row: its gate, its strength, and which streams it edits."""
-
-    concept: Concept
-    beta: float
-    tau: float
-    strength: float = 1.0
-    lock: str = "local"  # "local": keys and values are edited; "global": values only
 
 
 class Personalization:
@@ -81,7 +67,7 @@ class Personalization:
         self._tokens = 0  # of one wording
         self._key_regions: Tensor | None = None
         self._query_regions: dict[int, Tensor] = {}
-        self._phases: tuple[_Pairs, _Pairs] | None = None  # keys and values before and after the rows' starts
+        self._phases: tuple[Pairs, Pairs] | None = None  # keys and values before and after the rows' starts
         self._sources: list[tuple[str, Any, int | None]] = []
         self._seen: tuple[Any, int | None] | None = None  # the text a layer was given last, and its version
         self._step = (0, 1)
@@ -119,16 +105,10 @@ class Personalization:
         ):
             if given is not None and len(given) != count:
                 raise ValueError(f"Personalization: {name} must be given for {count} rows, got {len(given)}")
-        if not all(0 <= start <= 1 for start in starts or ()):
-            raise ValueError(f"Personalization: starts must lie in [0, 1], got {starts}")
-        rows = [list(row) for row in uses]
-        concepts = list({id(use.concept): use.concept for row in rows for use in row}.values())
-        for row in rows:
-            _gates_of([row], concepts)
+        concepts = ConceptRouting(uses, row_index.tolist(), [0.0] * len(uses) if starts is None else starts)
         routing = ImageRouting(images or [()] * len(row_index), self._image_lengths)
-        self.row_index, self._uses, self._concepts, self._routing = row_index, rows, concepts, routing
+        self.row_index, self._concepts, self._routing = row_index, concepts, routing
         self._regions = RegionRouting(regions or [RowRegions()] * len(row_index))
-        self._starts = [0.0] * len(rows) if starts is None else list(starts)
         self._spare, self.kv = self.kv or self._spare, {}  # nothing can be read before `prepare`
         return self
 
@@ -180,7 +160,7 @@ class Personalization:
                     f"Personalization.prepare: {name} must be {list(read_text.shape)}, got {list(other.shape)}"
                 )
         self._step = (0, steps)
-        if any(self._starts) and early_text is None:
+        if self._concepts.scheduled and early_text is None:
             raise ValueError("Personalization.prepare: early_text is needed for rows that start later, got None")
         unet = unet_of(pipe)
         hook: Any = getattr(unet, "_hf_hook", None)
@@ -188,10 +168,11 @@ class Personalization:
             hook.pre_forward(unet)
         layers = cross_attention_layers(unet)
         self._tokens = text.shape[1]
-        projected = self._project(layers, read_text, key_text, early=False)
+        regions, tokens = self._regions, self._tokens
+        projected = self._concepts.project(layers, read_text, key_text, regions, tokens, early=False)
         self._phases = None
-        if early_text is not None and any(self._starts):
-            early = self._project(layers, early_text, early_text, early=True)
+        if early_text is not None and self._concepts.scheduled:
+            early = self._concepts.project(layers, early_text, early_text, regions, tokens, early=True)
             self._phases = early, projected
             projected = self._current()
         sizes = resolutions_of(unet, layers, latent_size)
@@ -203,33 +184,23 @@ class Personalization:
         self.kv, self._spare = filled_pairs(self._spare, projected), {}
         return self
 
-    def _project(self, layers: Mapping[str, Any], text: Tensor, key_text: Tensor, *, early: bool) -> _Pairs:
-        """Every layer's keys and values; `early`: before the rows' starts."""
-        key_edits = self._edits(key_text, ("local",), early)
-        value_edits = self._edits(text, ("local", "global"), early)
-        edited = key_edits is not None or value_edits is not None
-        tables = self._tables(layers, text) if edited else {}
-        return edits.project_layers(layers, (key_text, text), tables, (key_edits, value_edits))
-
-    def _current(self) -> _Pairs:
+    def _current(self) -> Pairs:
         """Keys and values of the current step, each row's own of its two phases."""
         if self._phases is None:
             return self.kv
         early, late = self._phases
-        waiting = torch.tensor(self._waiting(*self._step), device=next(iter(late.values()))[0].device)[:, None, None]
+        waiting = torch.tensor(self._concepts.waiting(*self._step), device=next(iter(late.values()))[0].device)[
+            :, None, None
+        ]
         return {
             name: (torch.where(waiting, early[name][0], key), torch.where(waiting, early[name][1], value))
             for name, (key, value) in late.items()
         }
 
-    def _waiting(self, step: int, steps: int) -> tuple[bool, ...]:
-        """Which rows' subjects do not count yet in a step."""
-        return tuple(row >= 0 and step / steps < self._starts[row] for row in self.row_index.tolist())
-
     @property
     def scheduled(self) -> bool:
         """Whether `at_step` must be called between steps."""
-        return self._routing.scheduled or any(self._starts)
+        return self._routing.scheduled or self._concepts.scheduled
 
     @torch.no_grad()
     def at_step(self, step: int, steps: int) -> None:
@@ -246,7 +217,7 @@ class Personalization:
         if self._routing.active(*before) != self._routing.active(*self._step):
             for group, pixels in list(self._image_weights):
                 self._weigh(group, pixels)
-        if self._waiting(*before) != self._waiting(*self._step):
+        if self._concepts.waiting(*before) != self._concepts.waiting(*self._step):
             self.kv = filled_pairs(self.kv, self._current())
 
     def keys_and_values(self, layer: str, rows: int, text: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -333,7 +304,7 @@ class Personalization:
             f"concept {concept.placeholder}": [
                 concept.target_input, concept.direction, concept.super_class_encoding, concept.values
             ]
-            for concept in self._concepts
+            for concept in self._concepts.concepts
         }  # fmt: skip
         for number, use in enumerate(self._routing.uses):
             sources[f"image prompt {number}"] = [use.tokens, *([] if use.region is None else [use.region])]
@@ -417,60 +388,3 @@ class Personalization:
                 self._masks[pixels] = self._routing.masks(pixels, None, dtype).to(like.device)
             weights = weights[..., None] * self._masks[pixels]
         self._image_weights[group, pixels] = filled(self._image_weights.get((group, pixels)), weights)
-
-    def _edits(self, text: Tensor, locks: tuple[str, ...], early: bool) -> edits.Edit | None:
-        """The edit of the rows' concepts with one of `locks`, before or after their starts; None if there are none."""
-        rows: list[list[ConceptUse]] = [
-            [use for use in self._uses[row] if use.lock in locks]
-            if row >= 0 and not (early and self._starts[row])
-            else []
-            for row in self.row_index.tolist()
-        ]
-        if not any(rows):
-            return None
-        directions = torch.stack([concept.direction for concept in self._concepts]).to(text.device)
-        gates, _ = _gates_of(rows, self._concepts)
-        slots = gates.pairs(len(self._concepts)).to(text.device)
-        parts = []
-        for wording, part in enumerate(text.split(self._tokens, 1)):
-            held = [
-                [use if regions.has(wording, use.concept.placeholder) else None for use in row]
-                for row, regions in zip(rows, self._regions.rows, strict=True)
-            ]
-            gates, mix = _gates_of(held, self._concepts)
-            gates = edits.Gates(*(t.to(text.device) for t in (gates.slots, gates.beta, gates.tau, gates.strength)))
-            parts.append(edits.coefficients(part, directions, gates, mix.to(text.device)))
-        return slots, torch.cat(parts, 1)
-
-    def _tables(self, layers: Mapping[str, Any], text: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Per layer, the output vectors [2S, O] of keys and of values."""
-        device, dtype = text.device, text.dtype
-        targets = torch.stack([concept.target_input for concept in self._concepts]).to(device)
-        supers = torch.stack([concept.super_class_encoding for concept in self._concepts]).to(device).float()
-        values = [concept.values_per_layer() for concept in self._concepts]
-        return {
-            name: edits.tables(attn, targets, supers, torch.stack([value[name] for value in values]).to(device), dtype)
-            for name, attn in layers.items()
-        }
-
-
-def _gates_of(rows: Sequence[Sequence[ConceptUse | None]], concepts: Sequence[Concept]) -> tuple[edits.Gates, Tensor]:
-    """The gates of a batch's rows and how each row's concepts combine [B, R, R].
-
-    Raises:
-        ValueError: a row uses a concept twice.
-    """
-    slot_of = {id(concept): slot for slot, concept in enumerate(concepts)}
-    width = max((len(row) for row in rows), default=0)
-
-    def table(value: Callable[[ConceptUse], float], empty: float, dtype: torch.dtype) -> Tensor:  # [B, R]
-        values = [[empty if use is None else value(use) for use in row] + [empty] * (width - len(row)) for row in rows]
-        return torch.tensor(values, dtype=dtype).reshape(len(rows), width)
-
-    gates = edits.Gates(
-        slots=table(lambda use: slot_of[id(use.concept)], -1, torch.int32),
-        beta=table(lambda use: use.beta, 0.0, torch.float32),
-        tau=table(lambda use: use.tau, 1.0, torch.float32),
-        strength=table(lambda use: use.strength, 0.0, torch.float32),
-    )
-    return gates, edits.mixing(concepts, gates.slots, gates.strength)

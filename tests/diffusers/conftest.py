@@ -73,3 +73,13 @@ def _build_tiny():
 @pytest.fixture
 def concept_for():
     return make_concept
+
+
+@pytest.fixture
+def one_thread():
+    """torch splits one tall product of the U-Net's own layers over threads, and where it splits rounds differently:
+    only with one thread is a row the same to the bit wherever it stands. What its neighbours hold never matters."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

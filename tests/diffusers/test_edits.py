@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from keylock_diffusers import edits
+from keylock_diffusers.concept_routing import ConceptUse
 from keylock_diffusers.concepts import cross_attention_layers
-from keylock_diffusers.personalization import ConceptUse, Personalization
+from keylock_diffusers.personalization import Personalization
 from keylock_kernels.testing import rome_weight
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import keylock_diffusers as kd
+from keylock_diffusers.concept_routing import ConceptUse
 from keylock_diffusers.image_streams import ImageRouting, ImageUse
-from keylock_diffusers.personalization import ConceptUse
 from tests.diffusers.compatibility import WIDTH, Feature, make, masks
 
 

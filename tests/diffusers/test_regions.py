@@ -21,13 +21,7 @@ TOKENIZER = build_tokenizer()
 SUPER = {"<alice-cat>": "cat", "<bob-dog>": "dog"}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """See test_generation: only so is a row the same to the bit wherever it stands."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

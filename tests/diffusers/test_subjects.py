@@ -9,8 +9,9 @@ from safetensors.torch import save_file
 
 import keylock_diffusers as kd
 from keylock_diffusers import FusedSubject, Request, RequestError, SubjectFusion, Use
+from keylock_diffusers.concept_routing import ConceptUse
 from keylock_diffusers.fusion import FusionUse, fuse
-from keylock_diffusers.personalization import ConceptUse, Personalization
+from keylock_diffusers.personalization import Personalization
 from tests.diffusers.compatibility import WIDTH, image_encoder
 from tests.diffusers.drawing import ROUNDING, picture, random
 
@@ -19,13 +20,7 @@ LEFT = torch.zeros(8, 8)
 LEFT[:, :4] = 1
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """See test_generation: only so is a row the same to the bit wherever it stands."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

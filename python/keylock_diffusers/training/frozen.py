@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from keylock_diffusers.image_prompts import adapters
 from keylock_diffusers.processors import CrossAttnProcessor, IPAdapterCrossAttnProcessor, install, uninstall, verify
+from keylock_diffusers.training import loop
 
 
 def noise_levels(scheduler: Any, times: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -70,6 +71,39 @@ def encoded_prompts(
             raise TypeError(f"{name}: pipe must have an image_encoder for pictures, got none")
         made.append(pipe.encode_image(upright(prompt), device, 1)[0][0].float())
     return torch.stack(made)
+
+
+class Draw(NamedTuple):
+    """What one step of training on pictures is made of."""
+
+    rows: list[Any]  # examples
+    share: list[float]  # per row in 0..1, says what it learns without
+    times: Tensor  # [B]
+    noisy: Tensor  # [B, c, h, w]
+    target: Tensor  # [B, c, h, w], what the U-Net should say
+
+
+@torch.no_grad()
+def draw(pipe: Any, examples: Sequence[Any], config: loop.Schedule, step: int, process: int) -> Draw:
+    """A step's examples (which have an ``image``), each at a time and with noise of its own.
+
+    Args:
+        pipe: the pipeline.
+        examples: all there are.
+        config: batch size and seed.
+        step: which step.
+        process: of several that train together, which.
+    """
+    device = pipe.unet.device
+    random = loop.generator(config.seed, step, process)
+    rows = [examples[n] for n in torch.randint(len(examples), (config.batch_size,), generator=random).tolist()]
+    times = torch.randint(pipe.scheduler.config.num_train_timesteps, (len(rows),), generator=random).to(device)
+    share = torch.rand(len(rows), generator=random).tolist()
+    clean = latents_of(pipe, [row.image for row in rows], device)
+    noise = torch.randn(clean.shape, generator=random).to(device)
+    signal, sigma = noise_levels(pipe.scheduler, times, device)
+    noisy = (signal * clean + sigma * noise).to(pipe.unet.dtype)
+    return Draw(rows, share, times, noisy, prediction_target(pipe.scheduler, clean, noise, signal, sigma))
 
 
 def check_pipeline(pipe: Any, name: str) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +23,9 @@ from keylock_diffusers.processors.images import ImageStreams
 from keylock_diffusers.training import loop
 from keylock_diffusers.training.frozen import (
     check_pipeline,
+    draw,
     encoded_prompts,
     frozen,
-    latents_of,
-    noise_levels,
-    prediction_target,
 )
 
 TOKENS = 4  # per image: what `load_ip_adapter` takes files of this kind to have
@@ -53,40 +49,24 @@ class AdapterExample:
 
 
 @dataclass(frozen=True)
-class AdapterConfig:
+class AdapterConfig(loop.Schedule):
     """How an adapter is trained; the defaults are IP-Adapter's on Stable Diffusion 1.5.
 
     Args:
-        steps: optimiser steps.
-        batch_size: pictures per step and process.
-        learning_rate: AdamW's, after `warmup` steps; it falls as a cosine.
-        weight_decay: AdamW's.
-        warmup: steps.
+        steps, batch_size, learning_rate, weight_decay, warmup, average_decay, seed: see `loop.Schedule`.
         drop_text, drop_image, drop_both: shares of the rows that learn without words, image or both, for guidance.
-        average_decay: of the weights' moving average, which is what is returned; None: the last weights.
-        seed: of every draw.
     """
 
     steps: int = 1_000_000
     batch_size: int = 8
     learning_rate: float = 1e-4
-    weight_decay: float = 0.01
-    warmup: int = 0
     drop_text: float = 0.05
     drop_image: float = 0.05
     drop_both: float = 0.05
-    average_decay: float | None = None
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"AdapterConfig: {name} must be at least 1, got {getattr(self, name)}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"AdapterConfig: learning_rate must be above 0, got {self.learning_rate}")
-        shares = [self.drop_text, self.drop_image, self.drop_both]
-        if min(shares) < 0 or sum(shares) > 1:
-            raise ValueError(f"AdapterConfig: drop_text, drop_image and drop_both must be shares, got {shares}")
+        super().__post_init__()
+        loop.check_shares(self, "drop_text", "drop_image", "drop_both")
 
 
 class ImageAdapter(nn.Module):
@@ -171,35 +151,29 @@ def train_image_adapter(
         empty = text.tokenize(pipe.tokenizer, "")
         layers = cross_attention_layers(unet)
 
+        edges = torch.tensor([config.drop_text, config.drop_image, config.drop_both]).cumsum(0)
+
         def loss(step: int) -> tuple[Tensor, dict[str, float]]:
-            random = loop.generator(config.seed, step, accelerator.process_index)
-            rows = [examples[n] for n in torch.randint(len(examples), (config.batch_size,), generator=random).tolist()]
-            times = torch.randint(pipe.scheduler.config.num_train_timesteps, (config.batch_size,), generator=random).to(
-                device
-            )
-            share = torch.rand(config.batch_size, generator=random)
-            edges = torch.tensor([config.drop_text, config.drop_image, config.drop_both]).cumsum(0)
-            kind = torch.bucketize(share, edges, right=True)  # 0: no text, 1: no image, 2: neither, 3: both
+            drawn = draw(pipe, examples, config, step, accelerator.process_index)
+            kind = torch.bucketize(torch.tensor(drawn.share), edges, right=True)  # without 0 text, 1 image, 2 either
+            wordless, imageless = (kind == 0) | (kind == 2), (kind == 1) | (kind == 2)
             with torch.no_grad():
-                clean = latents_of(pipe, [row.image for row in rows], device)
-                noise = torch.randn(clean.shape, generator=random).to(device)
                 prompts = [
                     empty if dropped else text.tokenize(pipe.tokenizer, row.caption)
-                    for row, dropped in zip(rows, ((kind == 0) | (kind == 2)).tolist(), strict=True)
+                    for row, dropped in zip(drawn.rows, wordless.tolist(), strict=True)
                 ]
                 encodings = text.encode(pipe.text_encoder, prompts).to(unet.dtype)
-                embeds = encoded_prompts(pipe, [_prompt(row) for row in rows], device, "train_image_adapter")
-                embeds = torch.where(((kind == 1) | (kind == 2)).to(device)[:, None], 0, embeds)
+                embeds = encoded_prompts(pipe, [_prompt(row) for row in drawn.rows], device, "train_image_adapter")
+                embeds = torch.where(imageless.to(device)[:, None], 0, embeds)
                 text_kv = {name: (attn.to_k(encodings), attn.to_v(encodings)) for name, attn in layers.items()}
-            signal, sigma = noise_levels(pipe.scheduler, times, device)
             image_kv = {
                 name: (key.to(text_kv[name][0]), value.to(text_kv[name][1]))
                 for name, (key, value) in adapter(embeds).items()
             }
             inputs = _Inputs(text_kv, image_kv, (TOKENS,))
-            noisy = (signal * clean + sigma * noise).to(unet.dtype)
-            predicted = unet(noisy, times, encodings, cross_attention_kwargs={"personalization": inputs}).sample
-            value = F.mse_loss(predicted.float(), prediction_target(pipe.scheduler, clean, noise, signal, sigma))
+            options = {"personalization": inputs}
+            predicted = unet(drawn.noisy, drawn.times, encodings, cross_attention_kwargs=options).sample
+            value = F.mse_loss(predicted.float(), drawn.target)
             return value, {"loss": value.item()}
 
         loop.fit(
@@ -212,7 +186,7 @@ def train_image_adapter(
             warmup=config.warmup,
             decay=config.average_decay,
             weight_decay=config.weight_decay,
-            run=_digest(config, len(examples), adapter, BaseModel.of(pipe)),
+            run=loop.digest(config, len(examples), adapter, BaseModel.of(pipe)),
             desc="image adapter",
             progress=progress,
         )
@@ -254,11 +228,3 @@ def _prompt(example: AdapterExample) -> Image.Image | Tensor:
     if example.prompt is None and isinstance(example.image, Tensor):
         raise ValueError("AdapterExample: prompt must be given where image is latents, got None")
     return example.image if example.prompt is None else example.prompt
-
-
-def _digest(config: AdapterConfig, count: int, adapter: ImageAdapter, base: BaseModel) -> str:
-    """Names what makes a run the same run; more steps continue it only with the same schedule."""
-    hashed = hashlib.sha256(json.dumps([asdict(config), count, base.to_json()], sort_keys=True).encode())
-    for parameter in adapter.parameters():  # the weights it starts from
-        hashed.update(parameter.detach().cpu().contiguous().float().numpy().tobytes())
-    return hashed.hexdigest()

@@ -6,11 +6,13 @@ repeats what an uninterrupted run would have done, but for fp16's loss scale, wh
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -19,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from keylock_diffusers.concepts import BaseModel
 
 CHECKPOINT_SECONDS = 120
 
@@ -32,6 +36,56 @@ def fastest() -> Accelerator:
 def generator(seed: int, step: int, process: int = 0) -> torch.Generator:
     """A CPU generator for one step's draws; CPU so that every device sees the same numbers."""
     return torch.Generator().manual_seed((seed * 1_000_003 + step + process * 7_368_787_201) % 2**63)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast a module is trained, and on what.
+
+    Args:
+        steps: optimiser steps.
+        batch_size: examples per step and process.
+        learning_rate: AdamW's, after `warmup` steps; it falls as a cosine.
+        weight_decay: AdamW's.
+        warmup: steps.
+        average_decay: of the weights' moving average, which is what is returned; None: the last weights.
+        seed: of every draw.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float = 0.01
+    warmup: int = 0
+    average_decay: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        for field in ("steps", "batch_size"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{name}: {field} must be at least 1, got {getattr(self, field)}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"{name}: learning_rate must be above 0, got {self.learning_rate}")
+
+
+def check_shares(config: Schedule, *fields: str) -> None:
+    """The shares of rows that learn without something.
+
+    Raises:
+        ValueError: they are none, or too many together.
+    """
+    shares = [getattr(config, field) for field in fields]
+    if min(shares) < 0 or sum(shares) > 1:
+        raise ValueError(f"{type(config).__name__}: {', '.join(fields)} must be shares, got {shares}")
+
+
+def digest(config: Schedule, count: int, module: nn.Module, base: BaseModel) -> str:
+    """Names what makes a run the same run: settings, number of examples, first weights and base model."""
+    hashed = hashlib.sha256(json.dumps([asdict(config), count, base.to_json()], sort_keys=True).encode())
+    for parameter in module.parameters():
+        hashed.update(parameter.detach().cpu().contiguous().float().numpy().tobytes())
+    return hashed.hexdigest()
 
 
 class Average:

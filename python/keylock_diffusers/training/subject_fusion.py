@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +20,9 @@ from keylock_diffusers.fusion import FusionUse, SubjectFusion, fuse
 from keylock_diffusers.training import loop
 from keylock_diffusers.training.frozen import (
     check_pipeline,
+    draw,
     encoded_prompts,
     frozen,
-    latents_of,
-    noise_levels,
-    prediction_target,
     soft_mask,
 )
 from keylock_diffusers.training.localization import FORMS, Localization, localization_loss
@@ -64,46 +60,31 @@ class FusionExample:
 
 
 @dataclass(frozen=True)
-class FusionConfig:
+class FusionConfig(loop.Schedule):
     """How fusion is trained; the defaults are FastComposer's on Stable Diffusion 1.5, whose U-Net learned too.
 
     Args:
-        steps: optimiser steps.
-        batch_size: pictures per step and process.
-        learning_rate: AdamW's, after `warmup` steps; it falls as a cosine.
-        weight_decay: AdamW's.
-        warmup: steps.
+        steps, batch_size, learning_rate, weight_decay, warmup, average_decay, seed: see `loop.Schedule`.
         drop_text: share of the rows that learn without words or subjects, for guidance.
         drop_subjects: share of the rows that learn from words alone.
         localize: weight of the localization loss of the subjects that have a mask.
         localization_form: see `Localization`.
-        average_decay: of the weights' moving average, which is what is returned; None: the last weights.
-        seed: of every draw.
     """
 
     steps: int = 150_000
     batch_size: int = 16
     learning_rate: float = 1e-5
-    weight_decay: float = 0.01
     warmup: int = 500
     drop_text: float = 0.1
     drop_subjects: float = 0.1
     localize: float = 1e-3
     localization_form: str = "balanced"
-    average_decay: float | None = None
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"FusionConfig: {name} must be at least 1, got {getattr(self, name)}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"FusionConfig: learning_rate must be above 0, got {self.learning_rate}")
+        super().__post_init__()
+        loop.check_shares(self, "drop_text", "drop_subjects")
         if not self.localize >= 0:
             raise ValueError(f"FusionConfig: localize must be at least 0, got {self.localize}")
-        shares = [self.drop_text, self.drop_subjects]
-        if min(shares) < 0 or sum(shares) > 1:
-            raise ValueError(f"FusionConfig: drop_text and drop_subjects must be shares, got {shares}")
         if self.localization_form not in FORMS:
             raise ValueError(f"FusionConfig: localization_form must be one of {FORMS}, got {self.localization_form!r}")
 
@@ -155,24 +136,16 @@ def train_subject_fusion(
         empty = text.tokenize(pipe.tokenizer, "")
 
         def loss(step: int) -> tuple[Tensor, dict[str, float]]:
-            random = loop.generator(config.seed, step, accelerator.process_index)
-            count = config.batch_size
-            rows = [examples[n] for n in torch.randint(len(examples), (count,), generator=random).tolist()]
-            times = torch.randint(pipe.scheduler.config.num_train_timesteps, (count,), generator=random).to(device)
-            share = torch.rand(count, generator=random).tolist()
-            wordless = [part < config.drop_text for part in share]
-            plain = [part < config.drop_text + config.drop_subjects for part in share]
+            drawn = draw(pipe, examples, config, step, accelerator.process_index)
             with torch.no_grad():
-                clean = latents_of(pipe, [row.image for row in rows], device)
-                noise = torch.randn(clean.shape, generator=random).to(device)
                 prompts = [
-                    empty if dropped else text.tokenize(pipe.tokenizer, row.caption)
-                    for row, dropped in zip(rows, wordless, strict=True)
+                    empty if share < config.drop_text else text.tokenize(pipe.tokenizer, row.caption)
+                    for row, share in zip(drawn.rows, drawn.share, strict=True)
                 ]
                 encodings = text.encode(pipe.text_encoder, prompts).to(unet.dtype)
                 places = [
-                    [] if dropped else _places(pipe, row, prompt)
-                    for row, prompt, dropped in zip(rows, prompts, plain, strict=True)
+                    [] if share < config.drop_text + config.drop_subjects else _places(pipe, row, prompt)
+                    for row, prompt, share in zip(drawn.rows, prompts, drawn.share, strict=True)
                 ]
                 pictures = [subject.image for row in places for subject, _ in row]
                 embeds = iter(encoded_prompts(pipe, pictures, device, "train_subject_fusion") if pictures else ())
@@ -188,13 +161,11 @@ def train_subject_fusion(
                 words = words + 0 * sum(parameter.sum() for parameter in fusion.parameters())
             options = {}
             if config.localize:
-                size = clean.shape[2], clean.shape[3]
+                size = drawn.noisy.shape[2], drawn.noisy.shape[3]
                 tokens, masks = _targets(places, size, device)
                 options["readout"] = Localization(unet, tokens, masks, size, form=config.localization_form)
-            signal, sigma = noise_levels(pipe.scheduler, times, device)
-            noisy = (signal * clean + sigma * noise).to(unet.dtype)
-            predicted = unet(noisy, times, words, cross_attention_kwargs=options).sample
-            value = F.mse_loss(predicted.float(), prediction_target(pipe.scheduler, clean, noise, signal, sigma))
+            predicted = unet(drawn.noisy, drawn.times, words, cross_attention_kwargs=options).sample
+            value = F.mse_loss(predicted.float(), drawn.target)
             figures = {"loss": value.item()}
             if config.localize:
                 localized = localization_loss(options["readout"])
@@ -212,7 +183,7 @@ def train_subject_fusion(
             warmup=config.warmup,
             decay=config.average_decay,
             weight_decay=config.weight_decay,
-            run=_digest(config, len(examples), fusion, BaseModel.of(pipe)),
+            run=loop.digest(config, len(examples), fusion, BaseModel.of(pipe)),
             desc="subject fusion",
             progress=progress,
         )
@@ -245,11 +216,3 @@ def _targets(
                 raise ValueError(f"FusionSubject: mask must be {[1, *size]}, got {list(soft.shape)}")
             masks[row, place] = soft[0]
     return tokens.to(device), masks.to(device)
-
-
-def _digest(config: FusionConfig, count: int, fusion: SubjectFusion, base: BaseModel) -> str:
-    """Names what makes a run the same run."""
-    hashed = hashlib.sha256(json.dumps([asdict(config), count, base.to_json()], sort_keys=True).encode())
-    for parameter in fusion.parameters():
-        hashed.update(parameter.detach().cpu().contiguous().float().numpy().tobytes())
-    return hashed.hexdigest()
