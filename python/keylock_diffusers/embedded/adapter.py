@@ -15,7 +15,7 @@ from keylock_diffusers.training.image_adapter import AdapterConfig, AdapterExamp
 from . import ADAPTER, ADAPTER_FILE, IMAGE_ENCODER_FOLDER, autoencoder, image_encoder, load, render
 
 CONFIG = AdapterConfig(
-    steps=4000,
+    steps=8000,
     batch_size=32,
     learning_rate=1e-3,
     warmup=100,
