@@ -102,8 +102,9 @@ def table(measured: dict[str, Any]) -> str:
     if "time" in measured:
         found = measured["time"]
         row(
-            "SD 1.5, a whole training step, one picture: time with the loss over without (spread without)",
-            f"{found['ratio']:.3f} ({found['spread']:.1%}; {found['without']:.1f} s, {found['rounds']} rounds)",
+            "SD 1.5, a training step, one picture: time with the loss over without, median of turns (quartiles)",
+            f"{found['ratio']:.3f} ({found['quartiles'][0]:.3f} to {found['quartiles'][1]:.3f}; {found['without']:.1f} s, "
+            f"{found['rounds']} turns)",
             "1.03",
         )
     return "\n".join(lines)
