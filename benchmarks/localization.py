@@ -101,10 +101,10 @@ def table(measured: dict[str, Any]) -> str:
         )
     if "time" in measured:
         found = measured["time"]
+        low, high = found["quartiles"]
         row(
             "SD 1.5, a training step, one picture: time with the loss over without, median of turns (quartiles)",
-            f"{found['ratio']:.3f} ({found['quartiles'][0]:.3f} to {found['quartiles'][1]:.3f}; {found['without']:.1f} s, "
-            f"{found['rounds']} turns)",
+            f"{found['ratio']:.3f} ({low:.3f} to {high:.3f}; {found['without']:.1f} s, {found['rounds']} turns)",
             "1.03",
         )
     return "\n".join(lines)
