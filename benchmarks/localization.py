@@ -1,6 +1,6 @@
 """``python -m benchmarks.localization``: measures what docs/localization.md says, prints it and writes it there.
 
-    python -m benchmarks.localization                everything: half an hour on two cores
+    python -m benchmarks.localization                everything: eight minutes on two cores
     python -m benchmarks.localization --only maps    one part anew; the others' numbers are kept
     python -m benchmarks.localization --print        what was measured last
 
