@@ -1,6 +1,6 @@
 """``python -m benchmarks.localization``: measures what docs/localization.md says, prints it and writes it there.
 
-    python -m benchmarks.localization                everything: eight minutes on two cores
+    python -m benchmarks.localization                everything: twelve minutes on two cores
     python -m benchmarks.localization --only maps    one part anew; the others' numbers are kept
     python -m benchmarks.localization --print        what was measured last
 
@@ -35,7 +35,7 @@ PARTS: dict[str, Callable[[], Any]] = {
     "maps": lambda: pictures.measure_maps(pictures.pipeline()),
     "image prompts": lambda: pictures.measure_adapter(pictures.pipeline(adapter=True)),
     "memory": lambda: {model: cost.measure_memory(model) for model in cost.MEMORY_BATCH},
-    "time": cost.measure_time,
+    "time": lambda: {model: cost.measure_time(model) for model in cost.TURNS},
 }
 
 
@@ -99,12 +99,12 @@ def table(measured: dict[str, Any]) -> str:
             f"{found['ours']:.2f} / {found['eager']:.0f} / {found['ratio']:.4f}",
             "1/20",
         )
-    if "time" in measured:
-        found = measured["time"]
+    for model, found in measured.get("time", {}).items():
         low, high = found["quartiles"]
         row(
-            "SD 1.5, a training step, one picture: time with the loss over without, median of turns (quartiles)",
-            f"{found['ratio']:.3f} ({low:.3f} to {high:.3f}; {found['without']:.1f} s, {found['rounds']} turns)",
+            f"{model}, a training step, latents of 64 x 64, one picture: time with the loss over without, median of turns "
+            "(quartiles)",
+            f"{found['ratio']:.3f} ({low:.3f} to {high:.3f}; {found['without']:.1f} s, {found['turns']} turns)",
             "1.03",
         )
     return "\n".join(lines)

@@ -19,7 +19,7 @@ from keylock_diffusers.testing import UNETS, random_unet
 from keylock_diffusers.training.localization import Localization, localization_layers, localization_loss
 
 _TEXT = 77
-_ROUNDS = 9
+TURNS = {"SD 1.5": 9, "SDXL": 5}
 MEMORY_BATCH = {"SD 1.5": 4, "SDXL": 1}
 
 
@@ -157,20 +157,27 @@ def measure_memory(model: str) -> dict[str, float]:
     }
 
 
-def measure_time(model: str = "SD 1.5", side: int = 64) -> dict[str, float]:
-    """A whole training step of a U-Net of full size, one picture: with the loss over without, the median of turns."""
+def measure_time(model: str, side: int = 64) -> dict[str, Any]:
+    """A whole training step of a U-Net of full size, one picture: with the loss over without, the median of turns.
+
+    Args:
+        model: one of `TURNS`.
+        side: of the latents.
+    """
     unet = random_unet(model).requires_grad_(False)
     install(unet)
     random = torch.Generator().manual_seed(0)
     noisy = torch.randn(1, 4, side, side, generator=random)
     text = torch.randn(1, _TEXT, unet.config.cross_attention_dim, generator=random).requires_grad_()
     tokens, mask = torch.tensor([[5]]), left_half(1)
+    added = {"text_embeds": torch.zeros(1, 1280), "time_ids": torch.zeros(1, 6)} if model == "SDXL" else None
 
     def step(localized: bool) -> float:
         start = time.perf_counter()
         localization = Localization(unet, tokens, mask, (side, side)) if localized else None
         options = None if localization is None else {"readout": localization}
-        loss = unet(noisy, torch.tensor([500]), text, cross_attention_kwargs=options).sample.square().mean()
+        named = {"cross_attention_kwargs": options, "added_cond_kwargs": added}
+        loss = unet(noisy, torch.tensor([500]), text, **named).sample.square().mean()
         if localization is not None:
             loss = loss + 1e-3 * localization_loss(localization)
         loss.backward()
@@ -178,13 +185,14 @@ def measure_time(model: str = "SD 1.5", side: int = 64) -> dict[str, float]:
 
     step(False), step(True)
     taken: dict[bool, list[float]] = {False: [], True: []}
-    for turn in range(_ROUNDS):
+    turns = TURNS[model]
+    for turn in range(turns):
         for localized in (False, True) if turn % 2 == 0 else (True, False):
             taken[localized].append(step(localized))
     ratios = sorted(after / before for before, after in zip(taken[False], taken[True], strict=True))
-    without = sorted(taken[False])[_ROUNDS // 2]
-    quartiles = ratios[_ROUNDS // 4], ratios[-1 - _ROUNDS // 4]
-    return {"without": without, "ratio": ratios[_ROUNDS // 2], "quartiles": quartiles, "rounds": _ROUNDS}
+    without = sorted(taken[False])[turns // 2]
+    quartiles = ratios[turns // 4], ratios[-1 - turns // 4]
+    return {"without": without, "ratio": ratios[turns // 2], "quartiles": quartiles, "turns": turns}
 
 
 def _plain() -> Any:
