@@ -102,8 +102,8 @@ def table(measured: dict[str, Any]) -> str:
     for model, found in measured.get("time", {}).items():
         low, high = found["quartiles"]
         row(
-            f"{model}, a training step, latents of 64 x 64, one picture: time with the loss over without, median of turns "
-            "(quartiles)",
+            f"{model}, a training step, latents of 64 x 64, one picture: time with the loss over without, median of "
+            "turns (quartiles)",
             f"{found['ratio']:.3f} ({low:.3f} to {high:.3f}; {found['without']:.1f} s, {found['turns']} turns)",
             "1.03",
         )
