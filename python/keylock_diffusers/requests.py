@@ -179,6 +179,8 @@ def plan(
         raise ValueError(f"subject_start must lie in [0, 1], got {start!r}")
     subjects = _subjects(pipe, request, prompts, fusion)
     halves = _regions(pipe, request, uses, prompts, negatives)
+    if guidance <= 1:  # checked, but no row reads it
+        halves = halves[0], PromptRegions()
     most = max(len(half.own) for half in halves)
     if max_regions is not None and most > max_regions:
         raise ValueError(f"regions with a wording of their own must be at most max_regions, {max_regions}, got {most}")

@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline
 
+import keylock_diffusers as kd
 from keylock_diffusers.concepts import BaseModel, Concept
 from keylock_diffusers.embedded.diffusion import build_tokenizer
 from tests.diffusers.compatibility import text_encoder, unet
@@ -63,6 +64,12 @@ def make_concept(pipe, placeholder="<alice-cat>", super_class="cat", seed=1, **c
 @pytest.fixture
 def pipe():
     return build_tiny()
+
+
+@pytest.fixture
+def ready(pipe):
+    """The pipeline after `install`."""
+    return kd.install(pipe)
 
 
 @pytest.fixture(name="build_tiny")

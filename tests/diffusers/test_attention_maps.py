@@ -19,11 +19,6 @@ LEFT = torch.zeros(8, 8)
 LEFT[:, :4] = 1
 
 
-@pytest.fixture
-def ready(pipe):
-    return kd.install(pipe)
-
-
 def draw(pipe, requests, **kwargs):
     return kd.generate(pipe, requests, **{"num_inference_steps": STEPS, "output_type": "pt", **kwargs})
 

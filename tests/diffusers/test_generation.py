@@ -15,11 +15,6 @@ STEPS = 3
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture
-def ready(pipe):
-    return kd.install(pipe)
-
-
 def draw(pipe, requests, **kwargs):
     return kd.generate(pipe, requests, **{"num_inference_steps": STEPS, "output_type": "pt", **kwargs})
 

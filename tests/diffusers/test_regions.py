@@ -24,11 +24,6 @@ SUPER = {"<alice-cat>": "cat", "<bob-dog>": "dog"}
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture
-def ready(pipe):
-    return kd.install(pipe)
-
-
 def draw(pipe, requests, **kwargs):
     return kd.generate(pipe, requests, **{"num_inference_steps": STEPS, "output_type": "pt", **kwargs})
 

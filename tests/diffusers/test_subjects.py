@@ -24,11 +24,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def ready(pipe):
-    return kd.install(pipe)
-
-
-@pytest.fixture
 def fusion():
     torch.manual_seed(0)
     return SubjectFusion(WIDTH).eval()

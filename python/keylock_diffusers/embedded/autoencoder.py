@@ -100,10 +100,8 @@ def train(
         model.decoder,
         loss,
         folder / "decoder.safetensors",
+        loop.Schedule(steps, batch, 2e-3, warmup=200, average_decay=0.99, seed=seed),
         accelerator=accelerator,
-        steps=steps,
-        learning_rate=2e-3,
-        decay=0.99,
         desc="decoder",
     )
     return model.eval()

@@ -74,10 +74,8 @@ def train(folder: Path, *, steps: int = 6000, batch: int = 64, seed: int = 100) 
         model,
         loss,
         folder / "classifier.safetensors",
+        loop.Schedule(steps, batch, 2e-3, warmup=200, average_decay=0.995, seed=seed),
         accelerator=accelerator,
-        steps=steps,
-        learning_rate=2e-3,
-        decay=0.995,
         desc="classifier",
     )
     FILE.parent.mkdir(parents=True, exist_ok=True)

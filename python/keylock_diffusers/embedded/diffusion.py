@@ -194,10 +194,8 @@ def train(
         model,
         loss,
         folder / "diffusion.safetensors",
+        loop.Schedule(steps, batch, 8e-4, warmup=200, average_decay=0.998, seed=seed),
         accelerator=accelerator,
-        steps=steps,
-        learning_rate=8e-4,
-        decay=0.998,
         desc="diffusion",
     )
     unet.set_attn_processor(AttnProcessor2_0())

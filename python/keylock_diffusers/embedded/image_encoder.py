@@ -91,10 +91,8 @@ def train(folder: Path, *, steps: int = 5000, batch: int = 64, seed: int = 200) 
         model,
         loss,
         folder / CHECKPOINT,
+        loop.Schedule(steps, batch, 1e-3, warmup=200, average_decay=0.995, seed=seed),
         accelerator=accelerator,
-        steps=steps,
-        learning_rate=1e-3,
-        decay=0.995,
         desc="image encoder",
     )
     return model.encoder.eval()

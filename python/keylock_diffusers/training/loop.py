@@ -126,13 +126,9 @@ def fit(
     module: nn.Module,
     loss: Callable[[int], tuple[Tensor, dict[str, float]]],
     checkpoint: str | Path | None,
+    schedule: Schedule,
     *,
     accelerator: Accelerator,
-    steps: int,
-    learning_rate: float,
-    warmup: int = 200,
-    decay: float | None = 0.998,
-    weight_decay: float = 0.01,
     run: str = "",
     desc: str = "training",
     progress: bool = True,
@@ -147,12 +143,8 @@ def fit(
         loss: a step's loss, and figures to show; it runs under the accelerator's precision, and computes with the
             parameters of `module` themselves.
         checkpoint: a safetensors file; None: nothing is kept.
+        schedule: how long and how fast; what a step learns from is the loss's own affair.
         accelerator: whose devices and precision are used; several processes average their gradients.
-        steps: in all.
-        learning_rate: after the warm-up.
-        warmup: steps over which it rises.
-        decay: of the average; None: there is none.
-        weight_decay: AdamW's.
         run: what makes the run the same run; a checkpoint of another is refused.
         desc: of the progress bar.
         progress: whether to show it.
@@ -161,10 +153,11 @@ def fit(
         ValueError: the checkpoint is of another run, or cannot be read.
         FloatingPointError: the loss is not finite; the checkpoint written last is from before.
     """
-    optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.99))
+    steps, peak = schedule.steps, schedule.learning_rate
+    optimizer = torch.optim.AdamW(module.parameters(), lr=peak, weight_decay=schedule.weight_decay, betas=(0.9, 0.99))
     module.to(accelerator.device)
     objective, prepared = accelerator.prepare(_Objective(module, loss), optimizer)
-    average = Average(module, decay)
+    average = Average(module, schedule.average_decay)
     path = None if checkpoint is None else Path(checkpoint)
     start = _restore(path, module, optimizer, average, run) if path is not None and path.exists() else 0
     written = time.monotonic()
@@ -173,8 +166,8 @@ def fit(
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=desc, mininterval=5, disable=not shown)
     for step in bar:
         rate = (
-            learning_rate
-            * min(1.0, (step + 1) / max(warmup, 1))
+            peak
+            * min(1.0, (step + 1) / max(schedule.warmup, 1))
             * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * step / steps)))
         )
         for group in optimizer.param_groups:
