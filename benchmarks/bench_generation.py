@@ -17,9 +17,8 @@ import keylock_diffusers as kd
 from benchmarks.harness import DEVICE, QUICK, Addition, Case, Contestant, dtype_name, dtypes
 from keylock_diffusers import embedded
 from keylock_diffusers.concept_routing import ConceptUse
-from keylock_diffusers.concepts import cross_attention_layers
+from keylock_diffusers.denoisers.unet import cross_attention_layers, resolutions_of
 from keylock_diffusers.image_streams import ImageUse
-from keylock_diffusers.regions import resolutions_of
 from keylock_diffusers.testing import random_ip_adapter, random_unet
 
 if TYPE_CHECKING:

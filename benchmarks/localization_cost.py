@@ -12,9 +12,8 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from keylock_diffusers.concepts import cross_attention_layers
+from keylock_diffusers.denoisers.unet import cross_attention_layers, resolutions_of
 from keylock_diffusers.processors import install
-from keylock_diffusers.regions import resolutions_of
 from keylock_diffusers.testing import UNETS, random_unet
 from keylock_diffusers.training.localization import Localization, localization_layers, localization_loss
 

@@ -15,10 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 from keylock_diffusers.attention_maps import AttentionMaps, record_attention
-from keylock_diffusers.concepts import Concept, cross_attention_layers
+from keylock_diffusers.concepts import Concept
 from keylock_diffusers.demo import story
 from keylock_diffusers.demo.pictures import USERS, User, coated
 from keylock_diffusers.demo.regions import half
+from keylock_diffusers.denoisers.unet import cross_attention_layers
 from keylock_diffusers.embedded import autoencoder, classifier, load, load_adapter, render
 from keylock_diffusers.embedded.evaluate import background_name, subjects
 from keylock_diffusers.embedded.glyphs import BACKGROUNDS, GLYPHS, INDEX

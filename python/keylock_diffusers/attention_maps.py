@@ -16,10 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from keylock_diffusers import text
-from keylock_diffusers.concepts import cross_attention_layers
+from keylock_diffusers.denoisers.unet import cross_attention_layers, resolutions_of, unet_of
 from keylock_diffusers.processors import verify
-from keylock_diffusers.processors.swap import unet_of
-from keylock_diffusers.regions import resolutions_of
 
 _RECORDING: ContextVar[AttentionMaps | None] = ContextVar("recording", default=None)
 

@@ -14,7 +14,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from keylock_diffusers.concepts import Concept, base_layer
+from keylock_diffusers.concepts import Concept
+from keylock_diffusers.denoisers.unet import base_layer
 from keylock_kernels import rank_one_coefficients, rank_one_linear, rank_one_update
 from keylock_kernels.ops.precision import exact_products
 from keylock_kernels.ops.rows import row_matmul

@@ -11,6 +11,7 @@ from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from torch import Tensor
 
 from keylock_diffusers import text
+from keylock_diffusers.denoisers.unet import text_encoders
 from keylock_diffusers.fusion import FusionUse, SubjectFusion, fuse
 
 if TYPE_CHECKING:
@@ -23,13 +24,6 @@ class Encodings(NamedTuple):
 
     text: Tensor  # [B, T, D]
     pooled: Tensor | None  # [B, P]
-
-
-def text_encoders(pipe: Any) -> list[tuple[Any, Any]]:
-    """A pipeline's tokenizers and text encoders: one of Stable Diffusion 1.x and 2.x, two of SDXL."""
-    pairs = [("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")]
-    found = [(getattr(pipe, tokenizer, None), getattr(pipe, encoder, None)) for tokenizer, encoder in pairs]
-    return [(tokenizer, encoder) for tokenizer, encoder in found if encoder is not None]
 
 
 class BatchEncoder:

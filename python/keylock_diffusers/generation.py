@@ -16,13 +16,13 @@ from keylock_diffusers import text
 from keylock_diffusers.attention_maps import AttentionMaps, WordMaps, check_words, recording
 from keylock_diffusers.concept_routing import ConceptUse
 from keylock_diffusers.concepts import BaseModel, Concept
-from keylock_diffusers.encoding import BatchEncoder, lora_scale, text_encoders
+from keylock_diffusers.denoisers.unet import adapters as image_adapters
+from keylock_diffusers.denoisers.unet import text_encoders, unet_of
+from keylock_diffusers.encoding import BatchEncoder, lora_scale
 from keylock_diffusers.fusion import SubjectFusion
 from keylock_diffusers.image_prompts import ImageEncoder
-from keylock_diffusers.image_prompts import adapters as image_adapters
 from keylock_diffusers.personalization import Personalization
 from keylock_diffusers.processors import verify
-from keylock_diffusers.processors.swap import unet_of
 from keylock_diffusers.regions import LIMIT
 from keylock_diffusers.requests import Plan, Request, RequestError, plan
 

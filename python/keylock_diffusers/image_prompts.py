@@ -10,13 +10,10 @@ from typing import Any
 
 import torch
 from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
-from diffusers.models.embeddings import (
-    ImageProjection,
-    IPAdapterFaceIDPlusImageProjection,
-    MultiIPAdapterImageProjection,
-)
+from diffusers.models.embeddings import ImageProjection, IPAdapterFaceIDPlusImageProjection
 from torch import Tensor
 
+from keylock_diffusers.denoisers.unet import adapters
 from keylock_diffusers.image_streams import ImageUse
 from keylock_diffusers.regions import read_mask
 
@@ -109,22 +106,6 @@ def check(prompt: Any, unet: Any) -> None:
         if not _is_number(number) or not 0 <= number <= 1:
             raise ValueError(f"{name} of an image prompt must lie in [0, 1], got {number!r}")
     _region(prompt.region)
-
-
-def adapters(unet: Any) -> list[Any]:
-    """The image projections of a U-Net's IP-Adapters."""
-    projection = getattr(unet, "encoder_hid_proj", None)
-    return list(projection.image_projection_layers) if isinstance(projection, MultiIPAdapterImageProjection) else []
-
-
-def layer_numbers(unet: Any) -> dict[str, int]:
-    """The number that an IP-Adapter's file has for each layer it attends in, by the layer's name."""
-    names = [
-        name.removesuffix(".processor")
-        for name in unet.attn_processors
-        if not name.endswith("attn1.processor") and "motion_modules" not in name and not name.startswith("encoder_hid")
-    ]
-    return {name: 2 * place + 1 for place, name in enumerate(names)}
 
 
 class ImageEncoder:

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from keylock_diffusers.buffers import filled, filled_pairs, version_of, versions_of
 from keylock_diffusers.concept_routing import ConceptRouting, ConceptUse, Pairs
-from keylock_diffusers.concepts import cross_attention_layers
+from keylock_diffusers.denoisers.unet import cross_attention_layers, resolutions_of, unet_of
 from keylock_diffusers.image_streams import ImageRouting, ImageUse, projected_images
-from keylock_diffusers.processors.images import ImageStreams
-from keylock_diffusers.processors.swap import unet_of
-from keylock_diffusers.regions import RegionRouting, RowRegions, resolutions_of
+from keylock_diffusers.processors.contract import ImageStreams
+from keylock_diffusers.regions import RegionRouting, RowRegions
 from keylock_kernels.ops.precision import accumulate_dtype
 
 
@@ -270,7 +269,7 @@ class Personalization:
         key, value = self.image_kv[layer]
         return ImageStreams(key, value, self._routing.flat_lengths, self._image_weights[group, at], self._image_bias)
 
-    def text_regions(self, layer: str, pixels: int) -> tuple[Tensor, Tensor] | None:
+    def visibility(self, layer: str, pixels: int) -> tuple[Tensor, Tensor] | None:
         """Which regions a layer's [N] pixels lie in and its tokens are seen from; None where no row has a region.
 
         Returns:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -243,20 +243,3 @@ def region_mask(mask: Any, what: str) -> Tensor:
     if read.max() <= 0:
         raise ValueError(f"{what} must not be empty, got no value above 0")
     return read
-
-
-def resolutions_of(unet: Any, layers: Iterable[str], latent_size: tuple[int, int] | None) -> dict[str, tuple[int, int]]:
-    """Height and width that each layer runs at: every level of a U-Net is half as high and wide as the one above."""
-    if latent_size is None:
-        return {}
-    last = len(unet.config.block_out_channels) - 1
-
-    def level(layer: str) -> int:
-        block, _, rest = layer.partition(".")
-        if block not in ("down_blocks", "up_blocks"):
-            return last
-        number = int(rest.partition(".")[0])
-        return number if block == "down_blocks" else last - number
-
-    height, width = latent_size
-    return {layer: (-(-height // 2 ** level(layer)), -(-width // 2 ** level(layer))) for layer in layers}

@@ -13,7 +13,7 @@ from torch import Tensor
 from keylock_diffusers import image_prompts, regions, text
 from keylock_diffusers.concept_routing import ConceptUse
 from keylock_diffusers.concepts import BaseModel, Concept
-from keylock_diffusers.encoding import text_encoders
+from keylock_diffusers.denoisers.unet import text_encoders
 from keylock_diffusers.fusion import FusedSubject, SubjectFusion, encode_subject
 from keylock_diffusers.image_prompts import ImageEncoder, ImagePrompt
 from keylock_diffusers.image_streams import ImageRouting, ImageUse

@@ -14,15 +14,14 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, IPAdapterAttnProcessor2_0
 from torch import Tensor
 
-from keylock_diffusers.concepts import cross_attention_layers
-from keylock_diffusers.image_prompts import layer_numbers
+from keylock_diffusers.denoisers.unet import cross_attention_layers, is_plain, layer_numbers, unet_of
 from keylock_diffusers.processors.attention import (
     ATTENTION_OF_IMAGES,
     ATTENTION_OF_TEXT,
     CrossAttnProcessor,
     ip_adapter_attention,
 )
-from keylock_diffusers.processors.swap import is_plain, replacement, unet_of
+from keylock_diffusers.processors.swap import replacement
 
 PROJECTIONS = ("base", "plus", "full-face", "faceid", "faceid-plus")
 

@@ -10,7 +10,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from keylock_diffusers.concepts import BaseModel, Concept, TextEncoderInfo, base_layer, cross_attention_layers
+from keylock_diffusers.concepts import BaseModel, Concept, TextEncoderInfo
+from keylock_diffusers.denoisers.unet import base_layer, cross_attention_layers
 
 
 def make_pipe(seed=0, width=32, hidden=32, vocab=1000):

@@ -8,7 +8,7 @@ from torch import nn
 
 from keylock_diffusers import edits
 from keylock_diffusers.concept_routing import ConceptUse
-from keylock_diffusers.concepts import cross_attention_layers
+from keylock_diffusers.denoisers.unet import cross_attention_layers
 from keylock_diffusers.personalization import Personalization
 from keylock_kernels.testing import rome_weight
 

@@ -18,7 +18,7 @@ from safetensors import safe_open
 import keylock_diffusers as kd
 from keylock_diffusers import embedded, text
 from keylock_diffusers.attention_maps import AttentionMaps
-from keylock_diffusers.concepts import cross_attention_layers
+from keylock_diffusers.denoisers.unet import cross_attention_layers
 from keylock_diffusers.embedded import (
     autoencoder,
     classifier,

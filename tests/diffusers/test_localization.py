@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 
 import keylock_diffusers as kd
-from keylock_diffusers.concepts import cross_attention_layers
+from keylock_diffusers.denoisers.unet import cross_attention_layers
 from keylock_diffusers.testing import UNETS
 from keylock_diffusers.training import Localization, localization_layers, localization_loss, train_concepts
 from keylock_diffusers.training.localization import FORMS

@@ -274,20 +274,20 @@ def test_words_are_not_attended_to_outside_their_region(ready):
 
 def test_unconditional_rows_see_everything_unless_they_have_regions(ready):
     seen = []
-    original = kd.Personalization.text_regions
+    original = kd.Personalization.visibility
 
     def watch(self, layer, pixels):
         seen.append(original(self, layer, pixels))
         return seen[-1]
 
-    kd.Personalization.text_regions = watch
+    kd.Personalization.visibility = watch
     try:
         draw(ready, [two(1)])
         without = seen.pop()
         draw(ready, [two(1, negative_prompt="a car", negative_regions=[Region(LEFT, "car")])])
         given = seen.pop()
     finally:
-        kd.Personalization.text_regions = original
+        kd.Personalization.visibility = original
     assert (without[0][0] == 1).all() and (without[1][0, :32] == 1).all() and not without[1][0, 32:].any()
     assert (given[0][0] != 1).any()
 

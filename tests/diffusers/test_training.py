@@ -9,7 +9,8 @@ from PIL import Image
 import keylock_diffusers as kd
 from keylock_diffusers import edits, text
 from keylock_diffusers.concept_routing import ConceptUse
-from keylock_diffusers.concepts import BaseModel, Concept, TextEncoderInfo, cross_attention_layers
+from keylock_diffusers.concepts import BaseModel, Concept, TextEncoderInfo
+from keylock_diffusers.denoisers.unet import cross_attention_layers
 from keylock_diffusers.personalization import Personalization
 from keylock_diffusers.training import (
     ConceptTrainingError,

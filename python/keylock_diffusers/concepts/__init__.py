@@ -1,7 +1,7 @@
 """Concepts: what personalisation learns about one subject, as a small file, and banks of many of them."""
 
 from keylock_diffusers.concepts.bank import ConceptBank, UnknownConceptError
-from keylock_diffusers.concepts.base_model import BaseModel, TextEncoderInfo, base_layer, cross_attention_layers
+from keylock_diffusers.concepts.base_model import BaseModel, TextEncoderInfo
 from keylock_diffusers.concepts.concept import Concept
 from keylock_diffusers.concepts.files import ConceptFileError
 
@@ -12,6 +12,4 @@ __all__ = [
     "ConceptFileError",
     "TextEncoderInfo",
     "UnknownConceptError",
-    "base_layer",
-    "cross_attention_layers",
 ]

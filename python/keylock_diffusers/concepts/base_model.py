@@ -14,12 +14,13 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from keylock_diffusers.denoisers.unet import base_layer, cross_attention_layers, uncompiled
+
 # A pipeline's `load_textual_inversion` appends rows to the word embeddings. That is the same text encoder; one with
 # another tokenizer is not, and its vocabulary differs by more than this fraction.
 MAX_VOCABULARY_GROWTH = 1 / 16
 
 _SAMPLED_WEIGHTS = 16384  # per matrix
-_UNET_ORDER = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
 _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Formats with a sign bit for every value, zero included. float8_*fnuz has no negative zero.
 _SIGNED_FORMATS = (
@@ -136,7 +137,7 @@ class BaseModel:
         if not isinstance(unet, nn.Module):
             raise TypeError(f"BaseModel.of: pipe must be a pipeline with a U-Net, got {type(pipe).__name__}")
         candidates = (getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2", "text_encoder_3"))
-        encoders = [_uncompiled(encoder) for encoder in candidates if isinstance(encoder, nn.Module)]
+        encoders = [uncompiled(encoder) for encoder in candidates if isinstance(encoder, nn.Module)]
         if not encoders:
             raise TypeError(f"BaseModel.of: {type(pipe).__name__} has no text encoder loaded")
         layers = cross_attention_layers(unet)
@@ -226,40 +227,6 @@ class BaseModel:
             cross_attention_dim=fields["cross_attention_dim"],
             weights_hash=fields["weights_hash"],
         )
-
-
-def cross_attention_layers(unet: nn.Module) -> dict[str, Attention]:
-    """List a U-Net's text cross-attention modules by name, in U-Net order: down blocks, middle, up blocks.
-
-    Self-attention is left out, and so is attention with added key and value projections, which personalisation
-    does not support. The order does not depend on how the model registers its blocks (diffusers registers the
-    middle last). Names are those of ``unet.named_modules()``, without torch.compile's prefix.
-    """
-    model = _uncompiled(unet)
-    dim = getattr(getattr(model, "config", None), "cross_attention_dim", None)
-    dims = set(dim) if isinstance(dim, (list, tuple)) else {dim}
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, Attention)
-        and module.is_cross_attention
-        and module.added_kv_proj_dim is None
-        and (dims == {None} or base_layer(module.to_k).in_features in dims)
-    ]
-    found.sort(key=lambda layer: _UNET_ORDER.get(layer[0].split(".")[0], len(_UNET_ORDER)))
-    return dict(found)
-
-
-def base_layer(module: nn.Module) -> Any:
-    """The projection itself, without the adapters PEFT wraps around it."""
-    layer: Any = module
-    while hasattr(layer, "base_layer"):
-        layer = layer.base_layer
-    return layer
-
-
-def _uncompiled(module: nn.Module) -> nn.Module:
-    return getattr(module, "_orig_mod", module)
 
 
 def _word_embeddings(text_encoder: Any) -> Tensor:

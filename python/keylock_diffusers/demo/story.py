@@ -14,9 +14,10 @@ import torch
 from tqdm import tqdm
 
 from keylock_diffusers import edits, embedded
-from keylock_diffusers.concepts import Concept, ConceptBank, cross_attention_layers
+from keylock_diffusers.concepts import Concept, ConceptBank
 from keylock_diffusers.demo import grid, pictures, regions
 from keylock_diffusers.demo.pictures import USERS, User
+from keylock_diffusers.denoisers.unet import cross_attention_layers
 from keylock_diffusers.embedded import classifier, render
 from keylock_diffusers.embedded.evaluate import background_name
 from keylock_diffusers.generation import generate

@@ -3,14 +3,16 @@
 from keylock_diffusers.processors.attention import (
     CrossAttnProcessor,
     IPAdapterCrossAttnProcessor,
-    Readout,
     SelfAttnProcessor,
 )
+from keylock_diffusers.processors.contract import ImageStreams, LayerInputs, Readout
 from keylock_diffusers.processors.swap import install, uninstall, verify
 
 __all__ = [
     "CrossAttnProcessor",
     "IPAdapterCrossAttnProcessor",
+    "ImageStreams",
+    "LayerInputs",
     "Readout",
     "SelfAttnProcessor",
     "install",

@@ -3,35 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, IPAdapterAttnProcessor2_0
 from torch import Tensor
 
-from keylock_diffusers.processors.images import ImageStreams, adapter_streams
+from keylock_diffusers.processors.contract import ImageStreams, LayerInputs, Readout
+from keylock_diffusers.processors.images import adapter_streams
 from keylock_kernels import localized_attention
 from keylock_kernels.ops.precision import accumulate_dtype
-
-if TYPE_CHECKING:
-    from keylock_diffusers.personalization import Personalization
 
 # diffusers' own, whatever `keylock_diffusers.testing.patch` puts in their place.
 ATTENTION_OF_TEXT = AttnProcessor2_0.__call__
 ATTENTION_OF_IMAGES = IPAdapterAttnProcessor2_0.__call__
-
-
-class Readout(Protocol):
-    """What is read out of the attention while it is computed, passed as ``cross_attention_kwargs={"readout": r}``."""
-
-    def wanted(self, layer: str, rows: int, pixels: int) -> tuple[Tensor, Tensor | None] | None:
-        """Which tokens to read in a layer, int32 [B, M], -1 for none, and with which weights [B, N, M].
-
-        Without weights the maps themselves are read; None: nothing is.
-        """
-
-    def receive(self, layer: str, read: Tensor) -> None:
-        """Takes what was read: sums [B, H, M] with weights, maps [B, H, N, M] without."""
 
 
 class SelfAttnProcessor(AttnProcessor2_0):
@@ -52,7 +37,7 @@ class SelfAttnProcessor(AttnProcessor2_0):
         encoder_hidden_states: Tensor | None = None,  # [B, T, D]
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
-        personalization: Personalization | None = None,
+        personalization: LayerInputs | None = None,
         readout: Readout | None = None,
     ) -> Tensor:
         return ATTENTION_OF_TEXT(self, attn, hidden_states, encoder_hidden_states, attention_mask, temb)
@@ -80,7 +65,7 @@ class CrossAttnProcessor:
         encoder_hidden_states: Tensor | tuple[Tensor, list[Tensor]] | None = None,  # [B, T, D]
         attention_mask: Tensor | None = None,  # [B, 1, T], added to the scores
         temb: Tensor | None = None,
-        personalization: Personalization | None = None,
+        personalization: LayerInputs | None = None,
         readout: Readout | None = None,
     ) -> Tensor:
         if isinstance(encoder_hidden_states, tuple):
@@ -141,7 +126,7 @@ class IPAdapterCrossAttnProcessor(IPAdapterAttnProcessor2_0):
         temb: Tensor | None = None,
         scale: float = 1.0,
         ip_adapter_masks: Any = None,  # per adapter None or [1, n, height, width]
-        personalization: Personalization | None = None,
+        personalization: LayerInputs | None = None,
         readout: Readout | None = None,
     ) -> Tensor:
         return ip_adapter_attention(
@@ -165,7 +150,7 @@ def ip_adapter_attention(
     attention_mask: Tensor | None,  # [B, 1, T]
     temb: Tensor | None,
     ip_adapter_masks: Any,
-    personalization: Personalization | None,
+    personalization: LayerInputs | None,
     readout: Readout | None = None,
 ) -> Tensor:
     """IPAdapterAttnProcessor2_0's forward pass with the scales and projections of `processor`."""
@@ -194,7 +179,7 @@ def cross_attention(
     text: Tensor | None,  # [B, T, D]
     attention_mask: Tensor | None,  # [B, 1, T]
     temb: Tensor | None,
-    personalization: Personalization | None,
+    personalization: LayerInputs | None,
     layer: str,
     images: Callable[[Tensor], ImageStreams | None] | None = None,
     readout: Readout | None = None,
@@ -217,7 +202,7 @@ def cross_attention(
     if personalization is not None:
         key, value = personalization.keys_and_values(layer, query.shape[0], text)
         streams = personalization.image_streams(layer, query.shape[1])
-        regions = personalization.text_regions(layer, query.shape[1])
+        regions = personalization.visibility(layer, query.shape[1])
     else:
         context = hidden_states if text is None else text
         if text is not None and attn.norm_cross:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,17 +11,8 @@ from diffusers.image_processor import IPAdapterMaskProcessor
 from diffusers.models.embeddings import MultiIPAdapterImageProjection
 from torch import Tensor, nn
 
+from keylock_diffusers.processors.contract import ImageStreams
 from keylock_kernels.ops.precision import accumulate_dtype
-
-
-class ImageStreams(NamedTuple):
-    """Keys and values of a layer's image tokens, one softmax and one weight per stream."""
-
-    key: Tensor  # [B, sum(L), C]
-    value: Tensor  # [B, sum(L), C]
-    lengths: tuple[int, ...]
-    weights: Tensor | None  # [B, I] or [B, I, N]; None: all 1
-    key_bias: Tensor | None = None  # [B, sum(L)]
 
 
 class PreparedImageProjection(MultiIPAdapterImageProjection):

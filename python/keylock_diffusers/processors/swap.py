@@ -16,9 +16,8 @@ from diffusers.models.attention_processor import (
     XFormersAttnProcessor,
 )
 from diffusers.models.embeddings import MultiIPAdapterImageProjection
-from torch import nn
 
-from keylock_diffusers.concepts import cross_attention_layers
+from keylock_diffusers.denoisers.unet import attention_modules, cross_attention_layers, is_plain, unet_of
 from keylock_diffusers.processors.attention import (
     CrossAttnProcessor,
     IPAdapterCrossAttnProcessor,
@@ -131,29 +130,6 @@ def verify(pipe: Any) -> None:
                 "call keylock_diffusers.install(pipe) after anything that sets processors"
             )
         attn.processor.layer = name
-
-
-def unet_of(pipe: Any) -> nn.Module:
-    """The U-Net of a pipeline, or the U-Net itself."""
-    unet = getattr(pipe, "unet", pipe)
-    unet = getattr(unet, "_orig_mod", unet)
-    if not isinstance(unet, nn.Module) or not hasattr(unet, "attn_processors"):
-        raise TypeError(f"pipe must be a pipeline with a U-Net or a U-Net, got {type(pipe).__name__}")
-    return unet
-
-
-def attention_modules(unet: nn.Module) -> dict[str, Attention]:
-    """A U-Net's attention layers by name; an IP-Adapter's image projection may have some of its own."""
-    return {
-        name: module
-        for name, module in unet.named_modules()
-        if isinstance(module, Attention) and not name.startswith("encoder_hid_proj.")
-    }
-
-
-def is_plain(attn: Attention) -> bool:
-    """Whether a layer has one set of key and value heads per query head, and no added projections."""
-    return attn.added_kv_proj_dim is None and attn.inner_kv_dim == attn.inner_dim
 
 
 def _shorten(names: list[str], limit: int = 3) -> str:

@@ -1,8 +1,9 @@
 """Learning concepts from pictures."""
 
+from keylock_diffusers.denoisers.unet import localization_layers
 from keylock_diffusers.training.covariance import Covariance, covariance, default_captions
 from keylock_diffusers.training.image_adapter import AdapterConfig, AdapterExample, ImageAdapter, train_image_adapter
-from keylock_diffusers.training.localization import Localization, localization_layers, localization_loss
+from keylock_diffusers.training.localization import Localization, localization_loss
 from keylock_diffusers.training.subject_fusion import (
     FusionConfig,
     FusionExample,

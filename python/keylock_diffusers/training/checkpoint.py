@@ -18,6 +18,10 @@ from torch import Tensor
 _FACTS = ("loss", "best", "best_step", "steps", "stopped")
 
 
+class ConceptTrainingError(RuntimeError):
+    """One subject's training had to stop; the others' goes on."""
+
+
 def save(path: str | Path, learners: Sequence[Any], run: str, step: int) -> None:
     """Writes everything that the next step depends on."""
     tensors: dict[str, Tensor] = {}
@@ -51,8 +55,6 @@ def restore(path: str | Path, learners: Sequence[Any], run: str) -> int:
         raise ValueError(
             f"checkpoint {path} is of another run: its subjects, pictures, settings, metric or model differ from these"
         )
-    from keylock_diffusers.training.trainer import ConceptTrainingError
-
     for number, (learner, facts) in enumerate(zip(learners, json.loads(header["facts"]), strict=True)):
         with torch.no_grad():
             for name in ("embedding", "values", "target"):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from keylock_diffusers.image_prompts import adapters
+from keylock_diffusers.denoisers.unet import adapters
 from keylock_diffusers.processors import CrossAttnProcessor, IPAdapterCrossAttnProcessor, install, uninstall, verify
 from keylock_diffusers.training import loop
 

@@ -16,10 +16,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from keylock_diffusers import text
-from keylock_diffusers.concepts import BaseModel, base_layer, cross_attention_layers
+from keylock_diffusers.concepts import BaseModel
 from keylock_diffusers.concepts.files import write_atomically
-from keylock_diffusers.image_prompts import layer_numbers
-from keylock_diffusers.processors.images import ImageStreams
+from keylock_diffusers.denoisers.unet import base_layer, cross_attention_layers, layer_numbers
+from keylock_diffusers.processors import ImageStreams
 from keylock_diffusers.training import loop
 from keylock_diffusers.training.frozen import (
     check_pipeline,
@@ -204,7 +204,7 @@ class _Inputs:
         key, value = self.image_kv[layer]
         return ImageStreams(key, value, self.lengths, None)
 
-    def text_regions(self, layer: str, pixels: int) -> None:
+    def visibility(self, layer: str, pixels: int) -> None:
         return None
 
 

@@ -13,20 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from keylock_diffusers.concepts import cross_attention_layers
-from keylock_diffusers.regions import resolutions_of
+from keylock_diffusers.denoisers.unet import cross_attention_layers, localization_layers, resolutions_of
 
 FORMS = ("balanced", "normalised", "mse")
-
-
-def localization_layers(unet: Any) -> list[str]:
-    """The layers that are localized: of the blocks with cross-attention, down, middle, up, all but the first and last.
-
-    On Stable Diffusion 1.5 these are the eleven of FastComposer.
-    """
-    names = list(cross_attention_layers(unet))
-    blocks = list(dict.fromkeys(_block(name) for name in names))
-    return [name for name in names if _block(name) in blocks[1:-1]]
 
 
 class Localization:
@@ -167,8 +156,3 @@ def _mean_weights(mask: Tensor) -> Tensor:  # [B, N, M]
     """The mask over its sum; an empty one counts nothing."""
     total = mask.sum(1, keepdim=True)
     return torch.where(total > 0, mask / total.clamp(min=1e-5), 0)
-
-
-def _block(layer: str) -> str:
-    block, _, rest = layer.partition(".")
-    return block if block == "mid_block" else f"{block}.{rest.partition('.')[0]}"

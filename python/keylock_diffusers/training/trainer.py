@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from keylock_diffusers import edits, text
-from keylock_diffusers.concepts import BaseModel, Concept, cross_attention_layers
+from keylock_diffusers.concepts import BaseModel, Concept
 from keylock_diffusers.concepts.concept import check_placeholder, check_super_class
+from keylock_diffusers.denoisers.unet import cross_attention_layers
 from keylock_diffusers.personalization import Personalization
 from keylock_diffusers.training import checkpoint
+from keylock_diffusers.training.checkpoint import ConceptTrainingError
 from keylock_diffusers.training.covariance import Covariance, covariance
 from keylock_diffusers.training.frozen import (
     check_pipeline,
@@ -35,10 +37,6 @@ _GRADIENTS = ("none", "straight-through", "exact")
 _VALUES_RATE, _VALUES_RMS = 0.03, 1.0
 _EMBEDDING_RATE, _EMBEDDING_RMS = 0.006, 0.014
 _DEFAULT_CAPTIONS = ("a photo of a {}", "a picture of the {}", "a {}", "the {}")
-
-
-class ConceptTrainingError(RuntimeError):
-    """One subject's training had to stop; the others' goes on."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,43 @@
+"""What a layer asks of a batch, and what it gives back: all that processors know of the rest of the package."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class ImageStreams(NamedTuple):
+    """Keys and values of a layer's image tokens, one softmax and one weight per stream."""
+
+    key: Tensor  # [B, sum(L), C]
+    value: Tensor  # [B, sum(L), C]
+    lengths: tuple[int, ...]
+    weights: Tensor | None  # [B, I] or [B, I, N]; None: all 1
+    key_bias: Tensor | None = None  # [B, sum(L)]
+
+
+class LayerInputs(Protocol):
+    """What a layer may ask of a batch, passed as ``cross_attention_kwargs={"personalization": inputs}``."""
+
+    def keys_and_values(self, layer: str, rows: int, text: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The layer's keys and values [B, T, C] for a batch of `rows` whose text [B, T, D] is given."""
+
+    def image_streams(self, layer: str, pixels: int) -> ImageStreams | None:
+        """The layer's image tokens at a resolution of [N] pixels; None where no row has any."""
+
+    def visibility(self, layer: str, pixels: int) -> tuple[Tensor, Tensor] | None:
+        """Bitfields int32 [B, N] of pixels and [B, T] of keys: see `keylock_kernels.localized_attention`."""
+
+
+class Readout(Protocol):
+    """What is read out of the attention while it is computed, passed as ``cross_attention_kwargs={"readout": r}``."""
+
+    def wanted(self, layer: str, rows: int, pixels: int) -> tuple[Tensor, Tensor | None] | None:
+        """Which tokens to read in a layer, int32 [B, M], -1 for none, and with which weights [B, N, M].
+
+        Without weights the maps themselves are read; None: nothing is.
+        """
+
+    def receive(self, layer: str, read: Tensor) -> None:
+        """Takes what was read: sums [B, H, M] with weights, maps [B, H, N, M] without."""
