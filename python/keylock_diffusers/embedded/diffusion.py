@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -33,7 +34,7 @@ _EXTRA_WORDS = "photo picture drawing painting of the in wearing my your two nex
 def build_tokenizer() -> CLIPTokenizer:
     """A byte-level CLIP tokenizer in which every word of the captions is one token."""
     text = " ".join([*(g.caption for g in GLYPHS), *BACKGROUNDS, *DYES, "a an and on", _EXTRA_WORDS])
-    merges = _merges(sorted(set(text.split())))
+    merges = list(_merges(tuple(sorted(set(text.split())))))
     # CLIP's order: bytes, bytes that end a word, merges, the two special tokens.
     letters = sorted(ByteLevel.alphabet())
     tokens = [*letters, *(f"{letter}{_END}" for letter in letters), *map("".join, merges), _BOS, _EOS]
@@ -41,7 +42,8 @@ def build_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=LENGTH, pad_token=_EOS, unk_token=_EOS)
 
 
-def _merges(words: list[str]) -> list[tuple[str, str]]:
+@cache
+def _merges(words: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
     """Byte-pair merges, most frequent pair first, until every word is one token.
 
     The tokenizers library breaks ties by the order of a hash table; a vocabulary must be the same every time.
@@ -59,7 +61,7 @@ def _merges(words: list[str]) -> list[tuple[str, str]]:
                 else:
                     merged.append(piece)
             pieces[number] = merged
-    return merges
+    return tuple(merges)
 
 
 def _edit_json(path: Path, changes: dict[str, str | None]) -> None:
