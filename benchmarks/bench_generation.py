@@ -16,9 +16,9 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 import keylock_diffusers as kd
 from benchmarks.harness import DEVICE, QUICK, Addition, Case, Contestant, dtype_name, dtypes
 from keylock_diffusers import embedded
-from keylock_diffusers.concept_routing import ConceptUse
 from keylock_diffusers.denoisers.unet import cross_attention_layers, resolutions_of
-from keylock_diffusers.image_streams import ImageUse
+from keylock_diffusers.routing.concepts import ConceptUse
+from keylock_diffusers.routing.images import ImageUse
 from keylock_diffusers.testing import random_ip_adapter, random_unet
 
 if TYPE_CHECKING:

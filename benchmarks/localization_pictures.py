@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from keylock_diffusers.attention_maps import AttentionMaps, record_attention
 from keylock_diffusers.concepts import Concept
 from keylock_diffusers.demo import story
 from keylock_diffusers.demo.pictures import USERS, User, coated
@@ -23,12 +22,11 @@ from keylock_diffusers.denoisers.unet import cross_attention_layers
 from keylock_diffusers.embedded import autoencoder, classifier, load, load_adapter, render
 from keylock_diffusers.embedded.evaluate import background_name, subjects
 from keylock_diffusers.embedded.glyphs import BACKGROUNDS, GLYPHS, INDEX
-from keylock_diffusers.generation import generate
-from keylock_diffusers.image_prompts import ImagePrompt
+from keylock_diffusers.encoding.text import encode, tokenize
+from keylock_diffusers.generation.generate import generate
+from keylock_diffusers.generation.maps import AttentionMaps, record_attention
 from keylock_diffusers.processors import install
-from keylock_diffusers.regions import ENDINGS, Region
-from keylock_diffusers.requests import Request, Use
-from keylock_diffusers.text import encode, tokenize
+from keylock_diffusers.requests import ENDINGS, ImagePrompt, Region, Request, Use
 from keylock_diffusers.training import Subject, covariance, default_captions, train_concepts
 
 COUNT, STEPS, GUIDANCE = 64, 25, 4.0

@@ -6,35 +6,35 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from keylock_diffusers.attention_maps import record_attention
-    from keylock_diffusers.concept_routing import ConceptUse
     from keylock_diffusers.concepts import Concept, ConceptBank
-    from keylock_diffusers.fusion import FusedSubject, SubjectFusion
-    from keylock_diffusers.generation import generate
-    from keylock_diffusers.image_prompts import ImagePrompt
-    from keylock_diffusers.image_streams import ImageUse
-    from keylock_diffusers.personalization import Personalization
+    from keylock_diffusers.encoding.fusion import SubjectFusion
+    from keylock_diffusers.generation import generate, visualize
+    from keylock_diffusers.generation.maps import record_attention
     from keylock_diffusers.processors import install, uninstall
-    from keylock_diffusers.regions import Region
-    from keylock_diffusers.requests import Request, RequestError, Use
+    from keylock_diffusers.requests import FusedSubject, ImagePrompt, Region, Request, RequestError, Use
+    from keylock_diffusers.routing.concepts import ConceptUse
+    from keylock_diffusers.routing.images import ImageUse
+    from keylock_diffusers.routing.personalization import Personalization
 
+# Where each public name lives; the module itself where the two have one name.
 _HOME = {
     "Concept": "concepts",
     "ConceptBank": "concepts",
-    "ConceptUse": "concept_routing",
-    "FusedSubject": "fusion",
-    "ImagePrompt": "image_prompts",
-    "ImageUse": "image_streams",
-    "Personalization": "personalization",
-    "Region": "regions",
+    "ConceptUse": "routing.concepts",
+    "FusedSubject": "requests",
+    "ImagePrompt": "requests",
+    "ImageUse": "routing.images",
+    "Personalization": "routing.personalization",
+    "Region": "requests",
     "Request": "requests",
     "RequestError": "requests",
-    "SubjectFusion": "fusion",
+    "SubjectFusion": "encoding.fusion",
     "Use": "requests",
-    "generate": "generation",
+    "generate": "generation.generate",
     "install": "processors",
-    "record_attention": "attention_maps",
+    "record_attention": "generation.maps",
     "uninstall": "processors",
+    "visualize": "generation.visualize",
 }
 
 __all__ = [
@@ -54,13 +54,17 @@ __all__ = [
     "install",
     "record_attention",
     "uninstall",
+    "visualize",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    module = importlib.import_module(f"{__name__}.{_HOME[name]}")
+    found = module if _HOME[name].endswith(f".{name}") and not hasattr(module, name) else getattr(module, name)
+    globals()[name] = found  # the next look-up costs nothing
+    return found
 
 
 def __dir__() -> list[str]:

@@ -174,7 +174,7 @@ def generate(
         images = kd.generate(pipe, orders, **options)
     output.mkdir(parents=True, exist_ok=True)
     if maps is not None:
-        from keylock_diffusers import visualize
+        from keylock_diffusers.generation import visualize
 
         flat = [image for drawn in images for image in (drawn if isinstance(drawn, list) else [drawn])]
         visualize.grid(flat, maps.images).save(output / "attention.png")

@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 
 import keylock_diffusers as kd
-from keylock_diffusers import Region, Request, visualize
-from keylock_diffusers.attention_maps import WordMaps
+from keylock_diffusers import Region, Request
 from keylock_diffusers.denoisers.unet import cross_attention_layers
+from keylock_diffusers.generation import visualize
+from keylock_diffusers.generation.maps import WordMaps
 from tests.diffusers.drawing import ROUNDING, build
 from tests.diffusers.test_localization import Keeping
 

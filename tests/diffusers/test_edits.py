@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from keylock_diffusers import edits
-from keylock_diffusers.concept_routing import ConceptUse
 from keylock_diffusers.denoisers.unet import cross_attention_layers
-from keylock_diffusers.personalization import Personalization
+from keylock_diffusers.routing import edits
+from keylock_diffusers.routing.concepts import ConceptUse
+from keylock_diffusers.routing.personalization import Personalization
 from keylock_kernels.testing import rome_weight
 
 

@@ -16,8 +16,7 @@ from PIL import Image
 from safetensors import safe_open
 
 import keylock_diffusers as kd
-from keylock_diffusers import embedded, text
-from keylock_diffusers.attention_maps import AttentionMaps
+from keylock_diffusers import embedded
 from keylock_diffusers.denoisers.unet import cross_attention_layers
 from keylock_diffusers.embedded import (
     autoencoder,
@@ -29,6 +28,8 @@ from keylock_diffusers.embedded import (
     render,
 )
 from keylock_diffusers.embedded.diffusion import build_tokenizer
+from keylock_diffusers.encoding import text
+from keylock_diffusers.generation.maps import AttentionMaps
 
 MIB = 2**20
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 import keylock_diffusers as kd
 from keylock_diffusers import ImagePrompt, RequestError
-from keylock_diffusers.processors import images as processor_images
+from keylock_diffusers.masks import resize_masks
 from tests.diffusers.compatibility import SIZE, STEPS, WIDTH, masks
 from tests.diffusers.drawing import ROUNDING, build, draw, picture, plain, random, request
 
@@ -109,13 +109,13 @@ def test_what_does_not_change_is_done_once(two, monkeypatch):
         layer.register_forward_hook(lambda *_: projections.append(1))
         for layer in two.unet.encoder_hid_proj.image_projection_layers
     ]
-    original = processor_images.resize_masks
+    original = resize_masks
 
     def counting(masks, pixels, size):
         resized.append(pixels)
         return original(masks, pixels, size)
 
-    monkeypatch.setattr("keylock_diffusers.image_streams.resize_masks", counting)
+    monkeypatch.setattr("keylock_diffusers.routing.images.resize_masks", counting)
     region = masks(1)[0, 0]
     shared = ImagePrompt(picture(0), region=region)
     draw(two, [request(shared), request(shared, seed=2), request(ImagePrompt(picture(1), adapter=1, region=region))])
@@ -149,7 +149,7 @@ def test_regions_of_any_aspect_ratio_are_stretched_over_the_picture(two, shape):
     (ours,) = draw(two, [request(ImagePrompt(picture(0), region=left))])
     assert ours.isfinite().all()
     with pytest.raises(ValueError, match="about the aspect ratio of the picture"):
-        processor_images.resize_masks(torch.ones(1, 1, 6500), 64)
+        resize_masks(torch.ones(1, 1, 6500), 64)
 
 
 @pytest.mark.parametrize("scheduler", [PNDMScheduler, HeunDiscreteScheduler, DDIMScheduler])

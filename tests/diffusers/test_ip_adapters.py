@@ -10,8 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import keylock_diffusers as kd
 from keylock_diffusers.denoisers.unet import cross_attention_layers
+from keylock_diffusers.masks import resize_masks
 from keylock_diffusers.processors import IPAdapterCrossAttnProcessor
-from keylock_diffusers.processors.images import adapter_streams, resize_masks
+from keylock_diffusers.processors.images import adapter_streams
 from keylock_diffusers.testing import patch, random_ip_adapter, shadow
 from tests.diffusers.compatibility import SIZE, WIDTH, Feature, make, masks, unet
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import keylock_diffusers as kd
-from keylock_diffusers.concept_routing import ConceptUse
-from keylock_diffusers.image_streams import ImageRouting, ImageUse
+from keylock_diffusers.routing.concepts import ConceptUse
+from keylock_diffusers.routing.images import ImageRouting, ImageUse
 from tests.diffusers.compatibility import WIDTH, Feature, make, masks
 
 

@@ -13,8 +13,8 @@ from diffusers.models.attention_processor import (
 
 import keylock_diffusers as kd
 from keylock_diffusers.denoisers.unet import cross_attention_layers
-from keylock_diffusers.personalization import Personalization
 from keylock_diffusers.processors import CrossAttnProcessor, SelfAttnProcessor, verify
+from keylock_diffusers.routing.personalization import Personalization
 from tests.diffusers.compatibility import sdxl_unet
 
 

@@ -8,9 +8,13 @@ import torch
 from PIL import Image
 
 import keylock_diffusers as kd
-from keylock_diffusers import ImagePrompt, Region, Request, RequestError, Use, regions, text
+from keylock_diffusers import ImagePrompt, Region, Request, RequestError, Use
 from keylock_diffusers.embedded.diffusion import build_tokenizer
-from keylock_diffusers.regions import ENDINGS, LIMIT, RegionRouting, RegionUse, RowRegions
+from keylock_diffusers.encoding import text
+from keylock_diffusers.encoding.regions import resolve
+from keylock_diffusers.masks import inside, read_mask
+from keylock_diffusers.requests import ENDINGS
+from keylock_diffusers.routing.regions import LIMIT, RegionRouting, RegionUse, RowRegions
 from tests.diffusers.drawing import ROUNDING, build, picture
 
 STEPS = 3
@@ -117,7 +121,7 @@ def test_a_wording_that_grows_too_long_is_cut_but_never_a_placeholder(caplog):
 def test_masks_of_any_kind_are_read():
     grey = Image.fromarray(np.array([[0, 255]], np.uint8))
     for mask in (grey, np.array([[0, 255]], np.uint8), torch.tensor([[0.0, 1.0]]), torch.tensor([[False, True]])):
-        assert regions.read_mask(mask, "m").tolist() == [[0, 1]]
+        assert read_mask(mask, "m").tolist() == [[0, 1]]
 
 
 @pytest.mark.parametrize("shape", [(1, 64), (64, 1), (7, 30), (200, 3)])
@@ -126,19 +130,19 @@ def test_masks_of_any_aspect_ratio_are_stretched_over_the_picture(shape):
     mask[: max(1, shape[0] // 2)] = 1
     expected = torch.zeros(4, 6, dtype=torch.bool)
     expected[: 4 if shape[0] == 1 else 2] = True
-    assert torch.equal(regions.inside(mask, (4, 6)).view(4, 6), expected)
+    assert torch.equal(inside(mask, (4, 6)).view(4, 6), expected)
 
 
 def test_a_mask_too_small_for_a_layer_keeps_the_pixel_it_covers_most():
     mask = torch.zeros(64, 64)
     mask[10, 50] = 1
-    found = regions.inside(mask, (4, 4)).view(4, 4)
+    found = inside(mask, (4, 4)).view(4, 4)
     assert found.sum() == 1 and found[0, 3]
 
 
 def brute_force(row, tokens, size):
     """Who sees what, [N, T], from the definition."""
-    masks = [regions.inside(use.mask, size) for use in row.uses]
+    masks = [inside(use.mask, size) for use in row.uses]
     outside = ~torch.stack(masks).any(0) if masks else torch.ones(size[0] * size[1], dtype=torch.bool)
     seen = torch.ones(size[0] * size[1], tokens, dtype=torch.bool)
     named = {t for use in row.uses for t in use.tokens}
@@ -172,7 +176,7 @@ def test_the_bitfields_say_who_sees_what():
 @pytest.mark.parametrize("endings", ENDINGS)
 def test_what_each_treatment_of_the_ending_shows(endings):
     prompt = words("a cat and a dog on blue")
-    found = regions.resolve([Region(LEFT, "cat"), Region(RIGHT, "dog")], [prompt], 32, [TOKENIZER], endings)
+    found = resolve([Region(LEFT, "cat"), Region(RIGHT, "dog")], [prompt], 32, [TOKENIZER], endings)
     tokens = 32 * (1 + len(found.own))
     seen = brute_force(found.row, tokens, (2, 2))
     left, ending = 0, list(prompt.ending)
@@ -182,15 +186,15 @@ def test_what_each_treatment_of_the_ending_shows(endings):
         return
     assert not found.own and seen[left, 2] and not seen[left, 5] and seen[left, [0, 1, 3, 4, 6, 7]].all()
     assert bool(seen[left, ending].all()) == (endings == "everywhere")
-    part = regions.resolve([Region(LEFT, "cat")], [prompt], 32, [TOKENIZER], endings).row
+    part = resolve([Region(LEFT, "cat")], [prompt], 32, [TOKENIZER], endings).row
     seen = brute_force(part, 32, (2, 2))
     assert bool(seen[1, ending].all()) == (endings != "hidden") and not seen[1, 2]
 
 
 def test_given_encodings_take_positions():
-    found = regions.resolve([Region(LEFT, tokens=[3, 4])], None, 9, [TOKENIZER], "own")
+    found = resolve([Region(LEFT, tokens=[3, 4])], None, 9, [TOKENIZER], "own")
     assert found.row.uses[0].tokens == (3, 4) and not found.own and not found.row.outside
-    assert regions.resolve([], None, 9, [TOKENIZER], "own").row.tokens == 9
+    assert resolve([], None, 9, [TOKENIZER], "own").row.tokens == 9
 
 
 # Pictures

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import keylock_diffusers as kd
 from keylock_diffusers import ImagePrompt, Request
-from keylock_diffusers.image_streams import ImageUse
+from keylock_diffusers.routing.images import ImageUse
 from tests.diffusers.compatibility import SIZE, STEPS, WIDTH, Feature, make, masks
 
 FAMILIES = ("SD 1.x", "SDXL")

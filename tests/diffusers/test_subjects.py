@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 
 import keylock_diffusers as kd
 from keylock_diffusers import FusedSubject, Request, RequestError, SubjectFusion, Use
-from keylock_diffusers.concept_routing import ConceptUse
-from keylock_diffusers.fusion import FusionUse, fuse
-from keylock_diffusers.personalization import Personalization
+from keylock_diffusers.encoding.fusion import FusionUse, fuse
+from keylock_diffusers.routing.concepts import ConceptUse
+from keylock_diffusers.routing.personalization import Personalization
 from tests.diffusers.compatibility import WIDTH, image_encoder
 from tests.diffusers.drawing import ROUNDING, picture, random
 

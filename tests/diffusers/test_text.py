@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from keylock_diffusers import text
+from keylock_diffusers.encoding import text
 
 CAT = {"<alice-cat>": "cat"}
 

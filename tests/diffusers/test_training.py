@@ -7,11 +7,12 @@ from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
 from PIL import Image
 
 import keylock_diffusers as kd
-from keylock_diffusers import edits, text
-from keylock_diffusers.concept_routing import ConceptUse
 from keylock_diffusers.concepts import BaseModel, Concept, TextEncoderInfo
 from keylock_diffusers.denoisers.unet import cross_attention_layers
-from keylock_diffusers.personalization import Personalization
+from keylock_diffusers.encoding import text
+from keylock_diffusers.routing import edits
+from keylock_diffusers.routing.concepts import ConceptUse
+from keylock_diffusers.routing.personalization import Personalization
 from keylock_diffusers.training import (
     ConceptTrainingError,
     Covariance,

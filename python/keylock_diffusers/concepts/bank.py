@@ -17,7 +17,8 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from keylock_diffusers.concepts.concept import Concept
-from keylock_diffusers.concepts.files import MAX_FILE_BYTES, ConceptFileError, read_bounded, write_atomically
+from keylock_diffusers.concepts.files import MAX_FILE_BYTES, ConceptFileError, read_bounded
+from keylock_diffusers.files import write_atomically
 
 _SUFFIX = ".safetensors"
 _SEGMENT = re.compile(r"[a-z0-9][a-z0-9._-]*")

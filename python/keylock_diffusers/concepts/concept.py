@@ -18,16 +18,8 @@ import torch
 from torch import Tensor
 
 from keylock_diffusers.concepts.base_model import BaseModel
-from keylock_diffusers.concepts.files import (
-    ConceptFileError,
-    Header,
-    pack,
-    read_bounded,
-    read_header,
-    read_tensors,
-    strict_json,
-    write_atomically,
-)
+from keylock_diffusers.concepts.files import ConceptFileError, Header, pack, read_bounded, read_header, read_tensors
+from keylock_diffusers.files import strict_json, write_atomically
 
 FORMAT_VERSION = 1
 

@@ -11,22 +11,20 @@ compute it.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
 import os
-import secrets
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
+
+from keylock_diffusers.files import strict_json
 
 MAX_FILE_BYTES = 16 << 20
 MAX_HEADER_BYTES = 1 << 20
@@ -126,46 +124,6 @@ def read_bounded(path: str | os.PathLike[str]) -> bytes:
     return data
 
 
-def write_atomically(path: str | os.PathLike[str], data: bytes, *, overwrite: bool = True) -> None:
-    """Write a file so that readers see the old one or the new one whole, and a failure leaves the old one.
-
-    Raises:
-        FileExistsError: the file exists and ``overwrite`` is False; also when it appeared meanwhile.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "xb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        if overwrite or not _link_new(temporary, path):
-            os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-
-
-def strict_json(text: str | bytes) -> Any:
-    """Parse JSON without its loopholes: no NaN or infinity, no name twice.
-
-    Raises:
-        ValueError: the text is not that.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len({name for name, _ in pairs}) != len(pairs):
-            raise ValueError("a name occurs twice in a JSON object")
-        return dict(pairs)
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not allowed")
-
-    if isinstance(text, bytes):
-        text = text.decode("utf-8")
-    return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
-
-
 def _read_header(data: bytes) -> Header:
     if len(data) > MAX_FILE_BYTES:
         raise ValueError(f"larger than a concept file may be ({MAX_FILE_BYTES} bytes)")
@@ -242,16 +200,3 @@ def _checksum(fields_text: str, entries: list[tuple[str, str, bytes]]) -> str:
         digest.update(f"\n{name} {dtype} {len(raw)}\n".encode("utf-8", "surrogatepass"))
         digest.update(raw)
     return digest.hexdigest()[:32]
-
-
-def _link_new(temporary: Path, path: Path) -> bool:
-    """Give a finished file its name unless the name is taken; False where the file system has no hard links."""
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        raise FileExistsError(errno.EEXIST, "exists already", str(path)) from None
-    except OSError:
-        if os.path.lexists(path):
-            raise FileExistsError(errno.EEXIST, "exists already", str(path)) from None
-        return False
-    return True

@@ -11,14 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from keylock_diffusers.attention_maps import record_attention
 from keylock_diffusers.concepts import Concept
 from keylock_diffusers.demo import grid, pictures
 from keylock_diffusers.embedded import render
-from keylock_diffusers.generation import generate
-from keylock_diffusers.image_prompts import ImagePrompt
-from keylock_diffusers.requests import Request, Use
-from keylock_diffusers.visualize import overlay
+from keylock_diffusers.generation.generate import generate
+from keylock_diffusers.generation.maps import record_attention
+from keylock_diffusers.generation.visualize import overlay
+from keylock_diffusers.requests import ImagePrompt, Request, Use
 
 GUIDANCE = 4.0
 

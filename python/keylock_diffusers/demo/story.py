@@ -13,16 +13,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from keylock_diffusers import edits, embedded
+from keylock_diffusers import embedded
 from keylock_diffusers.concepts import Concept, ConceptBank
 from keylock_diffusers.demo import grid, pictures, regions
 from keylock_diffusers.demo.pictures import USERS, User
 from keylock_diffusers.denoisers.unet import cross_attention_layers
 from keylock_diffusers.embedded import classifier, render
 from keylock_diffusers.embedded.evaluate import background_name
-from keylock_diffusers.generation import generate
+from keylock_diffusers.generation.generate import generate
 from keylock_diffusers.processors import install
 from keylock_diffusers.requests import Request, Use
+from keylock_diffusers.routing import edits
 from keylock_diffusers.training import Covariance, Subject, TrainingConfig, covariance, default_captions, train_concepts
 
 GUIDANCE = 4.0

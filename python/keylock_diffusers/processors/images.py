@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from diffusers.image_processor import IPAdapterMaskProcessor
 from diffusers.models.embeddings import MultiIPAdapterImageProjection
 from torch import Tensor, nn
 
+from keylock_diffusers.masks import resize_masks
 from keylock_diffusers.processors.contract import ImageStreams
 from keylock_kernels.ops.precision import accumulate_dtype
 
@@ -35,36 +34,6 @@ class PreparedImageProjection(MultiIPAdapterImageProjection):
         if isinstance(image_embeds, list) and all(embeds.shape[1] == 0 for embeds in image_embeds):
             return [embeds.new_empty(len(embeds), 0, 0, 0) for embeds in image_embeds]
         return super().forward(image_embeds)
-
-
-def resize_masks(
-    masks: Tensor,  # [M, height, width]
-    pixels: int,
-    size: tuple[int, int] | None = None,
-) -> Tensor:  # [M, N]
-    """Masks at a layer's resolution, as diffusers resizes them: bicubic, so that values may leave [0, 1].
-
-    Args:
-        masks: the masks.
-        pixels: of the layer, N.
-        size: its height and width, to which masks of any aspect ratio are stretched. None: they are guessed from the
-            masks' own aspect ratio as diffusers does it; a mask of another ratio than the layer's is then filled up
-            with zeros or cut off, with a warning.
-
-    Raises:
-        ValueError: no guess is possible, since a mask is too long and thin.
-    """
-    if not masks.is_floating_point():
-        masks = masks.float()
-    masks = masks.to(accumulate_dtype(masks.dtype))
-    if size is not None:
-        return F.interpolate(masks[None], size, mode="bicubic")[0].flatten(1)
-    try:
-        return IPAdapterMaskProcessor.downsample(masks, len(masks), pixels, 1)[..., 0]
-    except (ZeroDivisionError, RuntimeError) as error:
-        raise ValueError(
-            f"a mask must have about the aspect ratio of the picture, got {list(masks.shape[1:])} for {pixels} pixels"
-        ) from error
 
 
 def adapter_streams(

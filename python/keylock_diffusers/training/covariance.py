@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from keylock_diffusers import text
 from keylock_diffusers.embedded.glyphs import BACKGROUNDS, GLYPHS
 from keylock_diffusers.embedded.render import caption
+from keylock_diffusers.encoding import text
 
 logger = logging.getLogger(__name__)
 _POSITIONS = ("prompt", "all")

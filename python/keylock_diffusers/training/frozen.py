@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -127,20 +126,6 @@ def upright(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
-
-
-def soft_mask(mask: Image.Image, size: Sequence[int], what: str = "a mask") -> Tensor:
-    """A picture's weights [1, h, w] in latents' resolution, 1 where the subject is surest."""
-    height, width = size
-    square = ImageOps.fit(
-        ImageOps.exif_transpose(mask).convert("L"), (8 * width, 8 * height), Image.Resampling.BILINEAR
-    )
-    soft = F.adaptive_avg_pool2d(
-        torch.tensor(list(square.tobytes())).float().view(1, 8 * height, 8 * width), (height, width)
-    )
-    if soft.max() <= 0:
-        raise ValueError(f"{what} is empty")
-    return soft / soft.max()
 
 
 @contextmanager

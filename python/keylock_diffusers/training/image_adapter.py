@@ -15,10 +15,10 @@ from PIL import Image
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from keylock_diffusers import text
 from keylock_diffusers.concepts import BaseModel
-from keylock_diffusers.concepts.files import write_atomically
 from keylock_diffusers.denoisers.unet import base_layer, cross_attention_layers, layer_numbers
+from keylock_diffusers.encoding import text
+from keylock_diffusers.files import write_atomically
 from keylock_diffusers.processors import ImageStreams
 from keylock_diffusers.training import loop
 from keylock_diffusers.training.frozen import (

@@ -14,17 +14,12 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
-from keylock_diffusers import text
 from keylock_diffusers.concepts import BaseModel
-from keylock_diffusers.fusion import FusionUse, SubjectFusion, fuse
+from keylock_diffusers.encoding import text
+from keylock_diffusers.encoding.fusion import FusionUse, SubjectFusion, fuse
+from keylock_diffusers.masks import soft_mask
 from keylock_diffusers.training import loop
-from keylock_diffusers.training.frozen import (
-    check_pipeline,
-    draw,
-    encoded_prompts,
-    frozen,
-    soft_mask,
-)
+from keylock_diffusers.training.frozen import check_pipeline, draw, encoded_prompts, frozen
 from keylock_diffusers.training.localization import FORMS, Localization, localization_loss
 
 

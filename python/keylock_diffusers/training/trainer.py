@@ -13,22 +13,17 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from keylock_diffusers import edits, text
 from keylock_diffusers.concepts import BaseModel, Concept
 from keylock_diffusers.concepts.concept import check_placeholder, check_super_class
 from keylock_diffusers.denoisers.unet import cross_attention_layers
-from keylock_diffusers.personalization import Personalization
+from keylock_diffusers.encoding import text
+from keylock_diffusers.masks import soft_mask
+from keylock_diffusers.routing import edits
+from keylock_diffusers.routing.personalization import Personalization
 from keylock_diffusers.training import checkpoint
 from keylock_diffusers.training.checkpoint import ConceptTrainingError
 from keylock_diffusers.training.covariance import Covariance, covariance
-from keylock_diffusers.training.frozen import (
-    check_pipeline,
-    encode_images,
-    frozen,
-    noise_levels,
-    prediction_target,
-    soft_mask,
-)
+from keylock_diffusers.training.frozen import check_pipeline, encode_images, frozen, noise_levels, prediction_target
 from keylock_diffusers.training.localization import FORMS, Localization, localization_loss
 
 _GRADIENTS = ("none", "straight-through", "exact")

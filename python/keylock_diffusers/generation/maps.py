@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from keylock_diffusers import text
 from keylock_diffusers.denoisers.unet import cross_attention_layers, resolutions_of, unet_of
+from keylock_diffusers.encoding import text
 from keylock_diffusers.processors import verify
 
 _RECORDING: ContextVar[AttentionMaps | None] = ContextVar("recording", default=None)

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from keylock_diffusers.attention_maps import WordMaps
+    from keylock_diffusers.generation.maps import WordMaps
 
 _INK, _QUIET, _PAPER = (28, 30, 36), (110, 114, 122), (255, 255, 255)
 _GAP, _LABEL = 6, 20

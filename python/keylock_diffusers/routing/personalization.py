@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from keylock_diffusers.buffers import filled, filled_pairs, version_of, versions_of
-from keylock_diffusers.concept_routing import ConceptRouting, ConceptUse, Pairs
 from keylock_diffusers.denoisers.unet import cross_attention_layers, resolutions_of, unet_of
-from keylock_diffusers.image_streams import ImageRouting, ImageUse, projected_images
 from keylock_diffusers.processors.contract import ImageStreams
-from keylock_diffusers.regions import RegionRouting, RowRegions
+from keylock_diffusers.routing.buffers import filled, filled_pairs, version_of, versions_of
+from keylock_diffusers.routing.concepts import ConceptRouting, ConceptUse, Pairs
+from keylock_diffusers.routing.images import ImageRouting, ImageUse, projected_images
+from keylock_diffusers.routing.regions import RegionRouting, RowRegions
 from keylock_kernels.ops.precision import accumulate_dtype
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from keylock_diffusers.masks import resize_masks
 from keylock_diffusers.processors import IPAdapterCrossAttnProcessor
-from keylock_diffusers.processors.images import resize_masks
 
 
 @dataclass(frozen=True, eq=False)

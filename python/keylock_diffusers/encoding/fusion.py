@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from keylock_diffusers.concepts.files import write_atomically
+from keylock_diffusers.files import write_atomically
+from keylock_diffusers.requests import FusedSubject
 
 _PREFIX = "postfuse_module."  # of these weights in a whole FastComposer model
 
@@ -96,25 +97,6 @@ class _Perceptron(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(self.layernorm(x))))
-
-
-@dataclass(frozen=True, eq=False)
-class FusedSubject:
-    """A picture of the subject that a word of the prompt names, for `generate` with a `SubjectFusion`.
-
-    Args:
-        prompt: the words, as they stand in the prompt; the last of their tokens, wherever they stand, is fused.
-        image: the picture, as the pipeline's image encoder takes it.
-        embeds: instead of `image`, its encoding [D].
-        region: where the words may be seen, as a `Region`'s mask; default everywhere.
-
-    Paper: Xiao et al., FastComposer, arXiv 2305.10431.
-    """
-
-    prompt: str
-    image: Any = None
-    embeds: Tensor | None = None  # [D]
-    region: Any = None  # [height, width]
 
 
 @dataclass(frozen=True, eq=False)

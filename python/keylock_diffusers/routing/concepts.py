@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from keylock_diffusers import edits
 from keylock_diffusers.concepts import Concept
-from keylock_diffusers.regions import RegionRouting
+from keylock_diffusers.routing import edits
+from keylock_diffusers.routing.regions import RegionRouting
 
 Pairs = dict[str, tuple[Tensor, Tensor]]  # a layer's keys and values
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,41 +14,9 @@ from diffusers.models.embeddings import ImageProjection, IPAdapterFaceIDPlusImag
 from torch import Tensor
 
 from keylock_diffusers.denoisers.unet import adapters
-from keylock_diffusers.image_streams import ImageUse
-from keylock_diffusers.regions import read_mask
-
-
-@dataclass(frozen=True, eq=False)
-class ImagePrompt:
-    """One image prompt of a request: a picture, or several that are attended to together, under one softmax.
-
-    Args:
-        image: a picture, or a list of them, as the pipeline's image encoder takes it.
-        embeds: instead of `image`, encodings [n, D] or [n, S, D] of n pictures (FaceID: n faces).
-        negative_embeds: of the unconditional half, of the same shape; default zeros. Adapters that read hidden states
-            were trained with those of a black picture instead, which `image` takes by itself.
-        clip_embeds: CLIP encodings [n, S, D] of the faces, for FaceID-Plus adapters.
-        negative_clip_embeds: of the unconditional half, of the same shape; default zeros.
-        scale: how much the image counts: a number, or diffusers' dict of numbers per block (InstantStyle).
-        region: where it counts, a picture in greys or a tensor [height, width] of weights, which is stretched over the
-            whole of what is drawn; default everywhere.
-        start: the share of the steps before it is switched on; a step counts where it starts.
-        end: the share of the steps by whose end it is switched off.
-        adapter: which of the loaded adapters.
-
-    Paper: Ye et al., IP-Adapter, arXiv 2308.06721.
-    """
-
-    image: Any = None
-    embeds: Tensor | None = None  # [n, D] or [n, S, D]
-    negative_embeds: Tensor | None = None  # as embeds
-    clip_embeds: Tensor | None = None  # [n, S, D]
-    negative_clip_embeds: Tensor | None = None  # as clip_embeds
-    scale: float | Mapping[str, Any] = 1.0
-    region: Any = None  # [height, width]
-    start: float = 0.0
-    end: float = 1.0
-    adapter: int = 0
+from keylock_diffusers.masks import read_mask
+from keylock_diffusers.requests import ImagePrompt
+from keylock_diffusers.routing.images import ImageUse
 
 
 def check(prompt: Any, unet: Any) -> None:

@@ -10,13 +10,14 @@ import torch
 from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from torch import Tensor
 
-from keylock_diffusers import text
 from keylock_diffusers.denoisers.unet import text_encoders
-from keylock_diffusers.fusion import FusionUse, SubjectFusion, fuse
+from keylock_diffusers.encoding import text
+from keylock_diffusers.encoding.fusion import FusionUse, SubjectFusion, fuse
 
 if TYPE_CHECKING:
-    from keylock_diffusers.concept_routing import ConceptUse
-    from keylock_diffusers.requests import Plan, Request
+    from keylock_diffusers.generation.plan import Plan
+    from keylock_diffusers.requests import Request
+    from keylock_diffusers.routing.concepts import ConceptUse
 
 
 class Encodings(NamedTuple):

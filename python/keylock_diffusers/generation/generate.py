@@ -12,19 +12,20 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 from torch import Tensor
 
-from keylock_diffusers import text
-from keylock_diffusers.attention_maps import AttentionMaps, WordMaps, check_words, recording
-from keylock_diffusers.concept_routing import ConceptUse
 from keylock_diffusers.concepts import BaseModel, Concept
 from keylock_diffusers.denoisers.unet import adapters as image_adapters
 from keylock_diffusers.denoisers.unet import text_encoders, unet_of
-from keylock_diffusers.encoding import BatchEncoder, lora_scale
-from keylock_diffusers.fusion import SubjectFusion
-from keylock_diffusers.image_prompts import ImageEncoder
-from keylock_diffusers.personalization import Personalization
+from keylock_diffusers.encoding import text
+from keylock_diffusers.encoding.batch import BatchEncoder, lora_scale
+from keylock_diffusers.encoding.fusion import SubjectFusion
+from keylock_diffusers.encoding.images import ImageEncoder
+from keylock_diffusers.generation.maps import AttentionMaps, WordMaps, check_words, recording
+from keylock_diffusers.generation.plan import Plan, plan
 from keylock_diffusers.processors import verify
-from keylock_diffusers.regions import LIMIT
-from keylock_diffusers.requests import Plan, Request, RequestError, plan
+from keylock_diffusers.requests import Request, RequestError
+from keylock_diffusers.routing.concepts import ConceptUse
+from keylock_diffusers.routing.personalization import Personalization
+from keylock_diffusers.routing.regions import LIMIT
 
 # What a pipeline takes for the whole call and a Request has for itself.
 _PER_REQUEST = frozenset(

@@ -1,0 +1,1 @@
+"""What requests say as tensors: prompts, regions' wordings, image prompts, subjects."""

@@ -1,0 +1,94 @@
+"""Regions of a request: masks and words as what a row carries, and each region's own wording of the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from keylock_diffusers.encoding.text import TokenizedPrompt, find, with_own_words
+from keylock_diffusers.masks import region_mask
+from keylock_diffusers.requests import ENDINGS, Region
+from keylock_diffusers.routing.regions import LIMIT, RegionUse, RowRegions
+
+
+@dataclass(frozen=True, eq=False)
+class PromptRegions:
+    """The regions of a prompt: where its tokens are seen, and each region's own wording of the prompt, if it has one.
+
+    Own wordings' tokens follow the prompt's own: region r's are T * (r + 1) to T * (r + 2) - 1.
+    """
+
+    row: RowRegions = RowRegions()
+    own: tuple[tuple[TokenizedPrompt, ...], ...] = ()  # per region, per text encoder
+
+
+def resolve(
+    regions: Sequence[Region],
+    prompts: Sequence[TokenizedPrompt] | None,
+    tokens: int,
+    tokenizers: Sequence[Any],
+    endings: str,
+    name: str = "regions",
+) -> PromptRegions:
+    """The regions of a request's prompt.
+
+    Args:
+        regions: what the request names.
+        prompts: the prompt, tokenized for each text encoder, which makes the same tokens in every one; None for given
+            encodings, in which there is no finding words, and no telling where they end.
+        tokens: how many there are.
+        tokenizers: find the words.
+        endings: one of `ENDINGS`: see `keylock_diffusers.Request`.
+        name: of the argument, for errors.
+
+    Raises:
+        TypeError, ValueError: what is wrong with a region.
+    """
+    if not isinstance(regions, (list, tuple)):
+        raise TypeError(f"{name} must be a list, got {type(regions).__name__}")
+    if endings not in ENDINGS:
+        raise ValueError(f"endings must be one of {', '.join(ENDINGS)}, got {endings!r}")
+    if len(regions) > LIMIT:
+        raise ValueError(f"{name} must be at most {LIMIT}, got {len(regions)}")
+    uses = []
+    for region in regions:
+        if not isinstance(region, Region):
+            raise TypeError(f"{name} must be Region objects, got {type(region).__name__}")
+        if (region.prompt is None) == (region.tokens is None):
+            got = "neither" if region.tokens is None else "both"
+            raise ValueError(f"give either prompt or tokens of a Region, got {got}")
+        mask = region_mask(region.mask, "mask of a Region")
+        if region.prompt is not None:
+            if prompts is None:
+                raise ValueError("a Region of given encodings takes tokens, not a prompt")
+            found = tuple(
+                {place: None for places in find(tokenizers[0], prompts[0], region.prompt) for place in places}
+            )
+            if not found:
+                raise ValueError(f"the words {region.prompt!r} of a Region are not in the prompt")
+        else:
+            if not isinstance(region.tokens, (list, tuple, range)):
+                raise TypeError(f"tokens of a Region must be a list, got {type(region.tokens).__name__}")
+            found = tuple(region.tokens)
+            wrong = [t for t in found if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < tokens]
+            if wrong or not found:
+                raise ValueError(f"tokens of a Region must be positions from 0 to {tokens - 1}, got {list(found)}")
+        uses.append(RegionUse(mask, found))
+    if not uses:
+        return PromptRegions(RowRegions(tokens=tokens))
+    named = tuple(dict.fromkeys(token for use in uses for token in use.tokens))
+    if prompts is None or endings == "everywhere":
+        return PromptRegions(RowRegions(tuple(uses), tokens=tokens))
+    if endings != "own":
+        ending = tuple(token for token in prompts[0].ending if token not in named)
+        outside, hidden = (ending, ()) if endings == "outside" else ((), ending)
+        return PromptRegions(RowRegions(tuple(uses), outside, hidden, tokens))
+    own = tuple(
+        tuple(with_own_words(t, prompt, use.tokens, named) for t, prompt in zip(tokenizers, prompts, strict=True))
+        for use in uses
+    )
+    blocks = [RegionUse(use.mask, tuple(range(tokens * (r + 1), tokens * (r + 2)))) for r, use in enumerate(uses)]
+    unnamed = tuple(token for token in range(tokens) if token not in named)
+    placeholders = tuple(frozenset(word for _, word in wording[0].words) for wording in own)
+    return PromptRegions(RowRegions(tuple(blocks), unnamed, named, tokens * (1 + len(uses)), placeholders), own)

@@ -1,0 +1,1 @@
+"""What a batch carries: rows, and the tensors that layers ask for."""
