@@ -17,8 +17,7 @@ import keylock_diffusers as kd
 from benchmarks.harness import DEVICE, QUICK, Addition, Case, Contestant, dtype_name, dtypes
 from keylock_diffusers import embedded
 from keylock_diffusers.denoisers.unet import cross_attention_layers, resolutions_of
-from keylock_diffusers.routing.concepts import ConceptUse
-from keylock_diffusers.routing.images import ImageUse
+from keylock_diffusers.routing.rows import ConceptUse, ImageUse
 from keylock_diffusers.testing import random_ip_adapter, random_unet
 
 if TYPE_CHECKING:
@@ -203,7 +202,7 @@ def line_up(name: str, model: str, dtype: torch.dtype, step: Callable[..., torch
             tokens = [projection(row[:count]) if count else [] for row in given["images"]]
             regions = stripes(max(count, 1))[0]
             rows = [[ImageUse(t, region=region) for t, region in zip(row, regions, strict=False)] for row in tokens]
-            personalization = kd.Personalization([[], []], torch.arange(2), rows)
+            personalization = kd.Personalization([kd.Row(images=row) for row in rows])
             return given, personalization.prepare(ours, given["text"], latent_size=(SIZE, SIZE))
 
         def run(prepared: Any) -> Any:
@@ -314,10 +313,9 @@ def test_eight_users(compare, tmp_path):
         return [generate([order])[0] for order in given]
 
     def prepare(given: list[kd.Request]) -> kd.Personalization:
-        uses = [[ConceptUse(bank[f"{user}/cat"], beta=0.7, tau=0.15)] for user in users]
-        index = torch.cat([torch.full((8,), -1), torch.arange(8)])
+        rows = [kd.Row((ConceptUse(bank[f"{user}/cat"], beta=0.7, tau=0.15),)) for user in users]
         text = torch.randn(16, pipe.tokenizer.model_max_length, base.cross_attention_dim, device=DEVICE)
-        return kd.Personalization(uses, index).prepare(pipe, text)
+        return kd.Personalization([kd.Row()] * 8 + rows).prepare(pipe, text)
 
     compare(
         Case(

@@ -24,7 +24,7 @@ from keylock_diffusers.embedded.evaluate import background_name, subjects
 from keylock_diffusers.embedded.glyphs import BACKGROUNDS, GLYPHS, INDEX
 from keylock_diffusers.encoding.text import encode, tokenize
 from keylock_diffusers.generation.generate import generate
-from keylock_diffusers.generation.maps import AttentionMaps, record_attention
+from keylock_diffusers.generation.maps import AttentionMaps
 from keylock_diffusers.processors import install
 from keylock_diffusers.requests import ENDINGS, ImagePrompt, Region, Request, Use
 from keylock_diffusers.training import Subject, covariance, default_captions, train_concepts
@@ -183,8 +183,8 @@ def _beside_others(pipe: Any, concepts: dict[str, Concept]) -> dict[str, float]:
     ]
     left, right = half(True), half(False)
     found = {"cat inside": 0, "coat inside": 0, "cat outside": 0, "other outside": 0}
-    with record_attention(pipe, [user.placeholder for user in USERS]) as maps:
-        images = draw(pipe, orders)
+    maps = AttentionMaps([user.placeholder for user in USERS])
+    images = draw(pipe, orders, record=maps)
     within = []
     for (user, name), image, recorded in zip(cells, images, maps.images, strict=True):
         found["cat inside"] += _is_cat(judge.names([inside(image, left)])[0][0])
@@ -267,7 +267,7 @@ def measure_maps(pipe: Any) -> dict[str, float]:
             prompts = [tokenize(pipe.tokenizer, scene.caption) for scene in scenes]
             pixels = autoencoder.pixels([scene.image for scene in scenes])
             latents = pipe.vae.encode(pixels).latents * pipe.vae.config.scaling_factor
-            readout = maps.batch(pipe.unet, [[p] for p in prompts], pipe.tokenizer, tuple(latents.shape[-2:]))
+            readout = maps.readout(pipe.unet, [[p] for p in prompts], pipe.tokenizer, tuple(latents.shape[-2:]))
             text = encode(pipe.text_encoder, prompts)
             for time in _TIMES:
                 noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(_FIRST_SEED + start + time))

@@ -9,25 +9,29 @@ if TYPE_CHECKING:
     from keylock_diffusers.concepts import Concept, ConceptBank
     from keylock_diffusers.encoding.fusion import SubjectFusion
     from keylock_diffusers.generation import generate, visualize
-    from keylock_diffusers.generation.maps import record_attention
+    from keylock_diffusers.generation.engine import Engine
+    from keylock_diffusers.generation.maps import AttentionMaps, record_attention
     from keylock_diffusers.processors import install, uninstall
-    from keylock_diffusers.requests import FusedSubject, ImagePrompt, Region, Request, RequestError, Use
-    from keylock_diffusers.routing.concepts import ConceptUse
-    from keylock_diffusers.routing.images import ImageUse
+    from keylock_diffusers.requests import Control, FusedSubject, ImagePrompt, Region, Request, RequestError, Use
     from keylock_diffusers.routing.personalization import Personalization
+    from keylock_diffusers.routing.rows import ConceptUse, ImageUse, Row
 
 # Where each public name lives; the module itself where the two have one name.
 _HOME = {
+    "AttentionMaps": "generation.maps",
     "Concept": "concepts",
     "ConceptBank": "concepts",
-    "ConceptUse": "routing.concepts",
+    "ConceptUse": "routing.rows",
+    "Control": "requests",
+    "Engine": "generation.engine",
     "FusedSubject": "requests",
     "ImagePrompt": "requests",
-    "ImageUse": "routing.images",
+    "ImageUse": "routing.rows",
     "Personalization": "routing.personalization",
     "Region": "requests",
     "Request": "requests",
     "RequestError": "requests",
+    "Row": "routing.rows",
     "SubjectFusion": "encoding.fusion",
     "Use": "requests",
     "generate": "generation.generate",
@@ -38,9 +42,12 @@ _HOME = {
 }
 
 __all__ = [
+    "AttentionMaps",
     "Concept",
     "ConceptBank",
     "ConceptUse",
+    "Control",
+    "Engine",
     "FusedSubject",
     "ImagePrompt",
     "ImageUse",
@@ -48,6 +55,7 @@ __all__ = [
     "Region",
     "Request",
     "RequestError",
+    "Row",
     "SubjectFusion",
     "Use",
     "generate",

@@ -166,12 +166,8 @@ def generate(
         "max_batch": max_batch,
         "fusion": None if fusion is None else kd.SubjectFusion.load(fusion).to(pipe.device),
     }
-    maps = None
-    if show_attention:
-        with kd.record_attention(pipe, show_attention) as maps:
-            images = kd.generate(pipe, orders, **options)
-    else:
-        images = kd.generate(pipe, orders, **options)
+    maps = kd.AttentionMaps(show_attention) if show_attention else None
+    images = kd.generate(pipe, orders, record=maps, **options)
     output.mkdir(parents=True, exist_ok=True)
     if maps is not None:
         from keylock_diffusers.generation import visualize

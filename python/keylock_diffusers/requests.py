@@ -103,12 +103,34 @@ class Use:
     region: Any = None  # [height, width]
 
 
+@dataclass(frozen=True, eq=False)
+class Control:
+    """One control image of a request, for a ControlNet that `generate` is given by name.
+
+    Args:
+        name: of the ControlNet.
+        image: the picture it follows, as it takes it (edges, depth, a pose ...).
+        scale: how much it counts.
+        start: the share of the steps before it is switched on; a step counts where it starts.
+        end: the share of the steps by whose end it is switched off.
+
+    Paper: Zhang et al., ControlNet, arXiv 2302.05543.
+    """
+
+    name: str
+    image: Any
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+
+
 @dataclass(frozen=True)
 class Request:
     """One picture order: everything that may differ between the rows of a batch.
 
     Args:
-        prompt: text in which each concept's placeholder stands once or more.
+        prompt: text in which each concept's placeholder stands once or more; of any length, and with weights such as
+            ``(word:1.3)``, ``(word)`` and ``[word]`` (docs/prompts.md).
         prompt_embeds: encodings [T, D] instead of a prompt, without concepts.
         negative_prompt: text for the unconditional half; placeholders are not allowed in it.
         negative_prompt_embeds: encodings [T, D] instead of a negative prompt.
@@ -129,6 +151,16 @@ class Request:
             and "hidden": where they are seen, while regions' words are masked. docs/localization.md compares them.
         seed: of the first image; image k takes seed + k. None: a different picture every time.
         num_images: how many.
+        id: what errors and files call the request.
+        prompt_2, negative_prompt_2: what SDXL's second text encoder reads instead; with the same placeholders.
+        image: a picture to begin from, as the pipeline's image processor takes it.
+        strength: how much of `image` is changed, 0 to 1: the share of the steps that are drawn.
+        mask: white where `image` is filled in, black where it stays.
+        controls: control images for ControlNets.
+        latents: the first latents [C, h, w], instead of noise from the seed.
+        original_size, target_size, crops_coords_top_left: SDXL's sizes; default those of what is drawn.
+        negative_original_size, negative_target_size, negative_crops_coords_top_left: of the unconditional half.
+        aesthetic_score, negative_aesthetic_score: of SDXL's refiner.
     """
 
     prompt: str | None = None
@@ -147,14 +179,32 @@ class Request:
     endings: str = "own"
     seed: int | None = None
     num_images: int = 1
+    id: str | None = None
+    prompt_2: str | None = None
+    negative_prompt_2: str | None = None
+    image: Any = None
+    strength: float = 0.8
+    mask: Any = None  # [height, width]
+    controls: Sequence[Control] = ()
+    latents: Tensor | None = None  # [C, h, w]
+    original_size: tuple[int, int] | None = None
+    target_size: tuple[int, int] | None = None
+    crops_coords_top_left: tuple[int, int] = (0, 0)
+    negative_original_size: tuple[int, int] | None = None
+    negative_target_size: tuple[int, int] | None = None
+    negative_crops_coords_top_left: tuple[int, int] = (0, 0)
+    aesthetic_score: float = 6.0
+    negative_aesthetic_score: float = 2.5
 
     def __str__(self) -> str:
-        return repr(self.prompt) if self.prompt is not None else "prompt_embeds"
+        words = repr(self.prompt) if self.prompt is not None else "prompt_embeds"
+        return words if self.id is None else f"{self.id}: {words}"
 
 
 class RequestError(ValueError):
-    """A request that cannot be drawn; ``index`` says which."""
+    """A request that cannot be drawn; ``index`` and ``id`` say which."""
 
     def __init__(self, index: int, request: Any, reason: str) -> None:
         super().__init__(f"request {index} ({request}): {reason}")
         self.index = index
+        self.id = getattr(request, "id", None)

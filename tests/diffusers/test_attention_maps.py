@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import keylock_diffusers as kd
-from keylock_diffusers import Region, Request
+from keylock_diffusers import AttentionMaps, Region, Request
 from keylock_diffusers.denoisers.unet import cross_attention_layers
 from keylock_diffusers.generation import visualize
 from keylock_diffusers.generation.maps import WordMaps
@@ -61,15 +61,15 @@ def test_in_a_mixed_batch_each_picture_has_its_own_and_stays_the_same(ready, con
         Request("a cat and a cat", seed=4),
     ]
     before = draw(ready, orders)
-    with kd.record_attention(ready, ["cat", "<alice-cat>", "house"]) as maps:
-        after = draw(ready, orders, max_batch=2)
+    maps = AttentionMaps(["cat", "<alice-cat>", "house"])
+    after = draw(ready, orders, max_batch=2, record=maps)
     for one, other in zip(before, after, strict=True):
         for a, b in zip(*(x if isinstance(x, list) else [x] for x in (one, other)), strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=ROUNDING)
     assert [list(m.maps) for m in maps.images] == [["<alice-cat>"], ["<alice-cat>"], ["house"], ["cat"], ["cat"]]
     assert [m.prompt for m in maps.images] == [orders[n].prompt for n in (0, 0, 1, 2, 3)]
-    with kd.record_attention(ready, ["cat"]) as alone:
-        draw(ready, [orders[3]])
+    alone = AttentionMaps(["cat"])
+    draw(ready, [orders[3]], record=alone)
     for layer, found in maps.images[4].maps["cat"].items():
         torch.testing.assert_close(found, alone.images[0].maps["cat"][layer], rtol=1e-3, atol=1e-5)
 
@@ -77,18 +77,16 @@ def test_in_a_mixed_batch_each_picture_has_its_own_and_stays_the_same(ready, con
 def test_the_pictures_bits_do_not_change(ready):
     orders = [Request("a cat on blue", seed=1), Request("a dog", seed=2)]
     before = draw(ready, orders)
-    with kd.record_attention(ready, ["cat"]):
-        during = draw(ready, orders)
+    during = draw(ready, orders, record=AttentionMaps(["cat"]))
     for one, other in zip(before, during, strict=True):
         assert torch.equal(one, other)
 
 
 def test_means_over_steps_and_layers_are_the_steps_own(ready):
     orders, layers = [Request("a cat on blue", seed=1)], list(cross_attention_layers(ready.unet))[:2]
-    with kd.record_attention(ready, ["cat"], every_step=True, layers=layers) as each:
-        draw(ready, orders)
-    with kd.record_attention(ready, ["cat"], layers=layers) as mean:
-        draw(ready, orders)
+    each, mean = AttentionMaps(["cat"], layers, every_step=True), AttentionMaps(["cat"], layers)
+    draw(ready, orders, record=each)
+    draw(ready, orders, record=mean)
     assert list(mean.images[0].maps["cat"]) == layers
     for layer in layers:
         steps, one = each.images[0].maps["cat"][layer], mean.images[0].maps["cat"][layer]
@@ -122,12 +120,12 @@ def test_everything_is_put_back_after_an_exception(ready):
 
 
 def test_recorders_of_one_pipeline_nest_and_overlap(ready):
-    order = [Request("a cat", seed=1)]
+    arguments = {"num_inference_steps": 1, "output_type": "latent"}
     with kd.record_attention(ready, ["cat"]) as outer:
         with kd.record_attention(ready, ["cat"]) as inner:
-            draw(ready, order)
-            ready("a cat", num_inference_steps=1, output_type="latent")
-        draw(ready, order)
+            ready("a cat", **arguments)
+            ready("a cat", **arguments)
+        ready("a cat", **arguments)
     assert len(inner.images) == 2 and len(outer.images) == 1
     assert "encode_prompt" not in vars(ready) and not ready.unet._forward_pre_hooks
 
@@ -160,8 +158,8 @@ def test_a_call_that_was_broken_off_leaves_no_maps(ready):
 
 
 def test_a_failed_request_does_not_take_the_others_down(ready):
-    with kd.record_attention(ready, ["dog"]) as maps:
-        drawn = draw(ready, [Request("a cat", seed=1), Request("<nobody> dog")], on_error="return")
+    maps = AttentionMaps(["dog"])
+    drawn = draw(ready, [Request("a cat", seed=1), Request("<nobody> dog")], on_error="return", record=maps)
     assert isinstance(drawn[0], torch.Tensor) and isinstance(drawn[1], kd.RequestError) and len(maps.images) == 1
 
 
@@ -186,7 +184,7 @@ def test_another_threads_calls_are_not_recorded(ready):
         thread = threading.Thread(target=elsewhere)
         thread.start()
         thread.join()
-        draw(ready, [Request("a cat", seed=1)])
+        ready("a cat", num_inference_steps=1, output_type="latent")
     assert not errors and [m.prompt for m in maps.images] == ["a cat"]
 
 
@@ -207,8 +205,9 @@ def test_wrong_arguments_are_named(ready, words, options, message):
 def test_a_word_in_no_prompt_is_named_before_anything_is_drawn(ready):
     calls = []
     ready.unet.register_forward_hook(lambda *_: calls.append(1))
-    with kd.record_attention(ready, ["house"]) as maps, pytest.raises(ValueError, match="'house' is in none of the"):
-        draw(ready, [Request("a cat", seed=1)])
+    maps = AttentionMaps(["house"])
+    with pytest.raises(ValueError, match="'house' is in none of the"):
+        draw(ready, [Request("a cat", seed=1)], record=maps)
     assert not calls and not maps.images
 
 

@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 from keylock_diffusers.denoisers.unet import cross_attention_layers
+from keylock_diffusers.processors import RowUpdates
+from keylock_diffusers.processors.projection import keys_and_values
 from keylock_diffusers.routing import edits
-from keylock_diffusers.routing.concepts import ConceptUse
 from keylock_diffusers.routing.personalization import Personalization
+from keylock_diffusers.routing.rows import ConceptUse, Row
 from keylock_kernels.testing import rome_weight
 
 
@@ -88,9 +90,13 @@ def test_with_the_similarity_as_gate_the_edit_is_rome(metric):
     gates = edits.Gates(torch.zeros(2, 1, dtype=torch.int32), 0.3 * one, 0 * one, one)
     edit = gates.pairs(1), edits.coefficients(text, directions[:1], gates)
     layers = {"layer": SimpleNamespace(to_k=attn["to_k"], to_v=attn["to_v"], norm_cross=None)}
-    tables = {"layer": edits.tables(layers["layer"], targets[:1], targets[1:2], output, text.dtype)}
+
+    def updates(projection):
+        side = projection.removeprefix("layer.")
+        return RowUpdates(edits.table(layers["layer"], side, targets[:1], targets[1:2], output, text.dtype), *edit)
+
     with torch.no_grad():
-        ((key, value),) = edits.project_layers(layers, (text, text), tables, (edit, edit)).values()
+        key, value = keys_and_values(layers["layer"], "layer", (text, text), updates)
         locked = attn["to_k"].weight @ targets[1]
         for ours, weight, goal in ((key, attn["to_k"].weight, locked), (value, attn["to_v"].weight, output[0])):
             rome = text @ rome_weight(weight, targets[0], goal, covariance).T
@@ -103,7 +109,7 @@ def test_a_layers_projection_is_perfusions_formula(pipe, concept_for):
     pipe.unet.double()
     text = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     use = ConceptUse(concept, beta=0.6, tau=0.2)
-    prepared = Personalization([[use]], torch.tensor([0])).prepare(pipe, text)
+    prepared = Personalization([Row((use,))]).prepare(pipe, text)
     for name, value in concept.values_per_layer().items():
         attn = pipe.unet.get_submodule(name)
         target = concept.target_input.double()
@@ -122,34 +128,32 @@ def test_the_same_concept_twice_is_an_error_that_names_it(pipe, concept_for):
     for pair in ((alice, alice), (alice, copy)):
         uses = [ConceptUse(concept, 0.7, 0.1) for concept in pair]
         with pytest.raises(ValueError, match=f"{pair[0].placeholder} and {pair[1].placeholder} .* same target input"):
-            Personalization([uses], torch.tensor([0]))
+            Personalization([Row(tuple(uses))])
 
 
 @pytest.mark.parametrize(
-    ("row_index", "message"),
+    ("rows", "message"),
     [
-        (torch.tensor([0, 1]), r"must lie in \[-1, 1\), got 0 to 1"),
-        (torch.tensor([-2]), r"must lie in \[-1, 1\)"),
-        (torch.tensor([0], dtype=torch.int32), r"must be int64 \[B\]"),
-        (torch.tensor([[0]]), r"must be int64 \[B\]"),
+        ([[]], "rows must be Row objects, got list"),
+        ([Row(), None], "rows must be Row objects, got NoneType"),
     ],
 )
-def test_a_wrong_row_index_is_refused(row_index, message):
-    with pytest.raises(ValueError, match=message):
-        Personalization([[]], row_index)
+def test_what_is_no_row_is_refused(rows, message):
+    with pytest.raises(TypeError, match=message):
+        Personalization(rows)
 
 
 def test_prepare_refuses_other_row_counts(pipe):
-    personalization = Personalization([[]], torch.tensor([0, -1]))
+    personalization = Personalization([Row(), Row()])
     with pytest.raises(ValueError, match=r"text must be \[2, T, D\], got \[3, 4, 32\]"):
         personalization.prepare(pipe, torch.zeros(3, 4, 32))
 
 
 def test_rows_without_a_concept_are_the_plain_projection_bit_for_bit(pipe, concept_for):
     text = torch.randn(3, 6, 32, generator=torch.Generator().manual_seed(3))
-    plain = Personalization([[]], torch.tensor([-1, -1, -1])).prepare(pipe, text).kv
+    plain = Personalization([Row()] * 3).prepare(pipe, text).kv
     use = ConceptUse(concept_for(pipe), 0.6, 0.2)
-    mixed = Personalization([[use]], torch.tensor([-1, 0, -1])).prepare(pipe, text).kv
+    mixed = Personalization([Row(), Row((use,)), Row()]).prepare(pipe, text).kv
     for name in plain:
         for ours, theirs in zip(mixed[name], plain[name], strict=True):
             assert torch.equal(ours[[0, 2]], theirs[[0, 2]])
@@ -160,9 +164,9 @@ def test_global_lock_reads_keys_from_the_other_stream_unedited(pipe, concept_for
     random = torch.Generator().manual_seed(4)
     text, key_text = (torch.randn(1, 6, 32, generator=random) for _ in range(2))
     use = ConceptUse(concept_for(pipe), 0.6, 0.2, lock="global")
-    prepared = Personalization([[use]], torch.tensor([0])).prepare(pipe, text, key_text).kv
-    plain = Personalization([[]], torch.tensor([-1])).prepare(pipe, key_text).kv
-    local = Personalization([[ConceptUse(use.concept, 0.6, 0.2)]], torch.tensor([0])).prepare(pipe, text).kv
+    prepared = Personalization([Row((use,))]).prepare(pipe, text, key_text).kv
+    plain = Personalization([Row()]).prepare(pipe, key_text).kv
+    local = Personalization([Row((ConceptUse(use.concept, 0.6, 0.2),))]).prepare(pipe, text).kv
     for name, (key, value) in prepared.items():
         assert torch.equal(key, plain[name][0])
         assert torch.equal(value, local[name][1])
@@ -181,11 +185,11 @@ def test_a_wrapped_projection_is_called_rather_than_read(pipe, concept_for):
 
     text = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(3))
     use = ConceptUse(concept_for(pipe), 0.6, 0.2)
-    plain = Personalization([[use]], torch.tensor([0])).prepare(pipe, text).kv
+    plain = Personalization([Row((use,))]).prepare(pipe, text).kv
     for name in plain:
         attn = pipe.unet.get_submodule(name)
         attn.to_k = Doubling(attn.to_k)
-    wrapped = Personalization([[use]], torch.tensor([0])).prepare(pipe, text).kv
+    wrapped = Personalization([Row((use,))]).prepare(pipe, text).kv
     for name in plain:
         torch.testing.assert_close(wrapped[name][0], 2 * plain[name][0], rtol=1e-5, atol=1e-5)
         assert torch.equal(wrapped[name][1], plain[name][1])
@@ -197,13 +201,12 @@ def test_a_row_does_not_depend_on_how_many_concepts_its_neighbours_use(pipe, con
     torch.set_num_threads(threads)
     names = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
     concepts = [concept_for(pipe, f"<{name}>", seed=n) for n, name in enumerate(names)]
-    mine = [ConceptUse(concepts[0], 0.6, 0.2), ConceptUse(concepts[1], 0.6, 0.2, strength=0.7)]
+    mine = Row((ConceptUse(concepts[0], 0.6, 0.2), ConceptUse(concepts[1], 0.6, 0.2, strength=0.7)))
     text = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(3))
-    index = torch.tensor([0, 1, -1])
-    alone = Personalization([mine, []], index).prepare(pipe, text).kv
+    alone = Personalization([mine, Row(), Row()]).prepare(pipe, text).kv
     for count in range(1, len(names) + 1):
-        theirs = [ConceptUse(concept, 0.5, 0.1) for concept in concepts[-count:]]
-        for name, (key, value) in Personalization([mine, theirs], index).prepare(pipe, text).kv.items():
+        theirs = Row(tuple(ConceptUse(concept, 0.5, 0.1) for concept in concepts[-count:]))
+        for name, (key, value) in Personalization([mine, theirs, Row()]).prepare(pipe, text).kv.items():
             assert torch.equal(key[[0, 2]], alone[name][0][[0, 2]])
             assert torch.equal(value[[0, 2]], alone[name][1][[0, 2]])
     torch.set_num_threads(before)
@@ -214,9 +217,9 @@ def test_concepts_that_depend_on_each_other_are_an_error_that_names_them(pipe, c
     target = one.target_input + two.target_input
     energy = float(target @ target)
     three = one.with_(placeholder="<three>", target_input=target, energy=energy, direction=target / energy)
-    Personalization([[ConceptUse(c, 0.6, 0.1) for c in (one, two)]], torch.tensor([0]))
+    Personalization([Row(tuple(ConceptUse(c, 0.6, 0.1) for c in (one, two)))])
     with pytest.raises(ValueError, match="<one>, <two>, <three> of one prompt cannot be combined"):
-        Personalization([[ConceptUse(c, 0.6, 0.1) for c in (one, two, three)]], torch.tensor([0]))
+        Personalization([Row(tuple(ConceptUse(c, 0.6, 0.1) for c in (one, two, three)))])
 
 
 def test_a_layer_that_computes_in_another_dtype_than_it_stores_is_called_in_its_own(pipe, concept_for):
@@ -235,5 +238,5 @@ def test_a_layer_that_computes_in_another_dtype_than_it_stores_is_called_in_its_
     for name in ("to_k", "to_v"):
         for attn in cross_attention_layers(pipe.unet).values():
             setattr(attn, name, Casting(getattr(attn, name)))
-    for key, value in Personalization([[use]], torch.tensor([0])).prepare(pipe, text).kv.values():
+    for key, value in Personalization([Row((use,))]).prepare(pipe, text).kv.values():
         assert key.dtype == value.dtype == torch.bfloat16

@@ -251,7 +251,7 @@ def test_maps_of_words_lie_on_their_subjects(base):
     words = [evaluate.subjects(fact["caption"])[0][0] for fact in facts]
     layers = tuple(cross_attention_layers(base.unet))
     maps = AttentionMaps(tuple(dict.fromkeys(words)), layers, every_step=False)
-    readout = maps.batch(base.unet, [[t] for t in tokenized], base.tokenizer, (16, 16))
+    readout = maps.readout(base.unet, [[t] for t in tokenized], base.tokenizer, (16, 16))
     with torch.no_grad():
         latents = base.vae.encode(autoencoder.pixels(pictures)).latents * base.vae.config.scaling_factor
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))

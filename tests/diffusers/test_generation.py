@@ -168,7 +168,7 @@ def test_two_calls_may_interleave(ready, mixed):
 
     def work(name, orders):
         barrier.wait()
-        results[name] = draw(ready, orders, callback=lambda *_: barrier.wait() and {} or {})
+        results[name] = draw(ready, orders, callback_on_step_end=lambda *_: barrier.wait() and {} or {})
 
     threads = [threading.Thread(target=work, args=(n, mixed[2 * n : 2 * n + 2])) for n in range(2)]
     for thread in threads:

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import keylock_diffusers as kd
-from keylock_diffusers.routing.concepts import ConceptUse
-from keylock_diffusers.routing.images import ImageRouting, ImageUse
+from keylock_diffusers.routing.images import ImageRouting
+from keylock_diffusers.routing.rows import ConceptUse, ImageUse, Row
 from tests.diffusers.compatibility import WIDTH, Feature, make, masks
 
 
@@ -26,7 +26,7 @@ TEXTS = random(6, 7, WIDTH, seed=9)
 
 def step(pipe, rows, image_lengths=None):
     """A batch object for `rows` rows, and a U-Net step with it."""
-    personalization = kd.Personalization([[]] * rows, torch.arange(rows), image_lengths=image_lengths)
+    personalization = kd.Personalization([Row()] * rows, image_lengths=image_lengths)
     latents, text = random(rows, 4, 8, 8, seed=8), TEXTS[:rows].clone()
 
     def call(unet=None):
@@ -47,7 +47,7 @@ def test_another_rows_poisoned_images_masks_and_scales_change_nothing(two):
     """The batch object is given what `generate` would refuse."""
     personalization, call = step(two, rows=3)
     uses = [[ImageUse(random(4, WIDTH, seed=n), region=random(16, 16, seed=n))] for n in range(3)]
-    personalization.assign([[]] * 3, torch.arange(3), uses).prepare(two, TEXTS[:3])
+    personalization.assign([Row(images=row) for row in uses]).prepare(two, TEXTS[:3])
     clean = call()
     nan = float("nan")
     poisons = [
@@ -57,7 +57,7 @@ def test_another_rows_poisoned_images_masks_and_scales_change_nothing(two):
         ImageUse(torch.full((4, WIDTH), 1e30), scale=1e30, region=random(16, 16)),
     ]
     for poison in poisons:
-        personalization.assign([[]] * 3, torch.arange(3), [uses[0], [poison], uses[2]]).prepare(two, TEXTS[:3])
+        personalization.assign([Row(images=row) for row in (uses[0], [poison], uses[2])]).prepare(two, TEXTS[:3])
         poisoned = call()
         assert torch.equal(poisoned[[0, 2]], clean[[0, 2]]) and not torch.equal(poisoned[1], clean[1])
 
@@ -82,7 +82,7 @@ def test_buffers_stay_where_they_are_for_other_users(two):
         ]
 
     def prepare(seed, count):
-        personalization.assign([[]] * 3, torch.arange(3), users(seed, count))
+        personalization.assign([Row(images=row) for row in users(seed, count)])
         personalization.prepare(two, call.text, latent_size=(8, 8))
         return [tensor.data_ptr() for tensor in personalization.tensors()], call()
 
@@ -118,8 +118,8 @@ def test_a_text_written_in_place_after_prepare_is_noticed(two):
 def test_whatever_else_is_written_in_place_is_noticed(two, concept_for, what):
     alice, (_, call) = concept_for(two), step(two, rows=2)
     use = ImageUse(random(4, WIDTH), region=random(8, 8))
-    uses = [[ConceptUse(alice, beta=0.5, tau=0.1)], []]
-    personalization = kd.Personalization(uses, torch.arange(2), [[use], []])
+    row = Row((ConceptUse(alice, beta=0.5, tau=0.1),), (use,))
+    personalization = kd.Personalization([row, Row()])
     key_text = call.text.clone()
     personalization.prepare(two, call.text, key_text)
     first, *_ = personalization.kv
@@ -138,7 +138,7 @@ def test_a_failed_prepare_leaves_nothing_of_the_users_before(two):
     personalization, call = step(two, rows=2)
     personalization.prepare(two, call.text)
     call()
-    personalization.assign([[]] * 2, torch.arange(2), [[ImageUse(random(4, 5))], []])
+    personalization.assign([Row(images=(ImageUse(random(4, 5)),)), Row()])
     with pytest.raises(ValueError, match=r"image tokens must be \[L, 32\], got \[4, 5\]"):
         personalization.prepare(two, call.text)
     with pytest.raises(ValueError, match="nothing was prepared"):
@@ -158,7 +158,7 @@ def test_images_beside_a_personalization_are_refused(two):
 def test_new_users_without_prepare_are_refused(two):
     personalization, call = step(two, rows=2)
     personalization.prepare(two, call.text)
-    personalization.assign([[]] * 2, torch.arange(2), [[ImageUse(random(4, WIDTH))], []])
+    personalization.assign([Row(images=(ImageUse(random(4, WIDTH)),)), Row()])
     with pytest.raises(ValueError, match="nothing was prepared"):
         call()
 
@@ -173,7 +173,7 @@ def test_streams_are_laid_out_with_the_least_padding():
     assert [int((row == 0).sum()) for row in bias] == [20, 16, 8, 0]
     assert ImageRouting([[use(4)], [use(4)]]).key_bias(torch.float32) is None
     fixed = ImageRouting([[use(4)], []], [[16, 4]])
-    assert fixed.scales("any", 0, 1) == ((1.0, 0.0), (0.0, 0.0))
+    assert fixed.scales("any", [(0, 1), (0, 1)]) == ((1.0, 0.0), (0.0, 0.0))
     with pytest.raises(
         ValueError, match=r"image_lengths \[4\] of adapter 0 have no place for an image prompt of 16 tokens"
     ):

@@ -15,6 +15,7 @@ import keylock_diffusers as kd
 from keylock_diffusers.denoisers.unet import cross_attention_layers
 from keylock_diffusers.processors import CrossAttnProcessor, SelfAttnProcessor, verify
 from keylock_diffusers.routing.personalization import Personalization
+from keylock_diffusers.routing.rows import Row
 from tests.diffusers.compatibility import sdxl_unet
 
 
@@ -117,7 +118,7 @@ def test_a_mask_over_queries_with_a_personalization_is_refused():
             random(2, 15, 16),
             random(2, 7, 12),
             torch.zeros(2, 15, 7),
-            personalization=Personalization([[]], torch.tensor([0, 0])),
+            personalization=Personalization([Row(), Row()]),
         )
 
 
@@ -150,7 +151,7 @@ def test_uninstall_restores_after_an_exception_in_a_call(pipe):
     with pytest.raises(ValueError, match="call prepare"):
         call(
             pipe.unet,
-            cross_attention_kwargs={"personalization": Personalization([[]], torch.tensor([0, 0]))},
+            cross_attention_kwargs={"personalization": Personalization([Row(), Row()])},
         )
     kd.uninstall(pipe)
     assert all(pipe.unet.attn_processors[name] is before[name] for name in before)
@@ -201,7 +202,7 @@ def test_self_attention_processors_are_made_anew_as_load_ip_adapter_does(pipe):
 
 def test_other_keywords_do_not_reach_self_attention_with_a_warning(pipe, caplog):
     kd.install(pipe)
-    personalization = Personalization([[]], torch.tensor([0, 0])).prepare(pipe, random(2, 7, 32, seed=1))
+    personalization = Personalization([Row(), Row()]).prepare(pipe, random(2, 7, 32, seed=1))
     with caplog.at_level(logging.WARNING):
         personalised = call(pipe.unet, cross_attention_kwargs={"personalization": personalization})
     assert "not expected" not in caplog.text
@@ -211,15 +212,14 @@ def test_other_keywords_do_not_reach_self_attention_with_a_warning(pipe, caplog)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_personalization_of_other_rows_is_refused(pipe, rows):
     kd.install(pipe)
-    index = torch.zeros(rows, dtype=torch.int64)
-    personalization = Personalization([[]], index).prepare(pipe, random(rows, 7, 32))
+    personalization = Personalization([Row()] * rows).prepare(pipe, random(rows, 7, 32))
     with pytest.raises(ValueError, match=rf"prepared for \[{rows}, 7\] rows and tokens, but .* runs on 2 rows"):
         call(pipe.unet, cross_attention_kwargs={"personalization": personalization})
 
 
 def test_a_personalization_of_another_text_is_refused(pipe):
     kd.install(pipe)
-    personalization = Personalization([[]], torch.tensor([0, 0])).prepare(pipe, random(2, 7, 32, seed=9))
+    personalization = Personalization([Row(), Row()]).prepare(pipe, random(2, 7, 32, seed=9))
     with pytest.raises(ValueError, match="was given another text than was prepared"):
         call(pipe.unet, cross_attention_kwargs={"personalization": personalization})
     personalization.prepare(pipe, random(2, 7, 32, seed=1))
@@ -257,7 +257,7 @@ def test_a_lora_loaded_through_peft_is_applied_under_ours(pipe):
     kd.install(pipe)
     torch.testing.assert_close(call(pipe.unet), stock, rtol=1e-4, atol=1e-5)
     text = random(2, 7, 32, seed=1)
-    personalization = Personalization([[]], torch.tensor([0, 0])).prepare(pipe, text)
+    personalization = Personalization([Row(), Row()]).prepare(pipe, text)
     prepared = call(pipe.unet, cross_attention_kwargs={"personalization": personalization})
     torch.testing.assert_close(prepared, stock, rtol=1e-4, atol=1e-5)
 

@@ -20,7 +20,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 def test_the_drop_in_example_runs(concept_for, tmp_path, monkeypatch):
-    (block,) = [b for b in BLOCKS if "kd.ConceptBank" in b and "record_attention" not in b]
+    (block,) = [b for b in BLOCKS if "kd.ConceptBank" in b and "AttentionMaps" not in b]
     monkeypatch.chdir(tmp_path)
     pipe = embedded.load()
     bank = kd.ConceptBank("concepts")
@@ -49,7 +49,7 @@ def test_the_image_prompts_example_runs(concept_for, tmp_path, monkeypatch):
 
 
 def test_the_second_batchs_example_draws_the_demos(concept_for, tmp_path, monkeypatch):
-    (block,) = [b for b in BLOCKS if "record_attention" in b]
+    (block,) = [b for b in BLOCKS if "AttentionMaps" in b]
     monkeypatch.chdir(tmp_path)
     bank = kd.ConceptBank("outputs/demo/concepts")
     for n, user in enumerate(USERS):

@@ -14,7 +14,8 @@ from keylock_diffusers.encoding import text
 from keylock_diffusers.encoding.regions import resolve
 from keylock_diffusers.masks import inside, read_mask
 from keylock_diffusers.requests import ENDINGS
-from keylock_diffusers.routing.regions import LIMIT, RegionRouting, RegionUse, RowRegions
+from keylock_diffusers.routing.regions import LIMIT, RegionRouting
+from keylock_diffusers.routing.rows import RegionUse, RowRegions
 from tests.diffusers.drawing import ROUNDING, build, picture
 
 STEPS = 3
@@ -262,8 +263,8 @@ def test_a_region_over_everything_with_endings_everywhere_changes_nothing(ready)
 
 
 def test_words_are_not_attended_to_outside_their_region(ready):
-    with kd.record_attention(ready, ["cat", "dog"]) as maps:
-        draw(ready, [two(1), two(2, endings="everywhere"), two(3, endings="outside")])
+    maps = kd.AttentionMaps(["cat", "dog"])
+    draw(ready, [two(1), two(2, endings="everywhere"), two(3, endings="outside")], record=maps)
     for recorded in maps.images:
         for layers in recorded.maps.values():
             for maps_of_layer in layers.values():
@@ -364,7 +365,7 @@ def test_a_region_written_to_after_prepare_is_noticed(ready):
     row = RowRegions((RegionUse(mask, (2,)),))
     with torch.no_grad():
         encodings = text.encode(ready.text_encoder, [words("a cat on blue")])
-        batch = kd.Personalization([[]], torch.arange(1), regions=[row]).prepare(ready, encodings)
+        batch = kd.Personalization([kd.Row(regions=row)]).prepare(ready, encodings)
         call = {"cross_attention_kwargs": {"personalization": batch}}
         ready.unet(torch.zeros(1, 4, 8, 8), 10, encodings, **call)
         mask.zero_()

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import keylock_diffusers as kd
 from keylock_diffusers import ImagePrompt, Request
-from keylock_diffusers.routing.images import ImageUse
+from keylock_diffusers.routing.rows import ImageUse
 from tests.diffusers.compatibility import SIZE, STEPS, WIDTH, Feature, make, masks
 
 FAMILIES = ("SD 1.x", "SDXL")
@@ -52,10 +52,9 @@ def users(concept_for, pipe):
     ]
 
 
-def draw(pipe, orders):
-    images = kd.generate(
-        pipe, orders, num_inference_steps=STEPS, height=SIZE, width=SIZE, output_type="np", image_lengths=ROOM
-    )
+def draw(pipe, orders, **more):
+    options = {"num_inference_steps": STEPS, "height": SIZE, "width": SIZE, "output_type": "np", "image_lengths": ROOM}
+    images = kd.generate(pipe, orders, **options, **more)
     return [torch.as_tensor(image) for image in images]
 
 
@@ -101,11 +100,10 @@ def test_other_users_regions_never_recompile_a_step(pipe, concept_for):
 
 def test_a_compiled_step_is_recorded(pipe):
     orders = [Request("a cat on blue", seed=1, guidance_scale=4.0), Request("a dog", seed=2, guidance_scale=4.0)]
-    with kd.record_attention(pipe, ["cat"]) as expected:
-        draw(pipe, orders)
+    expected, maps = kd.AttentionMaps(["cat"]), kd.AttentionMaps(["cat"])
+    draw(pipe, orders, record=expected)
     pipe.unet = torch.compile(pipe.unet, backend="eager", fullgraph=True)
-    with kd.record_attention(pipe, ["cat"]) as maps:
-        draw(pipe, orders)
+    draw(pipe, orders, record=maps)
     for layer, found in maps.images[0].maps["cat"].items():
         torch.testing.assert_close(found, expected.images[0].maps["cat"][layer])
 
@@ -148,8 +146,8 @@ def test_the_plain_api_compiles_without_a_graph_break():
 
 def test_regions_that_were_not_prepared_are_refused_inside_a_compiled_step(pipe):
     width = pipe.unet.config.cross_attention_dim
-    rows = [[ImageUse(random(4, width), region=masks(1)[0, 0])]]
-    personalization, text = kd.Personalization([[]], torch.arange(1), rows), random(1, 7, width)
+    row = kd.Row(images=(ImageUse(random(4, width), region=masks(1)[0, 0]),))
+    personalization, text = kd.Personalization([row]), random(1, 7, width)
     name, attn = next((name, module) for name, module in pipe.unet.named_modules() if name.endswith("attn2"))
     pixels = 64 if name.startswith("down_blocks.0") else 16
     compiled = torch.compile(attn, backend="eager", fullgraph=True)
@@ -171,7 +169,7 @@ def launches(pipe, images):
             for n in range(images)
         ]
     ] * 2
-    personalization = kd.Personalization([[], []], torch.arange(2), rows)
+    personalization = kd.Personalization([kd.Row(images=row) for row in rows])
     text = torch.empty(2, 7, width, device="meta")
     personalization.prepare(unet, text, latent_size=(8, 8))
     counted = []
@@ -210,7 +208,7 @@ def test_four_masked_images_launch_no_more_kernels_than_none(pipe):
 def test_a_captured_cuda_graph_serves_every_user(pipe):
     """On the CPU test_image_prompts.py asserts the reason: no buffer moves."""
     unet, width = pipe.unet.to("cuda"), pipe.unet.config.cross_attention_dim
-    personalization = kd.Personalization([[], []], torch.arange(2), image_lengths=ROOM)
+    personalization = kd.Personalization([kd.Row()] * 2, image_lengths=ROOM)
     text, latents = random(2, 7, width).cuda(), random(2, 4, 8, 8, seed=1).cuda()
     added = {"image_embeds": [torch.empty(2, 0, 1, device="cuda")] * 2}
     if unet.config.addition_embed_type is not None:
@@ -220,7 +218,7 @@ def test_a_captured_cuda_graph_serves_every_user(pipe):
         here = [
             ImageUse(random(4, width, seed=seed + n).cuda(), scale=0.5 + n, region=masks(2)[0, n]) for n in range(count)
         ]
-        personalization.assign([[], []], torch.arange(2), [here, here[:1]])
+        personalization.assign([kd.Row(images=here), kd.Row(images=here[:1])])
         personalization.prepare(unet, text, latent_size=(8, 8))
 
     def step():

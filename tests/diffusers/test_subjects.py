@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 import keylock_diffusers as kd
 from keylock_diffusers import FusedSubject, Request, RequestError, SubjectFusion, Use
 from keylock_diffusers.encoding.fusion import FusionUse, fuse
-from keylock_diffusers.routing.concepts import ConceptUse
 from keylock_diffusers.routing.personalization import Personalization
+from keylock_diffusers.routing.rows import ConceptUse, Row
 from tests.diffusers.compatibility import WIDTH, image_encoder
 from tests.diffusers.drawing import ROUNDING, picture, random
 
@@ -227,10 +227,10 @@ def test_it_counts_from_step_one_minus_alpha_times_steps_on(ready, concept_for, 
     use = ConceptUse(alice, 0.7, 0.15)
     text, early = random(2, 32, 32), random(2, 32, 32, seed=1)
     with torch.no_grad():
-        batch = Personalization([[use], []], torch.arange(2), starts=[start, 0.0])
+        batch = Personalization([Row((use,), start=start), Row()])
         batch.prepare(ready, text, early_text=early, steps=STEPS)
-        late = Personalization([[use], []], torch.arange(2)).prepare(ready, text).kv
-        before = Personalization([[], []], torch.arange(2)).prepare(ready, torch.cat([early[:1], text[1:]])).kv
+        late = Personalization([Row((use,)), Row()]).prepare(ready, text).kv
+        before = Personalization([Row(), Row()]).prepare(ready, torch.cat([early[:1], text[1:]])).kv
     held = {name: (key, value) for name, (key, value) in batch.kv.items()}
     for step in range(STEPS):
         batch.at_step(step, STEPS)
@@ -253,18 +253,15 @@ def test_rows_with_different_starts_draw_each_as_if_alone(ready, concept_for):
 
 
 def test_wrong_starts_and_texts_are_named(ready):
-    rows = torch.arange(2)
     text = torch.zeros(2, 32, 32)
     for build, message in [
-        (lambda: Personalization([[], []], rows, starts=[0.5]), "starts must be given for 2 rows, got 1"),
-        (lambda: Personalization([[], []], rows, starts=[0.5, 2.0]), r"starts must lie in \[0, 1\]"),
-        (lambda: Personalization([[], []], rows, regions=[]), "regions must be given for 2 rows, got 0"),
+        (lambda: Row(start=2.0), r"start must lie in \[0, 1\]"),
         (
-            lambda: Personalization([[], []], rows, starts=[0.5, 0]).prepare(ready, text),
+            lambda: Personalization([Row(start=0.5), Row()]).prepare(ready, text),
             "early_text is needed for rows that start later",
         ),
         (
-            lambda: Personalization([[], []], rows).prepare(
+            lambda: Personalization([Row(), Row()]).prepare(
                 ready, text, read_text=torch.zeros(2, 64, 32), key_text=text
             ),
             r"key_text must be \[2, 64, 32\], got \[2, 32, 32\]",

@@ -10,9 +10,9 @@ import keylock_diffusers as kd
 from keylock_diffusers.concepts import BaseModel, Concept, TextEncoderInfo
 from keylock_diffusers.denoisers.unet import cross_attention_layers
 from keylock_diffusers.encoding import text
-from keylock_diffusers.routing import edits
-from keylock_diffusers.routing.concepts import ConceptUse
+from keylock_diffusers.processors.projection import project_vectors
 from keylock_diffusers.routing.personalization import Personalization
+from keylock_diffusers.routing.rows import ConceptUse, Row
 from keylock_diffusers.training import (
     ConceptTrainingError,
     Covariance,
@@ -113,8 +113,7 @@ def loss_of(pipe, subject, concept, *, step=0, size=2, gate=(0.75, 0.1)):
         words = {subject.placeholder: concept.word_embeddings[0]}
         prompts = [text.tokenize(pipe.tokenizer, subject.captions[n], {subject.placeholder: "cat"}) for n in chosen]
         encodings = text.encode(pipe.text_encoder, prompts, [words] * size)
-        uses = [[ConceptUse(concept, *gate)]] * size
-        personalization = Personalization(uses, torch.arange(size)).prepare(pipe, encodings)
+        personalization = Personalization([Row((ConceptUse(concept, *gate),))] * size).prepare(pipe, encodings)
         noisy = pipe.scheduler.add_noise(clean, noise, times)
         drawn = pipe.unet(noisy, times, encodings, cross_attention_kwargs={"personalization": personalization}).sample
         error = (drawn - pipe.scheduler.get_velocity(clean, noise, times)) ** 2
@@ -177,7 +176,7 @@ def test_the_first_step_starts_from_the_super_class(pipe, metric):
     concept = train(pipe, [subject()], metric, still)[0]
     encoding = concept.super_class_encoding.float()
     for name, attn in cross_attention_layers(pipe.unet).items():
-        expected = edits.project_vectors(attn.to_v, encoding[None])[0]
+        expected = project_vectors(attn.to_v, encoding[None])[0]
         torch.testing.assert_close(concept.values_per_layer()[name].float(), expected, rtol=2e-3, atol=2e-3)
     prompts = [text.tokenize(pipe.tokenizer, words.replace("<alice-cat>", "cat")) for words in subject().captions]
     places = [text.tokenize(pipe.tokenizer, words, {"<alice-cat>": "cat"}) for words in subject().captions]

@@ -15,7 +15,7 @@ from keylock_diffusers.concepts import Concept
 from keylock_diffusers.demo import grid, pictures
 from keylock_diffusers.embedded import render
 from keylock_diffusers.generation.generate import generate
-from keylock_diffusers.generation.maps import record_attention
+from keylock_diffusers.generation.maps import AttentionMaps
 from keylock_diffusers.generation.visualize import overlay
 from keylock_diffusers.requests import ImagePrompt, Request, Use
 
@@ -99,8 +99,8 @@ def run(pipe: Any, bank: Mapping[str, Concept], output: Path, *, steps: int, see
     requests = [row.request for row in batch]
     words = list(dict.fromkeys(word for row in batch for word in row.words))
     options: dict[str, Any] = {"bank": bank, "num_inference_steps": steps, "output_type": "np"}
-    with record_attention(pipe, words) as maps:
-        images = generate(pipe, requests, **options)
+    maps = AttentionMaps(words)
+    images = generate(pipe, requests, record=maps, **options)
     beside = generate(pipe, [requests[-1]] * len(requests), **options)
     lines = [
         grid.Line(

@@ -22,8 +22,8 @@ from keylock_diffusers.embedded import classifier, render
 from keylock_diffusers.embedded.evaluate import background_name
 from keylock_diffusers.generation.generate import generate
 from keylock_diffusers.processors import install
+from keylock_diffusers.processors.projection import project_vectors
 from keylock_diffusers.requests import Request, Use
-from keylock_diffusers.routing import edits
 from keylock_diffusers.training import Covariance, Subject, TrainingConfig, covariance, default_captions, train_concepts
 
 GUIDANCE = 4.0
@@ -89,7 +89,7 @@ def run(
             num_inference_steps=steps,
             output_type="np",
             max_batch=len(orders),
-            callback=count,
+            callback_on_step_end=count,
         )
 
     draw(requests[:1])  # what the first call sets up is not the batch's time
@@ -178,7 +178,7 @@ def _unlearned(pipe: Any, concept: Concept) -> Concept:
     encoding = concept.super_class_encoding.float()[None].to(pipe.unet.device)
     with torch.no_grad():
         layers = cross_attention_layers(pipe.unet).values()
-        return concept.with_(values=torch.cat([edits.project_vectors(attn.to_v, encoding)[0] for attn in layers]))
+        return concept.with_(values=torch.cat([project_vectors(attn.to_v, encoding)[0] for attn in layers]))
 
 
 def _timed(function: Any, argument: Any) -> tuple[Any, float]:

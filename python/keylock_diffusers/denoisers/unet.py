@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import MultiIPAdapterImageProjection
@@ -112,11 +115,107 @@ def layer_numbers(unet: Any) -> dict[str, int]:
     return {name: 2 * place + 1 for place, name in enumerate(names)}
 
 
-def text_encoders(pipe: Any) -> list[tuple[Any, Any]]:
+class TextEncoder(NamedTuple):
+    """One of a pipeline's text encoders."""
+
+    tokenizer: Any
+    model: Any
+    penultimate: bool  # whether the last layer but one is read, not normalised, as SDXL does
+
+
+def text_encoders(pipe: Any) -> list[TextEncoder]:
     """A pipeline's tokenizers and text encoders: one of Stable Diffusion 1.x and 2.x, two of SDXL."""
     pairs = [("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")]
     found = [(getattr(pipe, tokenizer, None), getattr(pipe, encoder, None)) for tokenizer, encoder in pairs]
-    return [(tokenizer, encoder) for tokenizer, encoder in found if encoder is not None]
+    several = hasattr(pipe, "text_encoder_2")
+    return [TextEncoder(tokenizer, encoder, several) for tokenizer, encoder in found if encoder is not None]
+
+
+@contextmanager
+def lora_scale(modules: Sequence[nn.Module], scale: float | None) -> Iterator[None]:
+    """While it lasts, the modules' LoRA weights count `scale` times as much, for this caller alone.
+
+    PEFT keeps the scale in layers that all callers share: whoever else runs these modules waits. What was there is put
+    back to the bit.
+    """
+    layers = [layer for module in modules for layer in _tuner_layers(module)]
+    if not layers:
+        yield
+        return
+    with ExitStack() as held:
+        for module in sorted(modules, key=id):  # always in one order, or two callers wait for each other
+            held.enter_context(_lock_of(module))
+        before = [dict(layer.scaling) for layer in layers]
+        try:
+            if scale is not None:
+                for layer in layers:
+                    layer.scale_layer(scale)
+            yield
+        finally:
+            for layer, scaling in zip(layers, before, strict=True) if scale is not None else ():
+                layer.scaling.update(scaling)
+
+
+class ProjectionState:
+    """What the key and value projections of layers compute with, to notice whoever changes it.
+
+    Args:
+        layers: the layers.
+    """
+
+    def __init__(self, layers: Mapping[str, Attention]) -> None:
+        # The parameters themselves: an address, or an id, is given to another tensor once they are gone.
+        self._parameters: list[Any] = []
+        self._facts: list[Any] = []
+        for attn in layers.values():
+            for projection in (attn.to_k, attn.to_v):
+                held = [p for p in projection.parameters() if p.device.type != "meta"]  # offloading makes those anew
+                self._parameters += held
+                self._facts += [None if p.is_inference() else p._version for p in held]
+                for layer in projection.modules() if hasattr(projection, "base_layer") else ():
+                    scaling = getattr(layer, "scaling", None)
+                    if isinstance(scaling, dict):
+                        self._facts += [dict(scaling), layer.disable_adapters]
+                        self._facts += [list(layer.active_adapters), list(layer.merged_adapters)]
+
+    def same(self, other: ProjectionState) -> bool:
+        """Whether nothing was changed between the two."""
+        return (
+            self._facts == other._facts
+            and len(self._parameters) == len(other._parameters)
+            and all(mine is theirs for mine, theirs in zip(self._parameters, other._parameters, strict=True))
+        )
+
+
+_LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_LOCKS_LOCK = threading.Lock()
+
+
+def _lock_of(module: nn.Module) -> Any:
+    with _LOCKS_LOCK:
+        return _LOCKS.setdefault(uncompiled(module), threading.RLock())
+
+
+def _tuner_layers(module: nn.Module) -> list[Any]:
+    return [m for m in module.modules() if hasattr(m, "scale_layer") and isinstance(getattr(m, "scaling", None), dict)]
+
+
+@contextmanager
+def perturbed_attention(pipe: Any, on: bool, guided: bool) -> Iterator[None]:
+    """While it lasts, a PAG pipeline's layers attend to themselves alone in the rows that are perturbed."""
+    if not on:
+        yield
+        return
+    unet = unet_of(pipe)
+    with _lock_of(unet):
+        before = {name: attn.processor for name, attn in attention_modules(unet).items()}
+        pipe._set_pag_attn_processor(pag_applied_layers=pipe.pag_applied_layers, do_classifier_free_guidance=guided)
+        try:
+            yield
+        finally:
+            for name, attn in attention_modules(unet).items():
+                if attn.processor is not before[name]:
+                    attn.processor = before[name]
 
 
 def _block(layer: str) -> str:

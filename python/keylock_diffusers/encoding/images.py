@@ -16,7 +16,7 @@ from torch import Tensor
 from keylock_diffusers.denoisers.unet import adapters
 from keylock_diffusers.masks import read_mask
 from keylock_diffusers.requests import ImagePrompt
-from keylock_diffusers.routing.images import ImageUse
+from keylock_diffusers.routing.rows import ImageUse
 
 
 def check(prompt: Any, unet: Any) -> None:

@@ -6,17 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from keylock_diffusers.encoding.text import TokenizedPrompt, find, with_own_words
+from keylock_diffusers.encoding.text import find, with_own_words
+from keylock_diffusers.encoding.tokens import TokenizedPrompt, extended
 from keylock_diffusers.masks import region_mask
 from keylock_diffusers.requests import ENDINGS, Region
-from keylock_diffusers.routing.regions import LIMIT, RegionUse, RowRegions
+from keylock_diffusers.routing.regions import LIMIT
+from keylock_diffusers.routing.rows import RegionUse, RowRegions, TextLayout
 
 
 @dataclass(frozen=True, eq=False)
 class PromptRegions:
     """The regions of a prompt: where its tokens are seen, and each region's own wording of the prompt, if it has one.
 
-    Own wordings' tokens follow the prompt's own: region r's are T * (r + 1) to T * (r + 2) - 1.
+    The row reads them after the prompt itself: see `TextLayout`.
     """
 
     row: RowRegions = RowRegions()
@@ -30,6 +32,7 @@ def resolve(
     tokenizers: Sequence[Any],
     endings: str,
     name: str = "regions",
+    chunks: int | None = None,
 ) -> PromptRegions:
     """The regions of a request's prompt.
 
@@ -41,6 +44,7 @@ def resolve(
         tokenizers: find the words.
         endings: one of `ENDINGS`: see `keylock_diffusers.Request`.
         name: of the argument, for errors.
+        chunks: how many chunks a wording of a region's own has; default as many as it needs.
 
     Raises:
         TypeError, ValueError: what is wrong with a region.
@@ -85,10 +89,14 @@ def resolve(
         outside, hidden = (ending, ()) if endings == "outside" else ((), ending)
         return PromptRegions(RowRegions(tuple(uses), outside, hidden, tokens))
     own = tuple(
-        tuple(with_own_words(t, prompt, use.tokens, named) for t, prompt in zip(tokenizers, prompts, strict=True))
+        tuple(
+            extended(t, with_own_words(t, prompt, use.tokens, named, chunks=None), chunks or 1)
+            for t, prompt in zip(tokenizers, prompts, strict=True)
+        )
         for use in uses
     )
-    blocks = [RegionUse(use.mask, tuple(range(tokens * (r + 1), tokens * (r + 2)))) for r, use in enumerate(uses)]
+    layout = TextLayout(tokens, 1 + len(uses))
+    blocks = [RegionUse(use.mask, tuple(layout.positions(wording))) for wording, use in enumerate(uses, 1)]
     unnamed = tuple(token for token in range(tokens) if token not in named)
     placeholders = tuple(frozenset(word for _, word in wording[0].words) for wording in own)
-    return PromptRegions(RowRegions(tuple(blocks), unnamed, named, tokens * (1 + len(uses)), placeholders), own)
+    return PromptRegions(RowRegions(tuple(blocks), unnamed, named, layout.length, placeholders), own)

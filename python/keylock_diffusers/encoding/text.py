@@ -8,75 +8,65 @@ encodes exactly as its super-class's prompt does.
 
 from __future__ import annotations
 
-import logging
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-logger = logging.getLogger(__name__)
+from keylock_diffusers.denoisers.unet import TextEncoder
+from keylock_diffusers.encoding.tokens import TokenizedPrompt, Unit, pack, units_of
+
 PLACEHOLDER = re.compile(r"<[a-z0-9][a-z0-9_-]*>", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
-class TokenizedPrompt:
-    """One prompt's token ids, and where its placeholders' words are."""
-
-    ids: tuple[int, ...]  # padded to the tokenizer's length
-    attention: tuple[int, ...]  # 1 for a token, 0 for padding
-    words: tuple[tuple[int, str], ...]  # (position, placeholder) of each learned word
-    spans: tuple[tuple[int, int, str], ...] = ()  # (first, last + 1, placeholder) of each super-class's tokens
-
-    @property
-    def ending(self) -> tuple[int, ...]:
-        """The positions of the end token and the padding."""
-        return tuple(range(sum(self.attention) - 1, len(self.ids)))
-
-
-def tokenize(tokenizer: Any, prompt: str, super_classes: Mapping[str, str] | None = None) -> TokenizedPrompt:
+def tokenize(
+    tokenizer: Any,
+    prompt: str | Sequence[tuple[str, float]],
+    super_classes: Mapping[str, str] | None = None,
+    *,
+    chunks: int | None = 1,
+) -> TokenizedPrompt:
     """Tokenizes a prompt whose placeholders stand for concepts.
 
     Args:
         tokenizer: a CLIP tokenizer.
-        prompt: the text.
+        prompt: the text, or its parts with their weights (see `weighted`).
         super_classes: per placeholder, the super-class whose tokens it takes.
+        chunks: how many of the tokenizer's length there may be; None: as many as the prompt needs.
 
     Raises:
         ValueError: a placeholder without a concept, a concept whose placeholder is not in the prompt, or a
-            placeholder beyond the tokenizer's length.
+            placeholder beyond the chunks.
     """
     super_classes = super_classes or {}
-    found = [match.group().lower() for match in PLACEHOLDER.finditer(prompt)]
+    parts = [(prompt, 1.0)] if isinstance(prompt, str) else list(prompt)
+    whole = "".join(words for words, _ in parts)
+    found = [match.group().lower() for match in PLACEHOLDER.finditer(whole)]
     own_tokens = {token.lower() for token in tokenizer.get_added_vocab()}
     for placeholder in found:
         if placeholder not in super_classes and placeholder not in own_tokens:
             known = ", ".join(sorted(super_classes)) or "none"
-            raise ValueError(f"prompt {prompt!r}: {placeholder} is no concept of this request (concepts: {known})")
+            raise ValueError(f"prompt {whole!r}: {placeholder} is no concept of this request (concepts: {known})")
     for placeholder in super_classes:
         if placeholder not in found:
-            raise ValueError(f"prompt {prompt!r}: the concept {placeholder} was given but is not in the prompt")
+            raise ValueError(f"prompt {whole!r}: the concept {placeholder} was given but is not in the prompt")
 
-    ids: list[int] = []
-    words: list[tuple[int, str]] = []
-    spans: list[tuple[int, int, str]] = []
-    start = 0
-    for match in PLACEHOLDER.finditer(prompt):
-        placeholder = match.group().lower()
-        if placeholder in super_classes:
-            ids += _ids(tokenizer, prompt[start : match.start()])
-            first = len(ids) + 1
-            ids += super_class_ids(tokenizer, super_classes[placeholder])
-            spans.append((first, len(ids) + 1, placeholder))
-            words.append((len(ids), placeholder))  # the last of the super-class's tokens, counted with BOS
-            start = match.end()
-    ids += _ids(tokenizer, prompt[start:])
-
-    return _padded(tokenizer, ids, words, spans, repr(prompt))
+    units: list[Unit] = []
+    for words, weight in parts:
+        start = 0
+        for match in PLACEHOLDER.finditer(words):
+            placeholder = match.group().lower()
+            if placeholder in super_classes:
+                units += units_of(tokenizer, _ids(tokenizer, words[start : match.start()]), weight)
+                ids = tuple(super_class_ids(tokenizer, super_classes[placeholder]))
+                units.append(Unit(ids, placeholder, placeholder, weight))
+                start = match.end()
+        units += units_of(tokenizer, _ids(tokenizer, words[start:]), weight)
+    return pack(tokenizer, units, repr(whole), chunks)
 
 
 def as_given(tokenizer: Any, prompt: str) -> TokenizedPrompt:
@@ -91,33 +81,8 @@ def converted(pipe: Any, tokenizer: Any, prompt: str) -> str:
     return prompt if convert is None else convert(prompt, tokenizer)
 
 
-def _padded(
-    tokenizer: Any,
-    ids: Sequence[int],
-    words: Sequence[tuple[int, str]],
-    spans: Sequence[tuple[int, int, str]],
-    name: str,
-) -> TokenizedPrompt:
-    """A prompt of the tokens between start and end; words and spans count the start token."""
-    length = tokenizer.model_max_length
-    if len(ids) > length - 2:
-        cut = [placeholder for position, placeholder in words if position > length - 2]
-        if cut:
-            raise ValueError(f"prompt {name}: {cut[0]} lies beyond the {length - 2} tokens that the text encoder reads")
-        logger.warning("prompt %s is cut after %d tokens", name, length - 2)
-        ids = ids[: length - 2]
-    ids = [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
-    padding = length - len(ids)
-    return TokenizedPrompt(
-        ids=(*ids, *[tokenizer.pad_token_id] * padding),
-        attention=(1,) * len(ids) + (0,) * padding,
-        words=tuple(words),
-        spans=tuple(spans),
-    )
-
-
 def with_own_words(
-    tokenizer: Any, prompt: TokenizedPrompt, own: Sequence[int], others: Sequence[int]
+    tokenizer: Any, prompt: TokenizedPrompt, own: Sequence[int], others: Sequence[int], *, chunks: int | None = 1
 ) -> TokenizedPrompt:
     """A prompt in which some of its words stand in the place of others: "a cat and a dog" as "a cat and a cat".
 
@@ -126,31 +91,38 @@ def with_own_words(
         prompt: the prompt.
         own: the positions of the words that stay; the first run of them is what is put in place of the others.
         others: the positions of the words that are replaced, run by run; those that are also in `own` stay.
+        chunks: as for `tokenize`.
 
     Raises:
         ValueError: a placeholder would be cut off.
     """
-    ending = prompt.ending[0]
-    keep = sorted(position for position in set(own) if 0 < position < ending)
-    run = [position for n, position in enumerate(keep) if position == keep[0] + n]
-    replaced = {position for position in others if 0 < position < ending} - set(own)
-    order: list[int] = []  # positions of the prompt, in the new order
-    for position in range(1, ending):
-        if position not in replaced:
-            order.append(position)
-        elif position - 1 not in replaced:
+    content = prompt.content
+    place_of = {position: place for place, position in enumerate(content)}
+    keep = sorted(place_of[position] for position in set(own) if position in place_of)
+    run = [place for n, place in enumerate(keep) if place == keep[0] + n]
+    replaced = {place_of[position] for position in others if position in place_of} - set(keep)
+    order: list[int] = []  # places of the prompt's tokens, in the new order
+    for place in range(len(content)):
+        if place not in replaced:
+            order.append(place)
+        elif place - 1 not in replaced:
             order += run
-    learned = dict(prompt.words)
-    starts = {first: (end, placeholder) for first, end, placeholder in prompt.spans}
-    words, spans = [], []
-    for place, position in enumerate(order, 1):
-        end, placeholder = starts.get(position, (position, ""))
-        if end > position and order[place - 1 : place - 1 + end - position] == list(range(position, end)):
-            spans.append((place, place + end - position, placeholder))
-        if position in learned:
-            words.append((place, learned[position]))
-    ids = [prompt.ids[position] for position in order]
-    return _padded(tokenizer, ids, words, spans, repr(tokenizer.decode(ids)))
+    learned = {place_of[position]: placeholder for position, placeholder in prompt.words}
+    spans = {place_of[first]: (end - first, placeholder) for first, end, placeholder in prompt.spans}
+    units: list[Unit] = []
+    taken = 0
+    while taken < len(order):
+        place = order[taken]
+        length, placeholder = spans.get(place, (1, None))
+        if order[taken : taken + length] != list(range(place, place + length)):  # not the whole of a super-class
+            length, placeholder = 1, None
+        places = order[taken : taken + length]
+        ids = tuple(prompt.ids[content[n]] for n in places)
+        weight = prompt.weights[content[place]] if prompt.weights else 1.0
+        units.append(Unit(ids, placeholder, learned.get(places[-1]), weight))
+        taken += length
+    name = repr(tokenizer.decode([prompt.ids[content[place]] for place in order]))
+    return pack(tokenizer, units, name, chunks)
 
 
 def find(tokenizer: Any, prompt: TokenizedPrompt, phrase: str) -> tuple[tuple[int, ...], ...]:
@@ -173,11 +145,12 @@ def find(tokenizer: Any, prompt: TokenizedPrompt, phrase: str) -> tuple[tuple[in
     # The prompt as such units, each with its positions.
     units: list[tuple[tuple[int | None, str | None], range]] = []
     starts = {first: (end, placeholder) for first, end, placeholder in prompt.spans}
-    position = 1
-    while position < prompt.ending[0]:
+    content, taken = prompt.content, 0
+    while taken < len(content):
+        position = content[taken]
         end, placeholder = starts.get(position, (position + 1, None))
         units.append(((prompt.ids[position] if placeholder is None else None, placeholder), range(position, end)))
-        position = end
+        taken += end - position
     found = []
     for at in range(len(units) - len(wanted) + 1 if wanted else 0):
         window = units[at : at + len(wanted)]
@@ -205,7 +178,7 @@ def encode(
 
     Args:
         text_encoder: a CLIP text encoder.
-        prompts: what `tokenize` made.
+        prompts: what `tokenize` made, all in as many chunks.
         embeddings: each prompt's learned word embeddings; a placeholder that is missing keeps its super-class's.
         clip_skip: as in diffusers, how many of the last layers are left out.
 
@@ -213,30 +186,59 @@ def encode(
         Encodings [B, T, D], differentiable in the embeddings.
     """
     out = _run(text_encoder, prompts, embeddings, states=clip_skip is not None)
+    return _weighed(final_states(text_encoder, out, clip_skip), prompts)
+
+
+def final_states(text_encoder: Any, out: Any, clip_skip: int | None) -> Tensor:  # [B, T, D]
+    """What Stable Diffusion's pipelines read of a text encoder's output."""
     if clip_skip is None:
         return out.last_hidden_state
     model = getattr(text_encoder, "text_model", text_encoder)
     return model.final_layer_norm(out.hidden_states[-(clip_skip + 1)])
 
 
-def encode_penultimate(
-    text_encoder: Any,
+def encode_rows(
+    encoder: TextEncoder,
     prompts: Sequence[TokenizedPrompt],
     embeddings: Sequence[Mapping[str, Tensor]] | None = None,  # per prompt, placeholder -> [W]
-    *,
-    clip_skip: int | None = None,
+    clip_skips: Sequence[int | None] = (),  # per prompt
 ) -> tuple[Tensor, Tensor | None]:  # [B, T, D], [B, P]
-    """Encodes a batch of prompts as SDXL's pipelines do: the last layer but one, not normalised, and pooled.
-
-    Args:
-        text_encoder, prompts, embeddings: as for `encode`.
-        clip_skip: how many further layers are left out.
+    """Encodes a batch of prompts in one call of a text encoder, as the pipeline it belongs to does.
 
     Returns:
-        Encodings [B, T, D], and the pooled projection [B, P] of an encoder that has one.
+        Encodings [B, T, D], and the pooled projection [B, P] of the first chunk where the encoder has one.
     """
-    out = _run(text_encoder, prompts, embeddings, states=True)
-    return out.hidden_states[-((clip_skip or 0) + 2)], getattr(out, "text_embeds", None)
+    skips = list(clip_skips) or [None] * len(prompts)
+    out = _run(encoder.model, prompts, embeddings, states=encoder.penultimate or any(s is not None for s in skips))
+    made: dict[int | None, Tensor] = {}
+    for skip in dict.fromkeys(skips):
+        if encoder.penultimate:
+            made[skip] = out.hidden_states[-((skip or 0) + 2)]
+        else:
+            made[skip] = final_states(encoder.model, out, skip)
+    states = next(iter(made.values()))
+    if len(made) > 1:
+        per = [skip for skip, prompt in zip(skips, prompts, strict=True) for _ in range(prompt.chunks)]
+        states = torch.stack([made[skip][row] for row, skip in enumerate(per)])
+    pooled = getattr(out, "text_embeds", None)
+    if pooled is not None and len(pooled) != len(prompts):
+        pooled = pooled[:: len(pooled) // len(prompts)]
+    return _weighed(states, prompts), pooled
+
+
+def _weighed(states: Tensor, prompts: Sequence[TokenizedPrompt]) -> Tensor:  # [B * chunks, L, D] -> [B, T, D]
+    """Encodings times their tokens' weights; each prompt's mean stays what it was."""
+    states = states.reshape(len(prompts), -1, states.shape[-1])
+    if not any(prompt.weights for prompt in prompts):
+        return states
+    rows = []
+    for row, prompt in zip(states, prompts, strict=True):
+        if prompt.weights:
+            weights = torch.tensor(prompt.weights, device=row.device)[:, None]
+            scaled = row.float() * weights
+            row = (scaled * (row.float().mean() / scaled.mean())).to(row)
+        rows.append(row)
+    return torch.stack(rows)
 
 
 def _run(
@@ -249,12 +251,13 @@ def _run(
     device = text_encoder.get_input_embeddings().weight.device
     if device.type == "meta":  # sequential offloading: hooks move inputs to where the weights will be
         device = torch.device("cpu")
-    ids = torch.tensor([prompt.ids for prompt in prompts], device=device)
+    size = prompts[0].chunk or len(prompts[0].ids)
+    ids = torch.tensor([prompt.ids for prompt in prompts], device=device).view(-1, size)
     mask = None
     if getattr(text_encoder.config, "use_attention_mask", False):
-        mask = torch.tensor([prompt.attention for prompt in prompts], device=device)
+        mask = torch.tensor([prompt.attention for prompt in prompts], device=device).view(-1, size)
     places = [
-        (row, position, learned[placeholder])
+        (row * prompt.chunks + position // size, position % size, learned[placeholder])
         for row, (prompt, learned) in enumerate(zip(prompts, embeddings or (), strict=embeddings is not None))
         for position, placeholder in prompt.words
         if placeholder in learned

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from keylock_diffusers.denoisers.unet import cross_attention_layers, resolutions_of, unet_of
 from keylock_diffusers.encoding import text
+from keylock_diffusers.encoding.tokens import TokenizedPrompt
 from keylock_diffusers.processors import verify
+from keylock_diffusers.routing.rows import TextLayout
 
 _RECORDING: ContextVar[AttentionMaps | None] = ContextVar("recording", default=None)
 
@@ -61,26 +63,61 @@ class WordMaps:
 
 @dataclass
 class AttentionMaps:
-    """What `record_attention` has recorded so far: ``images`` in the order in which they were asked for."""
+    """What is recorded of words' attention: given to `generate` as ``record``, or made by `record_attention`.
 
-    words: tuple[str, ...]
-    layers: tuple[str, ...]
-    every_step: bool
+    Args:
+        words: phrases as they stand in prompts, placeholders included; all their tokens count together, wherever they
+            stand. A prompt without a word has no map of it.
+        layers: names of cross-attention layers; default all.
+        every_step: whether to keep each step's maps, or their mean alone.
+        images: what was recorded so far, in the order in which it was asked for.
+
+    Raises:
+        ValueError: no words.
+
+    Paper: maps of words as in Tang et al., DAAM, arXiv 2210.04885.
+    """
+
+    words: Sequence[str]
+    layers: Sequence[str] | None = None
+    every_step: bool = False
     images: list[WordMaps] = field(default_factory=list)
 
-    def batch(
+    def __post_init__(self) -> None:
+        if (
+            isinstance(self.words, str)
+            or not self.words
+            or not all(isinstance(w, str) and w.strip() for w in self.words)
+        ):
+            raise ValueError(f"AttentionMaps: words must be a list of words, got {self.words!r}")
+        self.words = tuple(dict.fromkeys(self.words))
+
+    def layers_of(self, unet: Any) -> tuple[str, ...]:
+        """The layers that are recorded.
+
+        Raises:
+            ValueError: there is none of that name.
+        """
+        known = list(cross_attention_layers(unet))
+        chosen = known if self.layers is None else list(self.layers)
+        absent = [name for name in chosen if name not in known]
+        if absent or not chosen:
+            raise ValueError(f"AttentionMaps: layers must be cross-attention layers of the U-Net, got {absent}")
+        return tuple(chosen)
+
+    def readout(
         self,
         unet: Any,
-        prompts: Sequence[Sequence[text.TokenizedPrompt] | None],
+        prompts: Sequence[Sequence[TokenizedPrompt] | None],
         tokenizer: Any,
         latent_size: tuple[int, int],
     ) -> BatchReadout:
-        """The readout of a batch.
+        """The readout of a batch's pictures.
 
         Args:
             unet: the U-Net.
-            prompts: per row of its batch, the wordings it reads one after another (see
-                `keylock_diffusers.Request.endings`); None: nothing is recorded.
+            prompts: per picture, the wordings it reads one after another (see `keylock_diffusers.Request.endings`);
+                None: nothing is recorded.
             tokenizer: what tokenized them.
             latent_size: (height, width) of the latents.
         """
@@ -88,16 +125,22 @@ class AttentionMaps:
         for wordings in prompts:
             found: list[tuple[int, int]] = []  # (word, position)
             for number, wording in enumerate(wordings or ()):
-                first = number * len(wording.ids)
+                positions = TextLayout(len(wording.ids)).positions(number)
                 for word, phrase in enumerate(self.words):
-                    positions = {p: None for spot in text.find(tokenizer, wording, phrase) for p in spot}
-                    found += [(word, first + position) for position in positions]
+                    spots = {p: None for spot in text.find(tokenizer, wording, phrase) for p in spot}
+                    found += [(word, positions[spot]) for spot in spots]
             places.append(found)
-        return BatchReadout(self, places, resolutions_of(unet, self.layers, latent_size))
+        return BatchReadout(self, places, resolutions_of(unet, self.layers_of(unet), latent_size))
 
 
 class BatchReadout:
-    """Collects the maps of one batch; a `keylock_diffusers.processors.Readout`."""
+    """Collects the maps of one batch; a `keylock_diffusers.processors.Readout`.
+
+    Args:
+        owner: what is recorded.
+        places: per picture, (word, position) of every token that is.
+        sizes: per layer, its height and width.
+    """
 
     def __init__(
         self,
@@ -107,22 +150,31 @@ class BatchReadout:
     ) -> None:
         self._owner, self._places, self._sizes = owner, places, sizes
         width = max((len(row) for row in places), default=0)
-        self._tokens = torch.full((len(places), width), -1, dtype=torch.int32)
+        self._own = torch.full((len(places), width), -1, dtype=torch.int32)
         self._words = torch.zeros(len(places), width, len(owner.words))
         for row, found in enumerate(places):
             for place, (word, position) in enumerate(found):
-                self._tokens[row, place] = position
+                self._own[row, place] = position
                 self._words[row, place, word] = 1
         self._sums: dict[str, list[Tensor]] = {}  # [B, N, words]: of every step, or of all together
         self.steps = 0
+        self.lay_out(("cond",))
+
+    def lay_out(self, parts: Sequence[str]) -> BatchReadout:
+        """Takes the conditional rows of a row layout."""
+        nothing = torch.full_like(self._own, -1)
+        self._tokens = torch.cat([self._own if part == "cond" else nothing for part in parts])
+        first = parts.index("cond") * len(self._own)
+        self._rows = slice(first, first + len(self._own))
+        return self
 
     def wanted(self, layer: str, rows: int, pixels: int) -> tuple[Tensor, None] | None:
         """See `keylock_diffusers.processors.Readout`."""
         if layer not in self._sizes or not self._tokens.shape[1]:
             return None
-        if rows != len(self._places) or pixels != math.prod(self._sizes[layer]):
+        if rows != len(self._tokens) or pixels != math.prod(self._sizes[layer]):
             raise ValueError(
-                f"record_attention: expected {len(self._places)} rows and {self._sizes[layer]} pixels in {layer}, got "
+                f"record_attention: expected {len(self._tokens)} rows and {self._sizes[layer]} pixels in {layer}, got "
                 f"{rows} rows and {pixels} pixels"
             )
         return self._tokens, None
@@ -130,7 +182,7 @@ class BatchReadout:
     def receive(self, layer: str, read: Tensor) -> None:  # [B, H, N, M]
         """See `keylock_diffusers.processors.Readout`."""
         self._words = self._words.to(read.device)
-        maps = read.detach().float().mean(1) @ self._words  # [B, N, words]: all of a word's tokens together
+        maps = read[self._rows].detach().float().mean(1) @ self._words  # [B, N, words]: all of a word's tokens together
         held = self._sums.setdefault(layer, [])
         if held and not self._owner.every_step:
             held[0] += maps
@@ -141,11 +193,11 @@ class BatchReadout:
 
     def to(self, device: torch.device) -> BatchReadout:
         """Moves what the layers are given to their device."""
-        self._tokens, self._words = self._tokens.to(device), self._words.to(device)
+        self._own, self._tokens, self._words = (t.to(device) for t in (self._own, self._tokens, self._words))
         return self
 
     def picture(self, row: int, prompt: str) -> WordMaps:
-        """The maps of one row."""
+        """The maps of one picture."""
         scale = 1.0 if self._owner.every_step else 1 / max(self.steps, 1)
         return WordMaps(
             prompt,
@@ -160,12 +212,7 @@ class BatchReadout:
         )
 
 
-def recording() -> AttentionMaps | None:
-    """What records in this thread; None outside of `record_attention`."""
-    return _RECORDING.get()
-
-
-def check_words(maps: AttentionMaps, prompts: Iterable[Sequence[text.TokenizedPrompt] | None], tokenizer: Any) -> None:
+def check_words(maps: AttentionMaps, tokenizer: Any, prompts: Iterable[Sequence[TokenizedPrompt] | None]) -> None:
     """Every word that is to be recorded stands in a prompt.
 
     Raises:
@@ -181,7 +228,9 @@ def check_words(maps: AttentionMaps, prompts: Iterable[Sequence[text.TokenizedPr
 def record_attention(
     pipe: Any, words: Sequence[str], *, layers: Sequence[str] | None = None, every_step: bool = False
 ) -> Iterator[AttentionMaps]:
-    """While it lasts, what `generate` or the pipeline itself draws in this thread leaves maps of chosen words.
+    """While it lasts, what the pipeline's own call draws in this thread leaves maps of chosen words.
+
+    (`generate` is given ``record=AttentionMaps(words)`` instead.)
 
     They are read out of the attention in the same pass, whatever backend computes it, for each row of a mixed batch by
     itself, and the pictures do not change. Only the conditional half of guidance is recorded.
@@ -205,21 +254,15 @@ def record_attention(
 
     Example:
         >>> with kd.record_attention(pipe, ["cat"]) as maps:  # doctest: +SKIP
-        ...     images = kd.generate(pipe, [kd.Request("a cat on blue", seed=1)])
+        ...     image = pipe("a cat on blue").images[0]
         >>> maps.images[0].mean("cat")  # [height, width]
     """
-    if isinstance(words, str) or not words or not all(isinstance(w, str) and w.strip() for w in words):
-        raise ValueError(f"record_attention: words must be a list of words, got {words!r}")
+    maps = AttentionMaps(words, layers, every_step)
     unet = unet_of(pipe)
     verify(pipe)
-    known = list(cross_attention_layers(unet))
-    chosen = known if layers is None else list(layers)
-    absent = [name for name in chosen if name not in known]
-    if absent or not chosen:
-        raise ValueError(f"record_attention: layers must be cross-attention layers of the U-Net, got {absent}")
+    maps.layers_of(unet)
     if not hasattr(pipe, "encode_prompt"):
         raise TypeError(f"record_attention: pipe must be a text-to-image pipeline, got {type(pipe).__name__}")
-    maps = AttentionMaps(tuple(dict.fromkeys(words)), tuple(chosen), every_step)
     plain = _PlainCalls(pipe, maps)
     token = _RECORDING.set(maps)
     try:
@@ -235,7 +278,8 @@ class _PlainCalls:
 
     def __init__(self, pipe: Any, maps: AttentionMaps) -> None:
         self._pipe, self._maps = pipe, maps
-        self._rows: list[str | None] = []  # per row of the U-Net's batch, its prompt
+        self._prompts: list[str] = []  # per picture
+        self._guided = False
         self._batch: BatchReadout | None = None
         _watch(pipe, self)
         # On what the pipeline calls, so that a compiled U-Net does not trace the hook.
@@ -243,37 +287,32 @@ class _PlainCalls:
 
     def encoding(self, given: Mapping[str, Any]) -> None:
         """Takes the arguments of the pipeline's encode_prompt."""
-        if recording() is not self._maps:
+        if _RECORDING.get() is not self._maps:
             return
         self.finish()
         prompt = given.get("prompt")
         if prompt is not None:
             prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-            rows = [one for one in prompts for _ in range(given.get("num_images_per_prompt") or 1)]
-            self._rows = [*([None] * len(rows) if given.get("do_classifier_free_guidance") else []), *rows]
+            self._prompts = [one for one in prompts for _ in range(given.get("num_images_per_prompt") or 1)]
+            self._guided = bool(given.get("do_classifier_free_guidance"))
 
     def _before(self, _unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         options = kwargs.get("cross_attention_kwargs") or {}
-        if recording() is not self._maps or not self._rows or "readout" in options:
+        if _RECORDING.get() is not self._maps or not self._prompts or "readout" in options:
             return None
         sample = args[0] if args else kwargs["sample"]
         if self._batch is None:
             tokenizer = self._pipe.tokenizer or self._pipe.tokenizer_2
-            prompts = [
-                None if row is None else [text.as_given(tokenizer, text.converted(self._pipe, tokenizer, row))]
-                for row in self._rows
-            ]
-            self._batch = self._maps.batch(unet_of(self._pipe), prompts, tokenizer, tuple(sample.shape[-2:]))
-            self._batch.to(sample.device)
+            prompts = [[text.as_given(tokenizer, text.converted(self._pipe, tokenizer, p))] for p in self._prompts]
+            self._batch = self._maps.readout(unet_of(self._pipe), prompts, tokenizer, tuple(sample.shape[-2:]))
+            self._batch.lay_out(("uncond", "cond") if self._guided else ("cond",)).to(sample.device)
         return args, {**kwargs, "cross_attention_kwargs": {**options, "readout": self._batch}}
 
     def finish(self) -> None:
         """Keeps the last call's maps, unless it was broken off."""
         if self._batch is not None and self._batch.steps >= getattr(self._pipe, "num_timesteps", 0):
-            self._maps.images += [
-                self._batch.picture(row, prompt) for row, prompt in enumerate(self._rows) if prompt is not None
-            ]
-        self._rows, self._batch = [], None
+            self._maps.images += [self._batch.picture(row, prompt) for row, prompt in enumerate(self._prompts)]
+        self._prompts, self._batch = [], None
 
     def close(self) -> None:
         self._hook.remove()

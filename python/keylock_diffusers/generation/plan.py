@@ -4,61 +4,325 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from keylock_diffusers.concepts import BaseModel, Concept
-from keylock_diffusers.denoisers.unet import text_encoders
+from keylock_diffusers.denoisers.base import Size
 from keylock_diffusers.encoding import images as image_prompts
-from keylock_diffusers.encoding import text
+from keylock_diffusers.encoding import pictures, text
 from keylock_diffusers.encoding.fusion import SubjectFusion, encode_subject
 from keylock_diffusers.encoding.images import ImageEncoder
 from keylock_diffusers.encoding.regions import PromptRegions
 from keylock_diffusers.encoding.regions import resolve as resolve_regions
-from keylock_diffusers.requests import Region, Request, Use
-from keylock_diffusers.routing.concepts import ConceptUse
-from keylock_diffusers.routing.images import ImageRouting, ImageUse
-from keylock_diffusers.routing.personalization import Personalization
+from keylock_diffusers.encoding.tokens import TokenizedPrompt, extended
+from keylock_diffusers.encoding.weights import weighted
+from keylock_diffusers.encoding.wordings import Wordings
+from keylock_diffusers.requests import Control, Region, Request, Use
+from keylock_diffusers.routing.images import ImageRouting
+from keylock_diffusers.routing.rows import ConceptUse, Row
 
 _LOCKS = ("local", "global")
+Prompts = tuple[TokenizedPrompt, ...]  # one per text encoder
 
 
 @dataclass(frozen=True)
+class ControlUse:
+    """One control image of one row."""
+
+    name: str
+    pixels: Tensor  # [1, 3, height, width]
+    scale: float
+    start: float
+    end: float
+
+    def active(self, step: int, steps: int) -> bool:
+        """Whether it counts in a step: diffusers' rule."""
+        return step / steps >= self.start and (step + 1) / steps <= self.end
+
+
+@dataclass(frozen=True, eq=False)
 class Plan:
-    """A request whose words, concepts and images were found to be in order."""
+    """A request whose words, concepts and pictures were found to be in order."""
 
-    uses: tuple[ConceptUse, ...]
-    prompts: tuple[text.TokenizedPrompt, ...] | None  # one per text encoder
-    negatives: tuple[text.TokenizedPrompt, ...] | None
-    images: tuple[ImageUse, ...]
-    negative_images: tuple[ImageUse, ...]  # of the unconditional half; none without guidance
-    subjects: tuple[tuple[str, Tensor], ...]  # words of the prompt, and the encoding [D] of what they name
-    regions: PromptRegions
-    negative_regions: PromptRegions
+    request: Request
+    row: Row
+    negative_row: Row  # of the unconditional half
+    wordings: Wordings
+    negative_wordings: Wordings
+    size: Size  # of the picture, in pixels
+    guided: bool
+    image: Tensor | None = None  # [1, 3, height, width]
+    mask: Tensor | None = None  # [1, 1, height, width]
+    controls: tuple[ControlUse, ...] = ()
+
+    @property
+    def group(self) -> tuple[Any, ...]:
+        """What rows of one batch have in common."""
+        return self.guided, self.size, self.wordings.tokens, tuple(control.name for control in self.controls)
 
 
-def plan(
-    pipe: Any,
-    request: Request,
-    *,
-    bank: Mapping[str, Concept] | None,
-    base: BaseModel | None,
-    images: ImageEncoder,
-    image_lengths: Sequence[Sequence[int]] | None,
-    max_regions: int | None,
-    fusion: SubjectFusion | None,
-    strict: bool,
-) -> Plan:
-    """Looks up, tokenizes and checks everything a request names, and encodes its images.
+@dataclass
+class Planner:
+    """Looks up, tokenizes and checks everything that requests name, and encodes their image prompts.
 
-    Raises:
-        TypeError, ValueError, KeyError, OSError: what is wrong with the request.
+    Args:
+        denoiser: the pipeline's description.
+        bank: where the ids of concepts are looked up.
+        controlnets: by name.
+        fusion: for requests' subjects.
+        image_lengths, max_regions: the room that a row has: see `generate`.
+        height, width: what the call asks for, in pixels.
+        strict: refuse concepts trained on other weights.
     """
-    if not isinstance(request, Request):
-        raise TypeError(f"must be a Request, got {type(request).__name__}")
+
+    denoiser: Any
+    bank: Mapping[str, Concept] | None = None
+    controlnets: Mapping[str, Any] = field(default_factory=dict)
+    fusion: SubjectFusion | None = None
+    image_lengths: Sequence[Sequence[int]] | None = None
+    max_regions: int | None = None
+    height: int | None = None
+    width: int | None = None
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        self._pipe, self._unet = self.denoiser.pipe, self.denoiser.unet
+        self._images = ImageEncoder(self._pipe, self._unet)
+        self._base: BaseModel | None = None
+
+    def plan(self, request: Any) -> Plan:
+        """The plan of one request.
+
+        Raises:
+            Exception: what is wrong with the request, mostly TypeError, ValueError, KeyError or OSError.
+        """
+        if not isinstance(request, Request):
+            raise TypeError(f"must be a Request, got {type(request).__name__}")
+        _check_numbers(request)
+        _check_encodings(self.denoiser, request)
+        guided = request.guidance_scale > 1
+        uses = self._uses(request)
+        prompts, negatives = self._prompts(request, {use.concept.placeholder: use.concept.super_class for use in uses})
+        row = Row(uses)  # what would fail the whole batch raises here
+        drawn, absent = self._image_prompts(request, guided)
+        subjects = self._subjects(request, prompts)
+        halves = self._regions(request, uses, prompts, negatives)
+        prompts, negatives, halves = self._in_chunks(request, uses, prompts, negatives, halves)
+        if not guided:  # checked, but no row reads it
+            halves = halves[0], PromptRegions()
+        most = max(len(half.own) for half in halves)
+        if self.max_regions is not None and most > self.max_regions:
+            raise ValueError(
+                f"regions with a wording of their own must be at most max_regions, {self.max_regions}, got {most}"
+            )
+        size, image, mask, controls = self._pictures(request)
+        start = float(request.subject_start) if uses or subjects else 0.0
+        row = Row(uses, drawn, halves[0].row, start)
+        return Plan(
+            request,
+            row,
+            Row(images=absent, regions=halves[1].row),
+            Wordings(
+                () if prompts is None else (prompts, *halves[0].own),
+                request.prompt_embeds,
+                request.pooled_prompt_embeds,
+                uses,
+                subjects,
+            ),
+            self._negative_wordings(request, negatives, halves[1]),
+            size,
+            guided and not self.denoiser.distilled,
+            image,
+            mask,
+            controls,
+        )
+
+    def _uses(self, request: Request) -> tuple[ConceptUse, ...]:
+        uses = tuple(_resolve(use, self.bank) for use in request.concepts)
+        if uses and self._base is None:
+            self._base = BaseModel.of(self._pipe)
+        for use in uses:
+            use.concept.check(self._base, strict=self.strict)
+        if len({use.concept.placeholder for use in uses}) < len(uses):
+            raise ValueError("two of its concepts have the same placeholder")
+        return uses
+
+    def _prompts(self, request: Request, super_classes: Mapping[str, str]) -> tuple[Prompts | None, Prompts | None]:
+        """The prompt and the negative prompt, each for every text encoder; None where encodings are given."""
+        encoders = self.denoiser.encoders()
+        if not encoders and (request.prompt_embeds is None or request.negative_prompt_embeds is None):
+            if request.prompt is not None or request.guidance_scale > 1:
+                raise ValueError("the pipeline's text encoder is not loaded: give prompt_embeds and negative ones")
+
+        def tokenized(words: Sequence[str | None], names: Mapping[str, str] | None) -> Prompts:
+            made = []
+            for number, encoder in enumerate(encoders):
+                own = words[1] if number and words[1] is not None else words[0]
+                parts = weighted(text.converted(self._pipe, encoder.tokenizer, own or ""))
+                made.append(text.tokenize(encoder.tokenizer, parts, names, chunks=None))
+            return tuple(made)
+
+        prompts = negatives = None
+        if request.prompt is not None:
+            prompts = tokenized((request.prompt, request.prompt_2), super_classes)
+        if request.negative_prompt_embeds is None:
+            negatives = tokenized((request.negative_prompt, request.negative_prompt_2), None)
+        return prompts, negatives
+
+    def _negative_wordings(self, request: Request, negatives: Prompts | None, half: PromptRegions) -> Wordings:
+        if negatives is None:
+            return Wordings((), request.negative_prompt_embeds, request.negative_pooled_prompt_embeds)
+        if request.negative_prompt is None and self.denoiser.zeros_without_negative and negatives:
+            zeros = torch.zeros(len(negatives[0].ids), self.denoiser.text_width)
+            return Wordings((), zeros, torch.zeros(self.denoiser.pooled_width))
+        return Wordings((negatives, *half.own))
+
+    def _in_chunks(
+        self,
+        request: Request,
+        uses: Sequence[ConceptUse],
+        prompts: Prompts | None,
+        negatives: Prompts | None,
+        halves: tuple[PromptRegions, PromptRegions],
+    ) -> tuple[Prompts | None, Prompts | None, tuple[PromptRegions, PromptRegions]]:
+        """All that a request reads in as many chunks as the longest of it needs."""
+        every = [p for half in (prompts, negatives) if half for p in half]
+        every += [p for half in halves for wording in half.own for p in wording]
+        chunks = max((prompt.chunks for prompt in every), default=1)
+        if chunks == 1:
+            return prompts, negatives, halves
+
+        def longer(half: Prompts | None) -> Prompts | None:
+            if half is None:
+                return None
+            tokenizers = [encoder.tokenizer for encoder in self.denoiser.encoders()]
+            return tuple(extended(t, prompt, chunks) for t, prompt in zip(tokenizers, half, strict=True))
+
+        prompts, negatives = longer(prompts), longer(negatives)
+        lengths = {len(p[0].ids) for p in (prompts, negatives) if p} | {
+            len(embeds)
+            for embeds in (request.prompt_embeds, request.negative_prompt_embeds)
+            if embeds is not None and request.guidance_scale > 1
+        }
+        if len(lengths) > 1 and request.guidance_scale > 1:
+            raise ValueError(f"prompt and negative prompt must have equally many tokens, got {sorted(lengths)}")
+        return prompts, negatives, self._regions(request, uses, prompts, negatives, chunks)
+
+    def _image_prompts(self, request: Request, guided: bool) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        if not isinstance(request.image_prompts, (list, tuple)):
+            raise TypeError(f"image_prompts must be a list, got {type(request.image_prompts).__name__}")
+        for image in request.image_prompts:
+            image_prompts.check(image, self._pipe.unet)
+        drawn = tuple(self._images.use(image) for image in request.image_prompts)
+        ImageRouting([drawn], self.image_lengths)  # raises here what would fail the whole batch
+        return drawn, tuple(self._images.use(image, negative=True) for image in request.image_prompts if guided)
+
+    def _subjects(self, request: Request, prompts: Prompts | None) -> tuple[tuple[str, Tensor], ...]:
+        """The words that the request's subjects are fused into, and the subjects' encodings."""
+        start = request.subject_start
+        if isinstance(start, bool) or not isinstance(start, (int, float)) or not 0 <= start <= 1:
+            raise ValueError(f"subject_start must lie in [0, 1], got {start!r}")
+        if not isinstance(request.subjects, (list, tuple)):
+            raise TypeError(f"subjects must be a list, got {type(request.subjects).__name__}")
+        made = []
+        taken: set[int] = set()
+        for subject in request.subjects:
+            embeds = encode_subject(subject, self._pipe, self.fusion)
+            if prompts is None or len(prompts) > 1:
+                raise ValueError("subjects need a prompt, not prompt_embeds, and a pipeline with one text encoder")
+            places = text.find(self._pipe.tokenizer, prompts[0], subject.prompt)
+            if not places:
+                raise ValueError(f"the words {subject.prompt!r} of a FusedSubject are not in the prompt")
+            tokens = {place[-1] for place in places}
+            if tokens & taken:
+                raise ValueError(f"two of its subjects are fused into the same word {subject.prompt!r}")
+            taken |= tokens
+            made.append((subject.prompt, embeds))
+        return tuple(made)
+
+    def _regions(
+        self,
+        request: Request,
+        uses: Sequence[ConceptUse],
+        prompts: Prompts | None,
+        negatives: Prompts | None,
+        chunks: int | None = None,
+    ) -> tuple[PromptRegions, PromptRegions]:
+        """Regions of the prompt, those of its concepts and subjects among them, and of the negative prompt."""
+        for name in ("regions", "negative_regions"):
+            if not isinstance(getattr(request, name), (list, tuple)):
+                raise TypeError(f"{name} must be a list, got {type(getattr(request, name)).__name__}")
+        of_concepts = [
+            Region(order.region, use.concept.placeholder)
+            for order, use in zip(request.concepts, uses, strict=True)
+            if isinstance(order, Use) and order.region is not None
+        ]
+        of_subjects = [Region(s.region, s.prompt) for s in request.subjects if s.region is not None]
+        given = [*request.regions, *of_concepts, *of_subjects]
+        if (given and request.prompt_2 is not None) or (request.negative_regions and request.negative_prompt_2):
+            raise ValueError("regions name words of both text encoders' prompts: prompt_2 must be None with them")
+        encoders = self.denoiser.encoders()
+        length = encoders[0].tokenizer.model_max_length if encoders else 77
+        halves = []
+        for name, half, tokenized, embeds in (
+            ("regions", given, prompts, request.prompt_embeds),
+            ("negative_regions", list(request.negative_regions), negatives, request.negative_prompt_embeds),
+        ):
+            tokens = embeds.shape[0] if embeds is not None else len(tokenized[0].ids) if tokenized else length
+            tokenizers = [encoder.tokenizer for encoder in encoders]
+            halves.append(resolve_regions(half, tokenized, tokens, tokenizers, request.endings, name, chunks))
+        return halves[0], halves[1]
+
+    def _pictures(self, request: Request) -> tuple[Size, Tensor | None, Tensor | None, tuple[ControlUse, ...]]:
+        """The size of what is drawn, and what it begins from, fills in and follows."""
+        pipe, asked = self._pipe, self.height is not None and self.width is not None
+        size: Size = self.denoiser.size(self.height, self.width)
+        image = mask = None
+        if request.mask is not None and request.image is None:
+            raise ValueError("mask needs an image")
+        if self.denoiser.fills_in and request.mask is None:
+            raise ValueError("this U-Net fills in: give image and mask")
+        if request.image is not None:
+            if self.denoiser.frames > 1 or not hasattr(pipe, "image_processor"):
+                raise ValueError("image must be None with a pipeline of videos")
+            own = not asked and request.mask is None  # an image-to-image row has its picture's size
+            image = pictures.initial_image(pipe, request.image, None if own else size)
+            size = (image.shape[2], image.shape[3])
+        if request.mask is not None:
+            mask = pictures.inpainting_mask(pipe, request.mask, size)
+        controls: list[ControlUse] = []
+        if not isinstance(request.controls, (list, tuple)):
+            raise TypeError(f"controls must be a list, got {type(request.controls).__name__}")
+        for control in request.controls:
+            if not isinstance(control, Control):
+                raise TypeError(f"controls must be Control objects, got {type(control).__name__}")
+            if control.name not in self.controlnets:
+                known = ", ".join(sorted(self.controlnets)) or "none"
+                raise ValueError(
+                    f"name of a Control must be a ControlNet given to generate ({known}), got {control.name!r}"
+                )
+            own = not asked and image is None and not controls
+            pixels = pictures.control_image(pipe, control.image, None if own else size)
+            size = (pixels.shape[2], pixels.shape[3])
+            controls.append(ControlUse(control.name, pixels, *_control_numbers(control)))
+        names = [control.name for control in controls]
+        if len(set(names)) < len(names):
+            raise ValueError(f"controls must have different names, got {names}")
+        shape = list(self.denoiser.latent_shape(size))
+        if request.latents is not None:
+            if request.image is not None:
+                raise ValueError("give either image or latents")
+            if not isinstance(request.latents, Tensor) or list(request.latents.shape) != shape:
+                got = getattr(request.latents, "shape", type(request.latents).__name__)
+                raise ValueError(f"latents must be {shape}, got {list(got) if isinstance(got, torch.Size) else got}")
+        return size, image, mask, tuple(sorted(controls, key=lambda control: control.name))
+
+
+def _check_numbers(request: Request) -> None:
     if (request.prompt is None) == (request.prompt_embeds is None):
         raise ValueError("give either prompt or prompt_embeds")
     if request.negative_prompt is not None and request.negative_prompt_embeds is not None:
@@ -67,133 +331,70 @@ def plan(
         raise ValueError(f"num_images must be at least 1, got {request.num_images!r}")
     if request.concepts and request.prompt is None:
         raise ValueError("concepts need a prompt, not prompt_embeds")
-    guidance, seed = request.guidance_scale, request.seed
-    if isinstance(guidance, bool) or not isinstance(guidance, (int, float)) or not math.isfinite(guidance):
-        raise ValueError(f"guidance_scale must be a finite number, got {guidance!r}")
+    if not _is_number(request.guidance_scale):
+        raise ValueError(f"guidance_scale must be a finite number, got {request.guidance_scale!r}")
+    seed = request.seed
     if seed is not None and (not isinstance(seed, int) or not 0 <= seed < 2**63 - request.num_images):
         raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, got {seed!r}")
-    _check_encodings(pipe, request)
-    uses = tuple(_resolve(use, bank) for use in request.concepts)
-    for use in uses:
-        use.concept.check(base, strict=strict)
-    super_classes = {use.concept.placeholder: use.concept.super_class for use in uses}
-    if len(super_classes) < len(uses):
-        raise ValueError("two of its concepts have the same placeholder")
-    prompts = negatives = None
-    if request.prompt is not None:
-        prompts = tuple(
-            text.tokenize(tokenizer, text.converted(pipe, tokenizer, request.prompt), super_classes)
-            for tokenizer, _ in text_encoders(pipe)
-        )
-        Personalization([uses], torch.zeros(1, dtype=torch.int64))  # raises here what would fail the whole batch
-    if request.negative_prompt_embeds is None:
-        negatives = tuple(
-            text.tokenize(tokenizer, text.converted(pipe, tokenizer, request.negative_prompt or ""))
-            for tokenizer, _ in text_encoders(pipe)
-        )
-    if not isinstance(request.image_prompts, (list, tuple)):
-        raise TypeError(f"image_prompts must be a list, got {type(request.image_prompts).__name__}")
-    for image in request.image_prompts:
-        image_prompts.check(image, pipe.unet)
-    drawn = tuple(images.use(image) for image in request.image_prompts)
-    ImageRouting([drawn], image_lengths)  # raises here what would fail the whole batch
-    absent = tuple(images.use(image, negative=True) for image in request.image_prompts if guidance > 1)
-    start = request.subject_start
-    if isinstance(start, bool) or not isinstance(start, (int, float)) or not 0 <= start <= 1:
-        raise ValueError(f"subject_start must lie in [0, 1], got {start!r}")
-    subjects = _subjects(pipe, request, prompts, fusion)
-    halves = _regions(pipe, request, uses, prompts, negatives)
-    if guidance <= 1:  # checked, but no row reads it
-        halves = halves[0], PromptRegions()
-    most = max(len(half.own) for half in halves)
-    if max_regions is not None and most > max_regions:
-        raise ValueError(f"regions with a wording of their own must be at most max_regions, {max_regions}, got {most}")
-    return Plan(uses, prompts, negatives, drawn, absent, subjects, *halves)
+    if not _is_number(request.strength) or not 0 <= request.strength <= 1:
+        raise ValueError(f"strength must lie in [0, 1], got {request.strength!r}")
+    for name in ("aesthetic_score", "negative_aesthetic_score"):
+        if not _is_number(getattr(request, name)):
+            raise ValueError(f"{name} must be a finite number, got {getattr(request, name)!r}")
+    for name in ("original_size", "target_size", "crops_coords_top_left"):
+        for pair in (name, f"negative_{name}"):
+            given = getattr(request, pair)
+            if given is not None and not (
+                isinstance(given, (list, tuple)) and len(given) == 2 and all(_is_number(number) for number in given)
+            ):
+                raise ValueError(f"{pair} must be two numbers, got {given!r}")
 
 
-def _subjects(
-    pipe: Any, request: Request, prompts: tuple[text.TokenizedPrompt, ...] | None, fusion: SubjectFusion | None
-) -> tuple[tuple[str, Tensor], ...]:
-    """The words that the request's subjects are fused into, and the subjects' encodings."""
-    if not isinstance(request.subjects, (list, tuple)):
-        raise TypeError(f"subjects must be a list, got {type(request.subjects).__name__}")
-    made = []
-    taken: set[int] = set()
-    for subject in request.subjects:
-        embeds = encode_subject(subject, pipe, fusion)
-        if prompts is None or len(prompts) > 1:
-            raise ValueError("subjects need a prompt, not prompt_embeds, and a pipeline with one text encoder")
-        places = text.find(pipe.tokenizer, prompts[0], subject.prompt)
-        if not places:
-            raise ValueError(f"the words {subject.prompt!r} of a FusedSubject are not in the prompt")
-        tokens = {place[-1] for place in places}
-        if tokens & taken:
-            raise ValueError(f"two of its subjects are fused into the same word {subject.prompt!r}")
-        taken |= tokens
-        made.append((subject.prompt, embeds))
-    return tuple(made)
+def _control_numbers(control: Control) -> tuple[float, float, float]:
+    if not _is_number(control.scale):
+        raise ValueError(f"scale of a Control must be a finite number, got {control.scale!r}")
+    for name in ("start", "end"):
+        number = getattr(control, name)
+        if not _is_number(number) or not 0 <= number <= 1:
+            raise ValueError(f"{name} of a Control must lie in [0, 1], got {number!r}")
+    return float(control.scale), float(control.start), float(control.end)
 
 
-def _regions(
-    pipe: Any,
-    request: Request,
-    uses: Sequence[ConceptUse],
-    prompts: tuple[text.TokenizedPrompt, ...] | None,
-    negatives: tuple[text.TokenizedPrompt, ...] | None,
-) -> tuple[PromptRegions, PromptRegions]:
-    """Regions of the prompt, those of its concepts and subjects among them, and of the negative prompt."""
-    for name in ("regions", "negative_regions"):
-        if not isinstance(getattr(request, name), (list, tuple)):
-            raise TypeError(f"{name} must be a list, got {type(getattr(request, name)).__name__}")
-    of_concepts = [
-        Region(order.region, use.concept.placeholder)
-        for order, use in zip(request.concepts, uses, strict=True)
-        if isinstance(order, Use) and order.region is not None
-    ]
-    of_subjects = [Region(subject.region, subject.prompt) for subject in request.subjects if subject.region is not None]
-    given = [*request.regions, *of_concepts, *of_subjects]
-    halves = []
-    for name, half, tokenized, embeds in (
-        ("regions", given, prompts, request.prompt_embeds),
-        ("negative_regions", list(request.negative_regions), negatives, request.negative_prompt_embeds),
-    ):
-        length = pipe.tokenizer.model_max_length if embeds is None else embeds.shape[0]
-        tokenizers = [tokenizer for tokenizer, _ in text_encoders(pipe)]
-        halves.append(resolve_regions(half, tokenized, length, tokenizers, request.endings, name))
-    return halves[0], halves[1]
-
-
-def _check_encodings(pipe: Any, request: Request) -> None:
+def _check_encodings(denoiser: Any, request: Request) -> None:
     """Given encodings have the U-Net's width, both halves of guidance the same length, and SDXL's pooled ones too."""
-    width, lengths = pipe.unet.config.cross_attention_dim, []
+    width, lengths = denoiser.text_width, []
+    encoders = denoiser.encoders()
     for name, words in (("prompt_embeds", request.prompt), ("negative_prompt_embeds", request.negative_prompt)):
         embeds = getattr(request, name)
-        _check_pooled(pipe, request, name)
+        _check_pooled(denoiser, request, name)
         if embeds is None:
-            if words is not None and not isinstance(words, str):
-                raise TypeError(f"{name.removesuffix('_embeds')} must be text, got {type(words).__name__}")
-            lengths.append(pipe.tokenizer.model_max_length)
+            for given in (words, getattr(request, name.replace("embeds", "2"))):
+                if given is not None and not isinstance(given, str):
+                    raise TypeError(f"{name.removesuffix('_embeds')} must be text, got {type(given).__name__}")
             continue
         if not isinstance(embeds, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(embeds).__name__}")
         if embeds.ndim != 2 or embeds.shape[1] != width:
             raise ValueError(f"{name} must be [T, {width}], got {list(embeds.shape)}")
-        lengths.append(embeds.shape[0])
-    if request.guidance_scale > 1 and lengths[0] != lengths[1]:
-        raise ValueError(f"prompt and negative prompt must have equally many tokens, got {lengths[0]} and {lengths[1]}")
+        lengths.append((name, embeds.shape[0]))
+    if request.guidance_scale > 1 and lengths:
+        length = encoders[0].tokenizer.model_max_length if encoders else lengths[0][1]
+        halves = [dict(lengths).get(name, length) for name in ("prompt_embeds", "negative_prompt_embeds")]
+        if halves[0] != halves[1]:
+            raise ValueError(
+                f"prompt and negative prompt must have equally many tokens, got {halves[0]} and {halves[1]}"
+            )
 
 
-def _check_pooled(pipe: Any, request: Request, name: str) -> None:
+def _check_pooled(denoiser: Any, request: Request, name: str) -> None:
     """SDXL's pooled encodings come with the encodings they belong to, and with no other."""
     pooled_name = name.replace("prompt", "pooled_prompt")
-    embeds, pooled = getattr(request, name), getattr(request, pooled_name)
-    encoders = text_encoders(pipe)
-    if embeds is None or len(encoders) == 1:
+    embeds, pooled, width = getattr(request, name), getattr(request, pooled_name), denoiser.pooled_width
+    if embeds is None or width is None:
         if pooled is not None:
             reason = f"without {name}" if embeds is None else "with one text encoder"
             raise ValueError(f"{pooled_name} must be None {reason}, got {type(pooled).__name__}")
         return
-    width = encoders[-1][1].config.projection_dim
     if not isinstance(pooled, Tensor) or pooled.shape != (width,):
         got = list(pooled.shape) if isinstance(pooled, Tensor) else type(pooled).__name__
         raise ValueError(f"{name} need {pooled_name} [{width}] with this pipeline, got {got}")
@@ -220,3 +421,7 @@ def _resolve(use: Use | str | Concept, bank: Mapping[str, Concept] | None) -> Co
         if not isinstance(number, (int, float)) or not math.isfinite(number):
             raise ValueError(f"{name} of {concept.placeholder} must be a finite number, got {number!r}")
     return ConceptUse(concept, lock=use.lock, **numbers)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -5,7 +5,7 @@ from keylock_diffusers.processors.attention import (
     IPAdapterCrossAttnProcessor,
     SelfAttnProcessor,
 )
-from keylock_diffusers.processors.contract import ImageStreams, LayerInputs, Readout
+from keylock_diffusers.processors.contract import ImageStreams, LayerInputs, Readout, RowUpdates
 from keylock_diffusers.processors.swap import install, uninstall, verify
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "ImageStreams",
     "LayerInputs",
     "Readout",
+    "RowUpdates",
     "SelfAttnProcessor",
     "install",
     "uninstall",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from keylock_diffusers.processors.contract import ImageStreams, LayerInputs, Readout
 from keylock_diffusers.processors.images import adapter_streams
+from keylock_diffusers.processors.projection import keys_and_values
 from keylock_kernels import localized_attention
 from keylock_kernels.ops.precision import accumulate_dtype
 
@@ -200,7 +201,9 @@ def cross_attention(
     query = attn.to_q(hidden_states)
     streams = regions = None
     if personalization is not None:
-        key, value = personalization.keys_and_values(layer, query.shape[0], text)
+        given = hidden_states if text is None else text
+        kept = personalization.keys_and_values(layer, query.shape[0], text)
+        key, value = keys_and_values(attn, layer, (given, given), personalization.updates) if kept is None else kept
         streams = personalization.image_streams(layer, query.shape[1])
         regions = personalization.visibility(layer, query.shape[1])
     else:

@@ -17,11 +17,25 @@ class ImageStreams(NamedTuple):
     key_bias: Tensor | None = None  # [B, sum(L)]
 
 
+class RowUpdates(NamedTuple):
+    """What rows add to the output of a projection: sum over r of coefficients[b, t, r] * u[slots[b, r]]."""
+
+    u: Tensor  # [S, O] float32
+    slots: Tensor  # [B, R] int32, -1 for none
+    coefficients: Tensor  # [B, T, R] float32
+
+
 class LayerInputs(Protocol):
     """What a layer may ask of a batch, passed as ``cross_attention_kwargs={"personalization": inputs}``."""
 
-    def keys_and_values(self, layer: str, rows: int, text: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The layer's keys and values [B, T, C] for a batch of `rows` whose text [B, T, D] is given."""
+    def keys_and_values(self, layer: str, rows: int, text: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """The layer's keys and values [B, T, C] for a batch of `rows` whose text [B, T, D] is given.
+
+        None: none are kept; the layer projects its text now, with `updates`.
+        """
+
+    def updates(self, projection: str) -> RowUpdates | None:
+        """What the rows add to the output of a projection, by its module's name; None: nothing."""
 
     def image_streams(self, layer: str, pixels: int) -> ImageStreams | None:
         """The layer's image tokens at a resolution of [N] pixels; None where no row has any."""

@@ -1,41 +1,16 @@
-"""What a row of the batch carries of image prompts, and the streams that every layer attends to."""
+"""A batch's image prompts as the streams that every layer attends to."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from keylock_diffusers.masks import resize_masks
-from keylock_diffusers.processors import IPAdapterCrossAttnProcessor
-
-
-@dataclass(frozen=True, eq=False)
-class ImageUse:
-    """One image prompt in one row of the U-Net's batch."""
-
-    tokens: Tensor  # [L, D], projected
-    scale: float | Mapping[str, float] = 1.0  # a number, or one per layer's name or its beginning; elsewhere 0
-    region: Tensor | None = None  # [height, width]
-    start: float = 0.0
-    end: float = 1.0
-    adapter: int = 0
-
-    def scale_of(self, layer: str) -> float:
-        if not isinstance(self.scale, Mapping):
-            return float(self.scale)
-        found = 0.0
-        for name, number in self.scale.items():
-            if layer.startswith(name):
-                found = float(number)
-        return found
-
-    def active(self, step: int, steps: int) -> bool:
-        """Whether it counts in a step: diffusers' rule for ControlNets."""
-        return step / steps >= self.start and (step + 1) / steps <= self.end
+from keylock_diffusers.processors.attention import IPAdapterCrossAttnProcessor
+from keylock_diffusers.routing.rows import ImageUse
 
 
 class ImageRouting:
@@ -113,16 +88,18 @@ class ImageRouting:
         """The scale of every image prompt in a layer; layers with the same pattern have the same weights."""
         return tuple(0.0 if use is None else use.scale_of(layer) for row in self._rows for use in row)
 
-    def scales(self, layer: str, step: int, steps: int) -> tuple[tuple[float, ...], ...]:  # [B][I]
-        """What each stream of each row counts in a layer and a step; 0 for a stream that a row does not have."""
+    def scales(self, layer: str, steps: Sequence[tuple[int, int]]) -> tuple[tuple[float, ...], ...]:  # [B][I]
+        """What each stream of each row counts in a layer, the rows each in a (step, of how many); 0 for none."""
         return tuple(
-            tuple(use.scale_of(layer) if use is not None and use.active(step, steps) else 0.0 for use in row)
-            for row in self._rows
+            tuple(use.scale_of(layer) if use is not None and use.active(*at) else 0.0 for use in row)
+            for row, at in zip(self._rows, steps, strict=True)
         )
 
-    def active(self, step: int, steps: int) -> tuple[bool, ...]:
-        """Which image prompts count in a step."""
-        return tuple(use.active(step, steps) for use in self.uses)
+    def active(self, steps: Sequence[tuple[int, int]]) -> tuple[bool, ...]:
+        """Which image prompts count, the rows each in a (step, of how many)."""
+        return tuple(
+            use.active(*at) for row, at in zip(self._rows, steps, strict=True) for use in row if use is not None
+        )
 
     def masks(self, pixels: int, size: tuple[int, int] | None, dtype: torch.dtype) -> Tensor:  # [B, I, N]
         """Every stream's region at one resolution (see `resize_masks`); ones where it has none."""

@@ -10,53 +10,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from keylock_diffusers.denoisers.unet import cross_attention_layers, resolutions_of, unet_of
+from keylock_diffusers.denoisers.unet import ProjectionState, cross_attention_layers, resolutions_of, unet_of
 from keylock_diffusers.processors.contract import ImageStreams
 from keylock_diffusers.routing.buffers import filled, filled_pairs, version_of, versions_of
-from keylock_diffusers.routing.concepts import ConceptRouting, ConceptUse, Pairs
-from keylock_diffusers.routing.images import ImageRouting, ImageUse, projected_images
-from keylock_diffusers.routing.regions import RegionRouting, RowRegions
+from keylock_diffusers.routing.concepts import ConceptRouting, Pairs
+from keylock_diffusers.routing.images import ImageRouting, projected_images
+from keylock_diffusers.routing.regions import RegionRouting
+from keylock_diffusers.routing.rows import Row, TextLayout
 from keylock_kernels.ops.precision import accumulate_dtype
 
 
 class Personalization:
-    """Different users' concepts and images in one batch, passed as ``cross_attention_kwargs={"personalization": p}``.
-
-    Routing is data: row b of the U-Net's batch belongs to prompt ``row_index[b]``, or to none (-1), as the
-    unconditional rows of guidance do. Such a row is computed without any update of its keys and values.
+    """Different users' rows in one batch, passed as ``cross_attention_kwargs={"personalization": p}``.
 
     What `prepare` makes lies in buffers that later calls fill again where shapes are the same. With `image_lengths`,
     and a latent_size and a read_text of one length, longer than the text, given to `prepare`, they always are: a step
     that was compiled, or captured as a CUDA graph, then stays valid for other users (see `assign`).
 
     Args:
-        uses: per prompt, the concepts it uses.
-        row_index: int64 [B], the prompt of each row of the U-Net's batch; -1 for none.
-        images: per row of the U-Net's batch, its image prompts, of unconditional rows too; None: no row has any.
+        rows: the denoiser's batch, row by row: unconditional rows, and repeated ones, are rows of their own.
         image_lengths: per adapter, the tokens of each image stream that a batch has room for; default as many as
-            `images` need. Given, all shapes are the same whatever the rows carry.
-        regions: per row of the U-Net's batch, where its words may be seen from; None: everywhere in every row.
-        starts: per prompt, the share of the steps that are drawn before its concepts count (delayed subject
-            conditioning: FastComposer's 1 - alpha); None: 0 for all.
+            `rows` need. Given, all shapes are the same whatever the rows carry.
 
     Raises:
-        ValueError: a row index outside [-1, len(uses)), one prompt that uses the same concept twice, or images,
-            regions or starts that do not fit.
+        ValueError: the rows' images do not fit into `image_lengths`.
     """
 
-    def __init__(
-        self,
-        uses: Sequence[Sequence[ConceptUse]],
-        row_index: Tensor,
-        images: Sequence[Sequence[ImageUse]] | None = None,
-        image_lengths: Sequence[Sequence[int]] | None = None,
-        regions: Sequence[RowRegions] | None = None,
-        starts: Sequence[float] | None = None,
-    ) -> None:
-        self.kv: dict[str, tuple[Tensor, Tensor]] = {}
-        self._spare: dict[str, tuple[Tensor, Tensor]] = {}  # buffers of the users before
+    def __init__(self, rows: Sequence[Row], *, image_lengths: Sequence[Sequence[int]] | None = None) -> None:
+        self.kv: Pairs = {}
+        self._spare: Pairs = {}  # buffers of the users before
         self._image_lengths = image_lengths
-        self.image_kv: dict[str, tuple[Tensor, Tensor]] = {}
+        self.image_kv: Pairs = {}
         self._image_bias: Tensor | None = None
         self._layer_of: dict[int, str] = {}  # one of each group
         self._image_groups: dict[str, int] = {}
@@ -69,18 +53,14 @@ class Personalization:
         self._phases: tuple[Pairs, Pairs] | None = None  # keys and values before and after the rows' starts
         self._sources: list[tuple[str, Any, int | None]] = []
         self._seen: tuple[Any, int | None] | None = None  # the text a layer was given last, and its version
-        self._step = (0, 1)
+        self._steps: list[tuple[int, int]] = []  # per row, its step and of how many
         self._text: Tensor | None = None
-        self.assign(uses, row_index, images, regions, starts)
+        self._layers: Mapping[str, Any] = {}
+        self._made_with: ProjectionState | None = None  # what keys and values were made with
+        self._again: tuple[Tensor, dict[str, Any]] | None = None  # what `prepare` was given
+        self.assign(rows)
 
-    def assign(
-        self,
-        uses: Sequence[Sequence[ConceptUse]],
-        row_index: Tensor,
-        images: Sequence[Sequence[ImageUse]] | None = None,
-        regions: Sequence[RowRegions] | None = None,
-        starts: Sequence[float] | None = None,
-    ) -> Personalization:
+    def assign(self, rows: Sequence[Row]) -> Personalization:
         """Gives the batch to other users; `prepare` must follow and keeps the buffers whose shapes have not changed.
 
         Args, raises: as for the class.
@@ -88,26 +68,13 @@ class Personalization:
         Returns:
             This object.
         """
-        if row_index.ndim != 1 or row_index.dtype != torch.int64:
-            raise ValueError(
-                f"Personalization: row_index must be int64 [B], got {row_index.dtype} {list(row_index.shape)}"
-            )
-        if row_index.numel() and not -1 <= int(row_index.min()) <= int(row_index.max()) < len(uses):
-            raise ValueError(
-                f"Personalization: row_index must lie in [-1, {len(uses)}), "
-                f"got {int(row_index.min())} to {int(row_index.max())}"
-            )
-        for name, given, count in (
-            ("images", images, len(row_index)),
-            ("regions", regions, len(row_index)),
-            ("starts", starts, len(uses)),
-        ):
-            if given is not None and len(given) != count:
-                raise ValueError(f"Personalization: {name} must be given for {count} rows, got {len(given)}")
-        concepts = ConceptRouting(uses, row_index.tolist(), [0.0] * len(uses) if starts is None else starts)
-        routing = ImageRouting(images or [()] * len(row_index), self._image_lengths)
-        self.row_index, self._concepts, self._routing = row_index, concepts, routing
-        self._regions = RegionRouting(regions or [RowRegions()] * len(row_index))
+        wrong = [row for row in rows if not isinstance(row, Row)]
+        if wrong:
+            raise TypeError(f"Personalization: rows must be Row objects, got {type(wrong[0]).__name__}")
+        routing = ImageRouting([row.images for row in rows], self._image_lengths)
+        self.rows = tuple(rows)
+        self._concepts, self._routing = ConceptRouting(self.rows), routing
+        self._regions = RegionRouting([row.regions for row in rows])
         self._spare, self.kv = self.kv or self._spare, {}  # nothing can be read before `prepare`
         return self
 
@@ -121,13 +88,14 @@ class Personalization:
         read_text: Tensor | None = None,
         early_text: Tensor | None = None,
         latent_size: tuple[int, int] | None = None,
-        steps: int = 1,
+        steps: int | Sequence[int] = 1,
+        step: int | Sequence[int] = 0,
     ) -> Personalization:
         """Projects every layer's keys and values, which no timestep changes, once for the whole generation.
 
         Args:
             pipe: the pipeline or U-Net whose layers are projected.
-            text: the encodings the U-Net is given, [B, T, D], one row per entry of ``row_index``.
+            text: the encodings the U-Net is given, [B, T, D], a row each.
             key_text: what keys read where that differs (global key-locking), as `read_text`.
             read_text: what keys and values read where that is more than the U-Net is given, [B, T', D]: the text, and
                 after it the wordings of regions that have their own. Default `text`.
@@ -135,7 +103,8 @@ class Personalization:
                 subjects' place; needed where one starts later than at 0.
             latent_size: (height, width) of the latents, which says at which resolutions regions are needed; without it
                 they are resized when a layer first asks, which a compiled step cannot do.
-            steps: of the generation, for what is switched on or off between steps (see `at_step`).
+            steps: of the generation, for what is switched on or off between steps; see `at_step`.
+            step: the one that comes next.
 
         Returns:
             This object; a second call fills what the first one made.
@@ -145,9 +114,9 @@ class Personalization:
         """
         given = {"text": text, "key_text": key_text, "read_text": read_text, "early_text": early_text}
         for name, tensor in given.items():
-            if tensor is not None and (tensor.ndim != 3 or len(tensor) != len(self.row_index)):
+            if tensor is not None and (tensor.ndim != 3 or len(tensor) != len(self.rows)):
                 raise ValueError(
-                    f"Personalization.prepare: {name} must be [{len(self.row_index)}, T, D], got {list(tensor.shape)}"
+                    f"Personalization.prepare: {name} must be [{len(self.rows)}, T, D], got {list(tensor.shape)}"
                 )
         self._spare, self.kv = self.kv or self._spare, {}  # nor if this fails
         self._sources = versions_of(self._read(key_text))
@@ -158,7 +127,7 @@ class Personalization:
                 raise ValueError(
                     f"Personalization.prepare: {name} must be {list(read_text.shape)}, got {list(other.shape)}"
                 )
-        self._step = (0, steps)
+        self._steps = self._each(step, steps)
         if self._concepts.scheduled and early_text is None:
             raise ValueError("Personalization.prepare: early_text is needed for rows that start later, got None")
         unet = unet_of(pipe)
@@ -166,12 +135,15 @@ class Personalization:
         if type(hook).__name__ == "CpuOffload":  # whole-model offloading moves the U-Net in when it is called, or here
             hook.pre_forward(unet)
         layers = cross_attention_layers(unet)
+        self._layers, self._made_with = layers, ProjectionState(layers)
+        options = {"read_text": read_text, "key_text": key_text, "early_text": early_text, "latent_size": latent_size}
+        self._again = text, options
         self._tokens = text.shape[1]
-        regions, tokens = self._regions, self._tokens
-        projected = self._concepts.project(layers, read_text, key_text, regions, tokens, early=False)
+        layout = TextLayout(self._tokens, read_text.shape[1] // self._tokens)
+        projected = self._concepts.project(layers, read_text, key_text, layout, early=False)
         self._phases = None
         if early_text is not None and self._concepts.scheduled:
-            early = self._concepts.project(layers, early_text, early_text, regions, tokens, early=True)
+            early = self._concepts.project(layers, early_text, early_text, layout, early=True)
             self._phases = early, projected
             projected = self._current()
         sizes = resolutions_of(unet, layers, latent_size)
@@ -188,9 +160,8 @@ class Personalization:
         if self._phases is None:
             return self.kv
         early, late = self._phases
-        waiting = torch.tensor(self._concepts.waiting(*self._step), device=next(iter(late.values()))[0].device)[
-            :, None, None
-        ]
+        device = next(iter(late.values()))[0].device
+        waiting = torch.tensor(self._concepts.waiting(self._steps), device=device)[:, None, None]
         return {
             name: (torch.where(waiting, early[name][0], key), torch.where(waiting, early[name][1], value))
             for name, (key, value) in late.items()
@@ -202,22 +173,39 @@ class Personalization:
         return self._routing.scheduled or self._concepts.scheduled
 
     @torch.no_grad()
-    def at_step(self, step: int, steps: int) -> None:
+    def at_step(self, step: int | Sequence[int], steps: int | Sequence[int]) -> None:
         """Puts in place what counts in one step: image prompts by their start and end, rows' subjects by their start.
 
         A row's subjects count from the step s (from 0) on for which s / steps is at least its start, which is step
         (1 - alpha) * steps of FastComposer's paper; its code compares with <=, and starts one step later.
 
         Args:
-            step: the step that comes next, from 0.
-            steps: of the whole generation.
+            step: the step that comes next, from 0; one for all rows, or each row's own.
+            steps: of the whole generation, likewise.
         """
-        before, self._step = self._step, (step, steps)
-        if self._routing.active(*before) != self._routing.active(*self._step):
+        before, self._steps = self._steps, self._each(step, steps)
+        if self._routing.active(before) != self._routing.active(self._steps):
             for group, pixels in list(self._image_weights):
                 self._weigh(group, pixels)
-        if self._concepts.waiting(*before) != self._concepts.waiting(*self._step):
+        if self._concepts.waiting(before) != self._concepts.waiting(self._steps):
             self.kv = filled_pairs(self.kv, self._current())
+
+    def _each(self, step: int | Sequence[int], steps: int | Sequence[int]) -> list[tuple[int, int]]:
+        """Every row's (step, of how many)."""
+        count = len(self.rows)
+        each = [[given] * count if isinstance(given, int) else list(given) for given in (step, steps)]
+        return list(zip(*each, strict=True))
+
+    def outdated(self) -> bool:
+        """Whether somebody changed the projections' weights or scales since keys and values were made."""
+        return self._made_with is not None and not self._made_with.same(ProjectionState(self._layers))
+
+    def remake(self, pipe: Any) -> None:
+        """Makes keys and values again, of the same text, with the projections as they are now."""
+        assert self._again is not None
+        text, options = self._again
+        at = list(zip(*self._steps, strict=True))
+        self.prepare(pipe, text, **options, step=at[0], steps=at[1])
 
     def keys_and_values(self, layer: str, rows: int, text: Tensor | None) -> tuple[Tensor, Tensor]:
         """A layer's prepared keys and values [B, T, C].
@@ -249,6 +237,9 @@ class Personalization:
             if text is not None:
                 self._check_text(layer, text, self._text)
         return key, value
+
+    def updates(self, projection: str) -> None:
+        """Nothing: what rows add to keys and values is in those that are kept."""
 
     def image_streams(self, layer: str, pixels: int) -> ImageStreams | None:
         """A layer's prepared image tokens at a resolution of [N] pixels; None where no row has an image prompt.
@@ -381,7 +372,7 @@ class Personalization:
         """Fills the weights [B, I] (no pixels: [B, I, N] with them) of a group of layers in the current step."""
         like = next(iter(self.image_kv.values()))[0]
         dtype = accumulate_dtype(like.dtype)
-        weights = torch.tensor(self._routing.scales(self._layer_of[group], *self._step), dtype=dtype).to(like.device)
+        weights = torch.tensor(self._routing.scales(self._layer_of[group], self._steps), dtype=dtype).to(like.device)
         if pixels:
             if pixels not in self._masks:
                 self._masks[pixels] = self._routing.masks(pixels, None, dtype).to(like.device)

@@ -3,54 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from keylock_diffusers.masks import inside
+from keylock_diffusers.routing.rows import RowRegions
 
 # Bit 0 is every pixel's, bit 1 that of pixels outside all regions; the others are the regions'.
 _EVERYWHERE, _OUTSIDE, _FIRST = 1, 2, 2
 LIMIT = 32 - _FIRST
 
 
-@dataclass(frozen=True, eq=False)
-class RegionUse:
-    """One region of a row: a mask, and the positions of the tokens that may be seen from inside alone."""
-
-    mask: Tensor  # [height, width]
-    tokens: tuple[int, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class RowRegions:
-    """All regions of one row of the U-Net's batch.
-
-    Args:
-        uses: the regions.
-        outside: the positions of tokens that are seen only where no region is.
-        hidden: those of tokens that are seen nowhere.
-        tokens: how many the row has; those after them are nowhere seen. None: all there are.
-        placeholders: those in each wording that the row reads after its prompt.
-    """
-
-    uses: tuple[RegionUse, ...] = ()
-    outside: tuple[int, ...] = ()
-    hidden: tuple[int, ...] = ()
-    tokens: int | None = None
-    placeholders: tuple[frozenset[str], ...] = ()
-
-    def has(self, wording: int, placeholder: str) -> bool:
-        """Whether a placeholder of the prompt (wording 0) is also in a wording of its own; they count from 1."""
-        return wording == 0 or (wording <= len(self.placeholders) and placeholder in self.placeholders[wording - 1])
-
-
 class RegionRouting:
     """A batch's regions as bitfields: a token is seen from a pixel where theirs have a bit in common.
 
     Args:
-        rows: per row of the U-Net's batch, its regions.
+        rows: per row of the batch, its regions.
     """
 
     def __init__(self, rows: Sequence[RowRegions]) -> None:

@@ -200,6 +200,9 @@ class _Inputs:
     def keys_and_values(self, layer: str, rows: int, text: Tensor | None) -> tuple[Tensor, Tensor]:
         return self.text_kv[layer]
 
+    def updates(self, projection: str) -> None:
+        return None
+
     def image_streams(self, layer: str, pixels: int) -> ImageStreams:
         key, value = self.image_kv[layer]
         return ImageStreams(key, value, self.lengths, None)

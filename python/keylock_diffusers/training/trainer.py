@@ -18,8 +18,9 @@ from keylock_diffusers.concepts.concept import check_placeholder, check_super_cl
 from keylock_diffusers.denoisers.unet import cross_attention_layers
 from keylock_diffusers.encoding import text
 from keylock_diffusers.masks import soft_mask
+from keylock_diffusers.processors import RowUpdates
+from keylock_diffusers.processors.projection import project_vectors
 from keylock_diffusers.routing import edits
-from keylock_diffusers.routing.personalization import Personalization
 from keylock_diffusers.training import checkpoint
 from keylock_diffusers.training.checkpoint import ConceptTrainingError
 from keylock_diffusers.training.covariance import Covariance, covariance
@@ -237,12 +238,11 @@ def _step(pipe: Any, learners: list[_Learner], config: TrainingConfig, metric: C
             elif config.target_gradient == "straight-through":
                 target = target.detach() + now - now.detach()
             targets.append(target)
-        personalization = Personalization([[]] * len(rows), torch.arange(len(rows)))
-        personalization.kv = _project(pipe, learners, torch.stack(targets), encodings, config, metric)
+        inputs = _Inputs(pipe, learners, torch.stack(targets), encodings, config, metric)
         # Not the scheduler's add_noise: those that count in sigmas leave their input unscaled.
         signal, sigma = noise_levels(pipe.scheduler, times, device)
         noisy = (signal * clean + sigma * noise).to(pipe.unet.dtype)
-        options: dict[str, Any] = {"personalization": personalization}
+        options: dict[str, Any] = {"personalization": inputs}
         if config.localize:
             tokens = torch.tensor([[prompt.words[0][0]] for prompt in prompts], device=device)
             options["readout"] = Localization(
@@ -262,26 +262,55 @@ def _step(pipe: Any, learners: list[_Learner], config: TrainingConfig, metric: C
         _update(learner, loss, config, step)
 
 
-def _project(
-    pipe: Any, learners: list[_Learner], targets: Tensor, encodings: Tensor, config: TrainingConfig, metric: Covariance
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Every layer's edited keys and values, differentiable in values, encodings and (if asked) targets [S, D]."""
-    size = config.batch_size
-    slots = torch.arange(len(learners), dtype=torch.int32, device=encodings.device).repeat_interleave(size)[:, None]
-    full = torch.ones(slots.shape, device=encodings.device)
-    gates = edits.Gates(slots, full * config.beta, full * config.tau, full)
-    directions, _ = metric.direction(targets)
-    coefficients = edits.coefficients(encodings, directions, gates)
-    supers = torch.stack([learner.super_encoding for learner in learners])
-    layers = cross_attention_layers(pipe.unet)
-    widths = [attn.to_v.out_features for attn in layers.values()]
-    values = torch.stack([learner.values for learner in learners]).split(widths, dim=1)
-    tables = {
-        name: edits.tables(attn, targets, supers, value, encodings.dtype)
-        for (name, attn), value in zip(layers.items(), values, strict=True)
-    }
-    edit = (gates.pairs(len(learners)), coefficients)
-    return edits.project_layers(layers, (encodings, encodings), tables, (edit, edit))
+class _Inputs:
+    """What layers ask of a step: the concepts' updates of keys and values, differentiable in all that is learned.
+
+    Args:
+        pipe: the pipeline.
+        learners: the concepts; each has `config.batch_size` rows.
+        targets: their target inputs [S, D].
+        encodings: the rows' text [B, T, D].
+        config: how they are trained.
+        metric: C.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        learners: list[_Learner],
+        targets: Tensor,
+        encodings: Tensor,
+        config: TrainingConfig,
+        metric: Covariance,
+    ) -> None:
+        numbers = torch.arange(len(learners), dtype=torch.int32, device=encodings.device)
+        slots = numbers.repeat_interleave(config.batch_size)[:, None]
+        full = torch.ones(slots.shape, device=encodings.device)
+        gates = edits.Gates(slots, full * config.beta, full * config.tau, full)
+        directions, _ = metric.direction(targets)
+        self._coefficients = edits.coefficients(encodings, directions, gates)
+        self._slots = gates.pairs(len(learners))
+        self._targets, self._dtype = targets, encodings.dtype
+        self._supers = torch.stack([learner.super_encoding for learner in learners])
+        self._layers = cross_attention_layers(pipe.unet)
+        widths = [attn.to_v.out_features for attn in self._layers.values()]
+        values = torch.stack([learner.values for learner in learners]).split(widths, dim=1)
+        self._values = dict(zip(self._layers, values, strict=True))
+
+    def keys_and_values(self, layer: str, rows: int, text: Tensor | None) -> None:
+        return None
+
+    def updates(self, projection: str) -> RowUpdates:
+        layer, _, side = projection.rpartition(".")
+        attn, values = self._layers[layer], self._values[layer]
+        u = edits.table(attn, side, self._targets, self._supers, values, self._dtype)
+        return RowUpdates(u, self._slots, self._coefficients)
+
+    def image_streams(self, layer: str, pixels: int) -> None:
+        return None
+
+    def visibility(self, layer: str, pixels: int) -> None:
+        return None
 
 
 def _update(learner: _Learner, loss: float, config: TrainingConfig, step: int) -> None:
@@ -331,10 +360,7 @@ def _begin(pipe: Any, subject: Subject, config: TrainingConfig) -> _Learner:
         super_encoding = word_encodings(text.encode(pipe.text_encoder, prompts), prompts).mean(0).float()
         embedding = pipe.text_encoder.get_input_embeddings().weight[super_ids[-1]].float()
         values = torch.cat(
-            [
-                edits.project_vectors(attn.to_v, super_encoding[None])[0]
-                for attn in cross_attention_layers(pipe.unet).values()
-            ]
+            [project_vectors(attn.to_v, super_encoding[None])[0] for attn in cross_attention_layers(pipe.unet).values()]
         )
         latents = encode_images(pipe, subject.images)
     name = f"Subject {subject.placeholder}: a mask"

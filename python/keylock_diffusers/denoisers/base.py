@@ -1,0 +1,85 @@
+"""What is said of a denoiser: where its layers are, what reads text, and what one step computes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+Size = tuple[int, int]  # height and width
+
+
+class RowLayout(NamedTuple):
+    """The denoiser's batch: each picture's rows by what they are, one part after another."""
+
+    parts: tuple[str, ...]  # of "uncond", "cond" and "perturbed"
+
+    @property
+    def guided(self) -> bool:
+        return "uncond" in self.parts
+
+
+class Schedule(NamedTuple):
+    """One row's scheduler, ready to step, and the times it goes through."""
+
+    scheduler: Any
+    times: Tensor  # [S], on the CPU
+
+
+class Denoiser(Protocol):
+    """Everything that is known of one family of models; nothing else asks which model it is.
+
+    Where things are, text, and one step, for the engine's loop: what pipelines' own calls do between encoding and
+    decoding.
+    """
+
+    pipe: Any
+
+    def layers(self) -> Mapping[str, Any]:
+        """The cross-attention layers by name, in the order of a concept's file."""
+
+    def grid(self, layers: Sequence[str], latent: Size) -> Mapping[str, Size]:
+        """Height and width that each layer runs at."""
+
+    def bound(
+        self, inputs: Any, layout: RowLayout, options: Mapping[str, Any]
+    ) -> AbstractContextManager[dict[str, Any]]:
+        """How a batch reaches its layers: the keywords to call the model with, while they are bound."""
+
+    def encoders(self) -> Sequence[Any]:
+        """The text encoders."""
+
+    def size(self, height: int | None, width: int | None) -> Size:
+        """Height and width of what is drawn, in pixels, where a call asks for these."""
+
+    def latent_size(self, size: Size) -> Size:
+        """Height and width of its latents."""
+
+    def noise(self, size: Size, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+        """A row's noise [1, C, h, w], from its own generator."""
+
+    def encode(self, pixels: Tensor, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+        """Latents [1, C, h, w] of a picture [1, 3, height, width] in -1..1."""
+
+    def schedule(self, scheduler: Any, steps: int, share: float | None) -> Schedule:
+        """A copy of the scheduler with its times: all of them, or those of an image that is changed by a share."""
+
+    def rows(self, guided: bool) -> RowLayout:
+        """The row layout of guidance."""
+
+    def conditions(
+        self, requests: Sequence[Any], size: Size, layout: RowLayout, pooled: Mapping[str, Tensor]
+    ) -> dict[str, Any]:
+        """What the model is given beside latents, times and text: keywords, with rows in the row layout."""
+
+    def predict(self, latents: Tensor, times: Tensor, text: Tensor, keywords: Mapping[str, Any]) -> Tensor:
+        """One call of the model on all rows."""
+
+    def guide(self, predictions: Tensor, scales: Tensor, layout: RowLayout, times: Tensor) -> Tensor:
+        """The family's formula of guidance, each picture with its own scale."""
+
+    def decode(self, latents: Tensor, output_type: str) -> list[Any]:
+        """Pictures of latents, in the form that the pipeline's call returns."""

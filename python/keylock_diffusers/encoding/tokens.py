@@ -1,0 +1,162 @@
+"""A prompt as token ids, in as many chunks as it needs, each with a start and an end of its own."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TokenizedPrompt:
+    """One prompt's token ids, and where its placeholders' words are.
+
+    Args:
+        ids: those of all chunks, one after another, each padded to the tokenizer's length.
+        attention: 1 for a token, 0 for padding.
+        words: (position, placeholder) of each learned word.
+        spans: (first, last + 1, placeholder) of each super-class's tokens.
+        chunk: how many tokens a chunk has, 0 for all.
+        weights: of the tokens, or none where all are 1.
+    """
+
+    ids: tuple[int, ...]
+    attention: tuple[int, ...]
+    words: tuple[tuple[int, str], ...]
+    spans: tuple[tuple[int, int, str], ...] = ()
+    chunk: int = 0
+    weights: tuple[float, ...] = ()
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks there are."""
+        return len(self.ids) // (self.chunk or len(self.ids))
+
+    @property
+    def content(self) -> tuple[int, ...]:
+        """The positions of the prompt's own tokens: neither starts nor ends nor padding."""
+        size = self.chunk or len(self.ids)
+        used = [sum(self.attention[first : first + size]) for first in range(0, len(self.ids), size)]
+        return tuple(n * size + place for n, count in enumerate(used) for place in range(1, count - 1))
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """The positions of the chunks' start tokens."""
+        return tuple(range(0, len(self.ids), self.chunk or len(self.ids)))
+
+    @property
+    def ending(self) -> tuple[int, ...]:
+        """The positions of the end tokens and the padding."""
+        inside = {*self.content, *self.starts}
+        return tuple(position for position in range(len(self.ids)) if position not in inside)
+
+
+class Unit(NamedTuple):
+    """Tokens that stand together: a word, or what stands for a placeholder."""
+
+    ids: tuple[int, ...]
+    placeholder: str | None = None  # of a super-class's tokens
+    learned: str | None = None  # the placeholder whose learned word takes the last token's place
+    weight: float = 1.0
+
+
+def units_of(tokenizer: Any, ids: Sequence[int], weight: float = 1.0) -> list[Unit]:
+    """Tokens by words; a CLIP tokenizer marks the end of each."""
+    found: list[Unit] = []
+    word: list[int] = []
+    for number, token in zip(ids, tokenizer.convert_ids_to_tokens(list(ids)), strict=True):
+        word.append(number)
+        if token.endswith("</w>"):
+            found.append(Unit(tuple(word), weight=weight))
+            word = []
+    return [*found, Unit(tuple(word), weight=weight)] if word else found
+
+
+def pack(tokenizer: Any, units: Iterable[Unit], name: str, limit: int | None = None) -> TokenizedPrompt:
+    """Lays units out in chunks; none is divided between two of them unless it is longer than one.
+
+    Args:
+        tokenizer: a CLIP tokenizer; a chunk has its ``model_max_length`` tokens.
+        units: the prompt.
+        name: of the prompt, for messages.
+        limit: how many chunks there may be; what does not fit is cut off, with a warning. None: as many as it needs.
+
+    Raises:
+        ValueError: a learned word would be cut off.
+    """
+    size = tokenizer.model_max_length
+    room = size - 2
+    chunks: list[list[Unit]] = [[]]
+    for unit in units:
+        if limit is not None or len(unit.ids) > room:  # cut or divided where it must be, as pipelines cut
+            pieces = [Unit((number,), weight=unit.weight) for number in unit.ids]
+            pieces[-1] = pieces[-1]._replace(learned=unit.learned)
+        else:
+            pieces = [unit]
+        for piece in pieces:
+            if sum(len(held.ids) for held in chunks[-1]) + len(piece.ids) > room:
+                chunks.append([])
+            chunks[-1].append(piece)
+    spans = _spans(units, chunks, size) if limit is None else _spans(units, [sum(chunks, [])], size)
+    if limit is not None and len(chunks) > limit:
+        cut = [piece.learned for chunk in chunks[limit:] for piece in chunk if piece.learned]
+        if cut:
+            raise ValueError(
+                f"prompt {name}: {cut[0]} lies beyond the {room * limit} tokens that the text encoder reads"
+            )
+        logger.warning("prompt %s is cut after %d tokens", name, room * limit)
+        chunks = chunks[:limit]
+    ids: list[int] = []
+    attention: list[int] = []
+    weights: list[float] = []
+    words: list[tuple[int, str]] = []
+    for chunk in chunks:
+        ids.append(tokenizer.bos_token_id)
+        weights.append(1.0)
+        for piece in chunk:
+            ids += piece.ids
+            weights += [piece.weight] * len(piece.ids)
+            if piece.learned:
+                words.append((len(ids) - 1, piece.learned))
+        ids.append(tokenizer.eos_token_id)
+        attention += [1] * (len(ids) - len(attention))
+        padding = -len(ids) % size
+        ids += [tokenizer.pad_token_id] * padding
+        attention += [0] * padding
+        weights += [1.0] * (len(ids) - len(weights))
+    weighted = any(weight != 1 for weight in weights)
+    spans = tuple(span for span in spans if span[1] <= len(ids))
+    return TokenizedPrompt(tuple(ids), tuple(attention), tuple(words), spans, size, tuple(weights) if weighted else ())
+
+
+def extended(tokenizer: Any, prompt: TokenizedPrompt, chunks: int) -> TokenizedPrompt:
+    """The prompt with empty chunks after it, `chunks` in all."""
+    more = chunks - prompt.chunks
+    if more <= 0:
+        return prompt
+    size = prompt.chunk or len(prompt.ids)
+    padding = size - 2
+    empty = (tokenizer.bos_token_id, tokenizer.eos_token_id, *[tokenizer.pad_token_id] * padding)
+    return replace(
+        prompt,
+        ids=prompt.ids + empty * more,
+        attention=prompt.attention + (1, 1, *[0] * padding) * more,
+        chunk=size,
+        weights=prompt.weights + (1.0,) * size * more if prompt.weights else (),
+    )
+
+
+def _spans(units: Iterable[Unit], chunks: Sequence[Sequence[Unit]], size: int) -> tuple[tuple[int, int, str], ...]:
+    """Where the super-classes' tokens lie."""
+    positions = [
+        n * size + 1 + place for n, chunk in enumerate(chunks) for place in range(sum(len(unit.ids) for unit in chunk))
+    ]
+    found, first = [], 0
+    for unit in units:
+        if unit.placeholder:
+            found.append((positions[first], positions[first + len(unit.ids) - 1] + 1, unit.placeholder))
+        first += len(unit.ids)
+    return tuple(found)

@@ -1,0 +1,86 @@
+"""Projections with what rows add to them: W x + sum of c u, whatever wraps the projection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from keylock_diffusers.denoisers.unet import base_layer
+from keylock_diffusers.processors.contract import RowUpdates
+from keylock_kernels import rank_one_linear, rank_one_update
+from keylock_kernels.ops.precision import exact_products
+from keylock_kernels.ops.rows import row_matmul
+
+
+def keys_and_values(
+    attn: Any,
+    layer: str,
+    streams: tuple[Tensor, Tensor],  # what keys and what values read, [B, T, D] each
+    updates: Callable[[str], RowUpdates | None],
+) -> tuple[Tensor, Tensor]:  # [B, T, C] each
+    """A layer's keys and values, with the updates of ``<layer>.to_k`` and ``<layer>.to_v``.
+
+    Raises:
+        ValueError: the layer normalises its text, for which updates are not defined.
+    """
+    wanted = updates(f"{layer}.to_k"), updates(f"{layer}.to_v")
+    key_text, text = streams
+    if attn.norm_cross:
+        if any(update is not None for update in wanted):
+            raise ValueError(f"{layer}: concepts are not defined for a layer that normalises its text")
+        key_text, text = (attn.norm_encoder_hidden_states(stream) for stream in streams)
+    return project(attn.to_k, key_text, wanted[0]), project(attn.to_v, text, wanted[1])
+
+
+def project(projection: nn.Module, x: Tensor, updates: RowUpdates | None) -> Tensor:  # [B, T, D] -> [B, T, O]
+    """W x + bias and the rows' updates.
+
+    What has none goes through the same op, so that a row's bits do not depend on whether another has one.
+    """
+    u, slots, coefficients = _nothing(projection, x) if updates is None else updates
+    if is_plain_linear(projection):
+        return rank_one_linear(x, projection.weight, u, None, slots, bias=projection.bias, coefficients=coefficients)
+    return rank_one_update(projection(x), u, slots, coefficients)
+
+
+def project_vectors(projection: nn.Module, vectors: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """W x for vectors [S, D] -> [S, O] in float32, through whatever wraps the projection, without its bias.
+
+    A wrapped projection is called in `dtype`, the one it computes in.
+
+    One product per vector: a concept's outputs must not depend on how many others are in the batch.
+    """
+    if is_plain_linear(projection):
+        rows, weight = vectors.float()[:, None], projection.weight.float().T
+        with exact_products(vectors.device):
+            if vectors.device.type == "cpu":
+                return row_matmul(rows, weight)[:, 0]
+            return torch.cat([row @ weight for row in rows])
+    out = torch.cat([projection(vector.to(dtype)[None]) for vector in vectors])
+    if getattr(base_layer(projection), "bias", None) is not None:
+        out = out - projection(torch.zeros_like(vectors[:1], dtype=dtype))
+    return out.float()
+
+
+def _nothing(projection: nn.Module, x: Tensor) -> RowUpdates:
+    """Output vectors, slots and coefficients of no update at all."""
+    slots = torch.full((len(x), 1), -1, dtype=torch.int32, device=x.device)
+    u = torch.zeros(1, base_layer(projection).out_features, device=x.device)
+    return RowUpdates(u, slots, torch.zeros(*x.shape[:2], 1, device=x.device))
+
+
+def is_plain_linear(projection: Any) -> TypeGuard[nn.Linear]:
+    """Whether a projection's weight may be used directly: no adapter, quantisation, hook or offloading on it."""
+    return (
+        type(projection) is nn.Linear
+        and type(projection.weight) in (Tensor, nn.Parameter)  # torchao and DTensor keep nn.Linear
+        and projection.weight.device.type != "meta"
+        and projection.weight.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+        and not hasattr(projection, "_hf_hook")
+        and not hasattr(projection, "_diffusers_hook")
+        and not projection._forward_hooks
+        and not projection._forward_pre_hooks
+    )
