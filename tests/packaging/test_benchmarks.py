@@ -133,6 +133,21 @@ def test_the_command_prints_one_table_and_writes_nothing():
     assert sorted((ROOT / "benchmarks").rglob("*.json")) == before
 
 
+def test_they_run_on_a_machine_without_diffusers():
+    blocked = ("diffusers", "transformers", "accelerate", "peft", "importlib_metadata")
+    options = ["benchmarks", "-q", "-rs", "-p", "no:cacheprovider", "--benchmark-disable"]
+    code = f"import sys, pytest; sys.modules.update(dict.fromkeys({blocked})); sys.exit(pytest.main({options}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "KEYLOCK_BENCH_QUICK": "1"},
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout and "could not import 'diffusers'" in done.stdout
+
+
 def test_the_localization_table_holds_every_number_that_was_kept():
     pytest.importorskip("diffusers")
     from benchmarks import localization
