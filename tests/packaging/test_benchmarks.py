@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 torch = pytest.importorskip("torch")
 pytest.importorskip("pytest_benchmark")
 
-from benchmarks import harness, report  # noqa: E402
+from benchmarks import harness, report, targets  # noqa: E402
 
 SETS = [torch.arange(4.0) + seed for seed in range(2)]
 MACHINE = {"environment": {"device": "Some CPU @ 2 GHz", "threads": 1}, "rates": {"copy_bytes_per_second": 1e9}}
@@ -84,6 +84,44 @@ def test_what_a_feature_adds_is_the_median_difference_within_rounds():
 def test_rounds_alternate():
     _, recorded = run(line_up())
     assert recorded == ["right", "floor", "floor", "right"]
+
+
+def test_on_a_gpu_few_rounds_time_the_host(monkeypatch):
+    class Clock:
+        captured, hosted = True, 0
+
+        def __init__(self, run, arguments, graph):
+            pass
+
+        def round(self):
+            return 1e-3
+
+        def host_round(self):
+            Clock.hosted += 1
+            return 1e-4
+
+    monkeypatch.setattr(harness, "DEVICE", torch.device("cuda"))
+    monkeypatch.setattr(harness, "Clock", Clock)
+    case = line_up()
+    result = harness.compare(case, lambda c, seconds: None, min_rounds=50, max_time=0)
+    assert result["rounds"] == 50 and Clock.hosted == len(case.contestants) * harness.HOST_ROUNDS
+    assert all(row["host_seconds"] == 1e-4 / len(SETS) for row in result["rows"])
+
+
+def test_every_target_is_a_case_there_is():
+    """On a GPU; a CPU has fewer."""
+    code = (
+        "import sys, torch, pytest; torch.cuda.is_available = lambda: True\n"
+        "sys.exit(pytest.main(['benchmarks', '-q', '--collect-only', '--targets', '-p', 'no:cacheprovider']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
+    found = [line for line in done.stdout.splitlines() if "::" in line]
+    assert len(found) == sum(map(len, targets.TARGETS.values())), done.stdout + done.stderr
+
+
+def test_compiled_contestants_can_be_left_out(monkeypatch):
+    monkeypatch.setattr(harness, "COMPILE", False)
+    assert harness.compiled("x", lambda inputs: inputs) == []
 
 
 def test_the_tables_ratios_are_to_the_strongest_peer_and_the_floor():
