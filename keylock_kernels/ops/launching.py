@@ -64,6 +64,11 @@ def ceil_div(size: int, block: int) -> int:
     return -(-size // block)
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured on the current stream."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any) -> None:
     """Launches a kernel on a tensor's own device and current stream; an empty grid launches nothing.
 
@@ -84,7 +89,7 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any,
 def _launch(
     kernel: Any, grid: tuple[int, ...], device: torch.device, args: tuple[Any, ...], options: dict[str, Any]
 ) -> None:
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if capturing(device):
         # Asked before rather than after: a refused load would spoil the capture, and leave Triton with a kernel that
         # it takes for loaded. Compiling it is allowed.
         if kernel.warmup(*args, grid=grid, **options).module is None:
