@@ -13,10 +13,12 @@ TRITON_TESTS := $(addprefix tests/kernels/test_,rank_one.py localized_attention.
 GPU_TEST := KEYLOCK_TEST_DEVICE=cuda CUBLAS_WORKSPACE_CONFIG=:4096:8 PYTHONPATH=.:python $(RUN) -m pytest
 # The test of a whole pipeline on a GPU, where diffusers is installed.
 PIPELINES := "import diffusers, peft; print('tests/diffusers/test_step.py::test_a_captured_cuda_graph_serves_every_user')"
+# Ends with a message where there are no CUDA kernels.
+NO_CUDA_KERNELS := "import sys; from keylock_kernels import native_cuda; sys.exit(native_cuda.missing())"
 # What an editable install depends on; Python files are read from the checkout as they are.
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt keylock_kernels/_version.py $(shell find csrc -type f)
 
-.PHONY: help demo test test-gpu gpu-record lint bench report clean
+.PHONY: help demo test test-gpu gpu-record first-gpu lint bench report clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 SHELL := /bin/bash
@@ -26,6 +28,8 @@ help:
 	@echo "make test      every test that needs no GPU"
 	@echo "make test-csrc the C++ kernels alone, with sanitizers"
 	@echo "make test-gpu  the tests that need one; SHARD=2/4 runs the second quarter"
+	@echo "make first-gpu is everything there, right and how fast, on a GPU's first day; STEP=right|safe|fast a part"
+	@echo "               of at most ten minutes, STEP=smoke a step, STUB=1 what can be rehearsed without a GPU"
 	@echo "make gpu-record  puts on record that the CUDA C++ kernels passed every shard of make test-gpu"
 	@echo "make lint      ruff, mypy, clang-format"
 	@echo "make bench     the benchmarks; SHARD=2/4 runs every fourth, BENCH=--write-data keeps the numbers"
@@ -52,10 +56,14 @@ test-csrc: $(VENV)/tools
 
 # What needs a GPU, and the numeric tests on it. RUN=python3 takes an interpreter that has what is needed (torch,
 # triton, pytest, hypothesis, numpy; diffusers is used if it is there), and builds the native module in place. Every
-# n-th test, so that
-# slow files spread over the shards; results are in build/test-gpu-*.log as they come.
+# n-th test, so that slow files spread over the shards; results are in build/test-gpu-*.log as they come.
+# Its build may skip nothing, or the CUDA kernels' tests would be missing without a word; KEYLOCK_BUILD_CUDA=0 leaves
+# them out on purpose. CUDAARCHS=90-real in the environment builds for one GPU alone, which is quicker.
+test-gpu: export KEYLOCK_BUILD_CUDA ?= 1
+test-gpu: export KEYLOCK_BUILD_NATIVE ?= 1
 test-gpu: $(if $(filter $(BIN)/python,$(RUN)),$(VENV)/installed-test,native-in-place)
 	@mkdir -p build
+	@test "$$KEYLOCK_BUILD_CUDA" = 0 || PYTHONPATH=. $(RUN) -c $(NO_CUDA_KERNELS)
 	$(GPU_TEST) $(TRITON_TESTS) tests/kernels/test_gpu.py $$($(RUN) -c $(PIPELINES) 2> /dev/null) \
 	  -q --collect-only > build/collected || test $$? -eq 5
 	@awk -v shard=$(SHARD) 'BEGIN { split(shard, s, "/") } /::/ { if (n++ % s[2] == s[1] - 1) print }' \
@@ -63,6 +71,10 @@ test-gpu: $(if $(filter $(BIN)/python,$(RUN)),$(VENV)/installed-test,native-in-p
 	@if test -s build/shard; then set -o pipefail; \
 	  $(GPU_TEST) -v @build/shard | tee build/test-gpu-$(subst /,-of-,$(SHARD)).log; \
 	  else echo "shard $(SHARD) has no tests"; fi
+
+# The first run on a GPU, in steps that each have a limit; what comes of them is in build/first-gpu, or in $OUT.
+first-gpu: $(if $(filter $(BIN)/python,$(RUN)),$(VENV)/installed-test)
+	PYTHONPATH=.:python $(RUN) -m benchmarks.first_gpu $(if $(filter-out 0,$(STUB)),--stub) $(STEP)
 
 gpu-record:
 	PYTHONPATH=.:python $(RUN) -m tests.kernels.gpu_record
@@ -75,7 +87,7 @@ lint: $(VENV)/installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	find csrc tests/csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+	find csrc tests/csrc tests/gpu_stub -name '*.h' -o -name '*.c' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 
 bench: $(if $(filter $(BIN)/python,$(RUN)),$(VENV)/installed-test,native-in-place)
 	SHARD=$(SHARD) PYTHONPATH=.:python $(RUN) -m pytest benchmarks -q $(BENCH)

@@ -10,6 +10,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+
+# A whole pipeline needs what kernels and layers do not, and what a bare machine lacks.
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+pytest.importorskip("safetensors")
+pytest.importorskip("fsspec")
+pytest.importorskip("PIL")
+pytest.importorskip("tqdm")
+
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor2_0
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import harness, report
+from benchmarks import harness, report, targets
 
 RESULTS = pytest.StashKey[list[dict[str, Any]]]()
 MACHINE = pytest.StashKey[dict[str, Any]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--write-data", action="store_true", help="write results to benchmarks/data/<device>.json")
+    written = "write results to benchmarks/data/<device>.json, and into the folder that $OUT names, if it does"
+    parser.addoption("--write-data", action="store_true", help=written)
+    parser.addoption("--targets", action="store_true", help="only the cases that docs/performance.md has targets for")
+    parser.addoption("--no-compiled", action="store_true", help="leave out contestants that torch.compile makes")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -24,6 +28,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # Rounds in turn are timed here; the plugin is given the results.
     config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used at all")
     config.stash[RESULTS] = []
+    if config.getoption("no_compiled"):
+        harness.COMPILE = False
     # pytest-benchmark's own table, one per case, is still there with --benchmark-verbose.
     config.option.benchmark_quiet = True
     if config.getoption("write_data") and harness.QUICK:
@@ -33,7 +39,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """SHARD=2/4 in the environment keeps the second of every four, so that slow cases spread over the shards."""
     part, _, parts = os.environ.get("SHARD", "1/1").partition("/")
-    kept = items[int(part) - 1 :: int(parts)]
+    wanted = [item for item in items if targets.has(item)] if config.getoption("targets") else items
+    kept = wanted[int(part) - 1 :: int(parts)]
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
 
@@ -63,13 +70,15 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Any:
         )
         request.config.stash[RESULTS].append(result)
         if request.config.getoption("write_data"):
-            report.write(result, machine)
+            path = report.write(result, machine)
+            if os.environ.get("OUT"):
+                shutil.copy2(path, os.environ["OUT"])
         broken = harness.broken_backends(result)
         if broken:
             pytest.fail(f"{case.name}: " + "; ".join(broken), pytrace=False)
 
     yield run
-    if not harness.QUICK:  # where nothing was compiled, importing the compiler would take seconds
+    if harness.COMPILE:  # where nothing was compiled, importing the compiler would take seconds
         # Compiled code of one case must not count towards torch's limit of recompilations in the next.
         torch.compiler.reset()
 

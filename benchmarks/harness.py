@@ -21,6 +21,8 @@ QUICK = os.environ.get("KEYLOCK_BENCH_QUICK") == "1"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MAX_SETS = 32
 MAX_ROUNDS = 1000
+HOST_ROUNDS = 20  # of the same, for how long a call keeps Python busy
+COMPILE = not QUICK  # whether compiled contestants take part; compiling takes seconds. conftest.py has an option
 
 Judge = Callable[[Any], Callable[[Any], None]]  # of an input set: raises AssertionError for a wrong result
 
@@ -124,11 +126,13 @@ def library(op: str, call: Callable[..., Any]) -> list[Contestant]:
 
 
 def compiled(name: str, function: Callable[[Any], Any], **more: Any) -> list[Contestant]:
-    """``torch.compile`` of a function; none in quick mode, since compiling takes seconds.
+    """``torch.compile`` of a function, if compiled contestants take part.
 
     With fullgraph, so that what torch cannot compile says so instead of running as it is.
     """
-    return [] if QUICK else [Contestant(name, "peer", torch.compile(function, dynamic=False, fullgraph=True), **more)]
+    if not COMPILE:
+        return []
+    return [Contestant(name, "peer", torch.compile(function, dynamic=False, fullgraph=True), **more)]
 
 
 def _listed(result: Any) -> tuple[Tensor, ...]:
@@ -264,7 +268,7 @@ def compare(
                 taken = clocks[c.name].round()
                 record(c, taken)
                 seconds[c.name].append(taken / len(case.sets))
-                if DEVICE.type == "cuda":
+                if DEVICE.type == "cuda" and number < HOST_ROUNDS:
                     host[c.name].append(clocks[c.name].host_round() / len(case.sets))
     finally:
         gc.enable()

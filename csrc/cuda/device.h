@@ -40,6 +40,8 @@ inline constexpr DataType kDataType<Bfloat> = DataType::bfloat16;
 #else
 #include <cuda_runtime.h>
 
+#include <atomic>
+
 #define KEYLOCK_DEVICE __device__ __forceinline__
 #define KEYLOCK_EVERYWHERE __host__ __device__ inline
 #define KEYLOCK_UNROLL _Pragma("unroll")
@@ -190,17 +192,28 @@ __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kBlocks)
   Kernel::run(params, reinterpret_cast<unsigned char*>(memory));
 }
 
+// Lets a kernel's blocks have all the shared memory that any launch asks for; once on each device.
+// Set to what one launch needs, another thread could lower the limit before that launch.
+template <class Kernel>
+cudaError_t allow_shared_memory() {
+  static std::atomic<uint64_t> allowed{0};  // a bit for each device; from the 64th on, none
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+  if (error != cudaSuccess || (allowed.load(std::memory_order_relaxed) & bit) != 0) return error;
+  error = cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               kMaxSharedBytes);
+  if (error == cudaSuccess) allowed.fetch_or(bit, std::memory_order_relaxed);
+  return error;
+}
+
 template <class Kernel>
 Status launch(const typename Kernel::Params& params, int64_t blocks, int shared_bytes,
               void* stream) {
   if (blocks == 0) return Status::ok;
   if (blocks > INT32_MAX) return Status::too_large;
   constexpr int kAlwaysGranted = 48 << 10;
-  cudaError_t error = cudaSuccess;
-  if (shared_bytes > kAlwaysGranted) {
-    error = cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 shared_bytes);
-  }
+  cudaError_t error = shared_bytes > kAlwaysGranted ? allow_shared_memory<Kernel>() : cudaSuccess;
   if (error == cudaSuccess) {
     void* arguments[] = {const_cast<typename Kernel::Params*>(&params)};
     error =

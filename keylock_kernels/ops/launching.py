@@ -64,17 +64,42 @@ def ceil_div(size: int, block: int) -> int:
     return -(-size // block)
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured on the current stream."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any) -> None:
-    """Launches a kernel on a tensor's own device and current stream; an empty grid launches nothing."""
+    """Launches a kernel on a tensor's own device and current stream; an empty grid launches nothing.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured and the kernel, so specialised, was never launched before.
+    """
     if 0 in grid:
         return
     if _observer is not None and _observer(kernel, grid, args, options):
         return
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[grid](*args, **options)
+            _launch(kernel, grid, device, args, options)
     else:
-        kernel[grid](*args, **options)
+        _launch(kernel, grid, device, args, options)
+
+
+def _launch(
+    kernel: Any, grid: tuple[int, ...], device: torch.device, args: tuple[Any, ...], options: dict[str, Any]
+) -> None:
+    if capturing(device):
+        # Asked before rather than after: a refused load would spoil the capture, and leave Triton with a kernel that
+        # it takes for loaded. Compiling it is allowed.
+        if kernel.warmup(*args, grid=grid, **options).module is None:
+            raise RuntimeError(
+                f"{kernel.fn.__name__} has not been launched with such arguments before, and no kernel can be loaded "
+                "while a CUDA graph is captured: before capturing, call once what is captured, with the same "
+                "arguments. Which gradients are wanted, which options are None, which sizes and strides are 1 or "
+                "divisible by 16, and which data lies at multiples of 16 bytes must not change in between"
+            )
+    kernel[grid](*args, **options)
 
 
 @contextlib.contextmanager

@@ -210,6 +210,7 @@ def test_a_captured_cuda_graph_serves_every_user(pipe):
     unet, width = pipe.unet.to("cuda"), pipe.unet.config.cross_attention_dim
     personalization = kd.Personalization([kd.Row()] * 2, image_lengths=ROOM)
     text, latents = random(2, 7, width).cuda(), random(2, 4, 8, 8, seed=1).cuda()
+    timestep = torch.tensor(10, device="cuda")  # copied from the CPU, which a capture forbids
     added = {"image_embeds": [torch.empty(2, 0, 1, device="cuda")] * 2}
     if unet.config.addition_embed_type is not None:
         added.update(text_embeds=random(2, WIDTH).cuda(), time_ids=random(2, 6).cuda())
@@ -225,7 +226,7 @@ def test_a_captured_cuda_graph_serves_every_user(pipe):
         with torch.no_grad():
             return unet(
                 latents,
-                torch.tensor(10, device="cuda"),
+                timestep,
                 text,
                 added_cond_kwargs=added,
                 cross_attention_kwargs={"personalization": personalization},

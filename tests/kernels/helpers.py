@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from keylock_kernels import native_cuda, rank_one_linear
+from keylock_kernels import localized_attention, native_cuda, rank_one_linear
 from keylock_kernels.testing import attention_inputs, rank_one_inputs
 
 # Triton's interpreter takes a process of its own, in which the same tests judge its kernels alone.
@@ -74,6 +74,45 @@ def run(
         materialize_grads=True,
     )
     return [r.detach() for r in results], dict(zip(leaves, grads, strict=True))
+
+
+def layer_and_attention(
+    layer: dict[str, Any], picture: dict[str, Any], upstream: list[Tensor], backend: str
+) -> list[Tensor]:
+    """What a captured step does: both ops, and the gradients of activations and queries alone."""
+    leaves = [layer["x"].detach().requires_grad_(), picture["query"].detach().requires_grad_()]
+    found = [
+        rank_one_linear(**{**layer, "x": leaves[0]}, backend=backend),
+        *localized_attention(**{**picture, "query": leaves[1]}, backend=backend),
+    ]
+    return [*found, *torch.autograd.grad(found, leaves, upstream)]
+
+
+def attention_roundings(backend: str, dtype: torch.dtype) -> int:
+    """How many roundings of the largest element a backend's error may add to eager's.
+
+    torch's own float32 attention has eager's root mean square error, but single elements that err up to 1.6 times
+    what eager's largest error would allow (measured on AVX-512, over shapes and seeds). On GPUs one of its backends
+    multiplies in TF32, three times.
+    """
+    return 8 if backend == "sdpa" and dtype == torch.float32 else 1
+
+
+def property_examples(interpreted: int = 60) -> int:
+    """How many examples a property test draws; on a GPU each is a handful of kernels to compile."""
+    return interpreted if INTERPRETED else 60 if DEVICE == "cpu" else 10
+
+
+def widest(backend: str) -> torch.dtype:
+    """The widest dtype that a backend computes in."""
+    return torch.float32 if backend == "cuda" else torch.float64
+
+
+def assert_agree(actual: tuple[list[Tensor], dict[str, Tensor]], exact: tuple[list[Tensor], dict[str, Tensor]]) -> None:
+    """Results and gradients are the float64 ones; in float32 only what a wrong index would do is noticed."""
+    narrow = actual[0][0].dtype == torch.float32
+    tolerances = {"rtol": 1e-4, "atol": 1e-4} if narrow else {}
+    torch.testing.assert_close(actual, exact, check_dtype=not narrow, **tolerances)
 
 
 def gradients_like(results: list[Tensor]) -> list[Tensor]:

@@ -17,7 +17,7 @@ import torch
 import keylock_kernels
 from keylock_kernels import backend, explain, localized_attention, native, native_cuda, rank_one_update
 from keylock_kernels.testing import attention_inputs
-from tests.kernels import gpu_record
+from tests.kernels import conftest, gpu_record
 
 CPU = torch.device("cpu")
 ROOT = Path(keylock_kernels.__file__).parent.parent
@@ -229,3 +229,16 @@ def test_a_record_needs_every_test_to_have_passed(tmp_path):
     with pytest.raises(ValueError, match="1 of 2 tests have not passed"):
         gpu_record.put_on_record(json.loads(here.read_text()), collected, there)
     assert json.loads(there.read_text()) == record
+
+
+def test_of_several_worker_processes_only_the_controller_notes_outcomes(monkeypatch):
+    noted = []
+    monkeypatch.setattr(conftest, "DEVICE", "cuda")
+    monkeypatch.setattr(conftest, "_outcomes", {"a.py::test_x[cuda]": "passed"})
+    monkeypatch.setattr(native_cuda, "sources", lambda: "s")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(gpu_record, "remember", lambda *arguments: noted.append(arguments))
+    conftest.pytest_sessionfinish(types.SimpleNamespace(config=types.SimpleNamespace(workerinput={})))
+    assert not noted
+    conftest.pytest_sessionfinish(types.SimpleNamespace(config=types.SimpleNamespace()))
+    assert noted == [({"a.py::test_x[cuda]": "passed"}, "sm_90", "s")]

@@ -10,7 +10,7 @@ import torch
 
 from keylock_kernels import localized_attention, rank_one_coefficients, rank_one_linear, rank_one_update
 from keylock_kernels.testing import SHAPES, assert_as_accurate_as_eager, attention_inputs, cast, rank_one_inputs
-from tests.kernels.helpers import ATTENTION_CASES, GPU_BACKENDS, run
+from tests.kernels.helpers import ATTENTION_CASES, GPU_BACKENDS, attention_roundings, layer_and_attention, run
 
 pytestmark = [
     pytest.mark.gpu,
@@ -32,10 +32,11 @@ def test_attention_errs_at_most_twice_what_eager_errs(shape, dtype, backend):
     exact, exact_grads = run(localized_attention, cast(inputs, torch.float64), backend="eager")
     eager, eager_grads = run(localized_attention, inputs, backend="eager")
     actual, grads = run(localized_attention, inputs, backend=backend)
+    loose = attention_roundings(backend, dtype)
     for index in range(2):
-        assert_as_accurate_as_eager(actual[index], eager[index], exact[index])
+        assert_as_accurate_as_eager(actual[index], eager[index], exact[index], roundings=loose)
     for name, grad in grads.items():
-        assert_as_accurate_as_eager(grad, eager_grads[name], exact_grads[name], name)
+        assert_as_accurate_as_eager(grad, eager_grads[name], exact_grads[name], name, roundings=loose)
 
 
 @kernels
@@ -121,37 +122,33 @@ def test_a_captured_graph_serves_other_inputs(backend):
         {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in x[0].items()} for x in (layers, pictures)
     )
 
-    def step(layer, picture):
-        results, grads = run(rank_one_linear, layer, backend=backend)
-        more, more_grads = run(localized_attention, picture, backend=backend)
-        return [*results, *more, *grads.values(), *more_grads.values()]
-
+    upstream = [torch.ones_like(r) for r in (rank_one_linear(**held), *localized_attention(**shown))]
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        step(held, shown)
+        layer_and_attention(held, shown, upstream, backend)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    upstream = [torch.ones_like(r) for r in (rank_one_linear(**held), *localized_attention(**shown))]
     with torch.cuda.graph(graph):
-        leaves = [held["x"].detach().requires_grad_(), shown["query"].detach().requires_grad_()]
-        found = [
-            rank_one_linear(**{**held, "x": leaves[0]}, backend=backend),
-            *localized_attention(**{**shown, "query": leaves[1]}, backend=backend),
-        ]
-        found += torch.autograd.grad(found, leaves, upstream)
+        found = layer_and_attention(held, shown, upstream, backend)
     for target, source in ((held, layers[1]), (shown, pictures[1])):
         for name, tensor in target.items():
             if isinstance(tensor, torch.Tensor):
                 tensor.copy_(source[name])
     graph.replay()
-    leaves = [layers[1]["x"].clone().requires_grad_(), pictures[1]["query"].clone().requires_grad_()]
-    wanted = [
-        rank_one_linear(**{**layers[1], "x": leaves[0]}, backend=backend),
-        *localized_attention(**{**pictures[1], "query": leaves[1]}, backend=backend),
-    ]
-    wanted += torch.autograd.grad(wanted, leaves, upstream)
+    wanted = layer_and_attention(layers[1], pictures[1], upstream, backend)
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["triton"])
+def test_a_kernel_first_met_inside_a_capture_is_refused_and_works_afterwards(backend):
+    """With sizes and options that no other test has launched."""
+    options = dict(gate="row", bias=False, dtype=torch.float16, device="cuda")
+    inputs = rank_one_inputs(2, 5, 48, 33, 4, 2, **options)
+    with pytest.raises(RuntimeError, match="call once what is captured"):
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            rank_one_linear(**inputs, backend=backend)
+    assert torch.equal(rank_one_linear(**inputs, backend=backend), rank_one_linear(**inputs, backend=backend))
 
 
 @kernels

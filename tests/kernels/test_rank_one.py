@@ -11,12 +11,16 @@ from keylock_kernels import rank_one_coefficients, rank_one_linear, rank_one_upd
 from keylock_kernels.ops.rank_one import reference
 from keylock_kernels.testing import assert_as_accurate_as_eager, cast, rank_one_by_loops, rank_one_inputs
 from tests.kernels.helpers import (
+    DEVICE,
     INTERPRETED,
     RANK_ONE_BACKENDS,
     RANK_ONE_CASES,
+    assert_agree,
     linear_through_coefficients,
+    property_examples,
     rank_one_case,
     run,
+    widest,
 )
 
 cases = pytest.mark.parametrize("case", RANK_ONE_CASES)
@@ -72,12 +76,17 @@ def test_each_dtype_errs_at_most_twice_what_eager_errs(case, backend, dtype):
         assert_as_accurate_as_eager(grad, eager_grads[name], exact_grads[name], name)
 
 
+def assert_rounded_once(actual, wide):
+    """Equal; on a GPU but for one unit in the last place, since other tiles of half add up in another order."""
+    torch.testing.assert_close(actual, wide, rtol=0 if DEVICE == "cpu" else torch.finfo(actual.dtype).eps, atol=0)
+
+
 @backends
 def test_a_half_precision_result_is_the_float32_result_rounded_once(backend):
     half = torch.float16 if INTERPRETED else torch.bfloat16  # Triton's interpreter cuts bfloat16 off
     inputs = cast(rank_one_inputs(2, 9, 32, 16, 5, 3), half)
     wide = rank_one_linear(**cast(inputs, torch.float32), backend=backend)
-    torch.testing.assert_close(rank_one_linear(**inputs, backend=backend), wide.to(half), rtol=0, atol=0)
+    assert_rounded_once(rank_one_linear(**inputs, backend=backend), wide.to(half))
 
 
 @backends
@@ -86,7 +95,7 @@ def test_everything_but_x_and_weight_may_be_float32_beside_half(backend):
     mixed = {**inputs, "x": inputs["x"].half(), "weight": inputs["weight"].half()}
     results, grads = run(rank_one_linear, mixed, backend=backend)
     wide = {**inputs, "x": mixed["x"].float(), "weight": mixed["weight"].float()}
-    torch.testing.assert_close(results[0], rank_one_linear(**wide, backend=backend).half(), rtol=0, atol=0)
+    assert_rounded_once(results[0], rank_one_linear(**wide, backend=backend).half())
     assert {name: grad.dtype for name, grad in grads.items()} == {name: mixed[name].dtype for name in grads}
 
 
@@ -277,7 +286,7 @@ def test_gates_have_gradients_where_x_has_no_columns(backend):
     backend=st.sampled_from(RANK_ONE_BACKENDS),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=property_examples(), deadline=None)
 def test_any_sizes_and_options_agree_with_the_reference(sizes, gate, bias, strength, backend, seed):
     rows, tokens, inner, outer, updates, taken = sizes
     inputs = rank_one_inputs(
@@ -289,10 +298,7 @@ def test_any_sizes_and_options_agree_with_the_reference(sizes, gate, bias, stren
             inputs[name] = inputs[name][:0]
         if gate == "table":
             inputs["beta"], inputs["tau"] = inputs["beta"][:0], inputs["tau"][:0]
-    exact, exact_grads = run(plain, inputs)
-    actual, grads = run(rank_one_linear, inputs, backend=backend)
-    torch.testing.assert_close(actual, exact)
-    torch.testing.assert_close(grads, exact_grads)
+    assert_agree(run(rank_one_linear, cast(inputs, widest(backend)), backend=backend), run(plain, inputs))
     for dtype in (torch.float32, torch.bfloat16):
         results, grads = run(rank_one_linear, cast(inputs, dtype), backend=backend)
         assert results[0].dtype == dtype

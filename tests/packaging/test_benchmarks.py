@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 torch = pytest.importorskip("torch")
 pytest.importorskip("pytest_benchmark")
 
-from benchmarks import harness, report  # noqa: E402
+from benchmarks import harness, report, targets  # noqa: E402
 
 SETS = [torch.arange(4.0) + seed for seed in range(2)]
 MACHINE = {"environment": {"device": "Some CPU @ 2 GHz", "threads": 1}, "rates": {"copy_bytes_per_second": 1e9}}
@@ -86,6 +86,44 @@ def test_rounds_alternate():
     assert recorded == ["right", "floor", "floor", "right"]
 
 
+def test_on_a_gpu_few_rounds_time_the_host(monkeypatch):
+    class Clock:
+        captured, hosted = True, 0
+
+        def __init__(self, run, arguments, graph):
+            pass
+
+        def round(self):
+            return 1e-3
+
+        def host_round(self):
+            Clock.hosted += 1
+            return 1e-4
+
+    monkeypatch.setattr(harness, "DEVICE", torch.device("cuda"))
+    monkeypatch.setattr(harness, "Clock", Clock)
+    case = line_up()
+    result = harness.compare(case, lambda c, seconds: None, min_rounds=50, max_time=0)
+    assert result["rounds"] == 50 and Clock.hosted == len(case.contestants) * harness.HOST_ROUNDS
+    assert all(row["host_seconds"] == 1e-4 / len(SETS) for row in result["rows"])
+
+
+def test_every_target_is_a_case_there_is():
+    """On a GPU; a CPU has fewer."""
+    code = (
+        "import sys, torch, pytest; torch.cuda.is_available = lambda: True\n"
+        "sys.exit(pytest.main(['benchmarks', '-q', '--collect-only', '--targets', '-p', 'no:cacheprovider']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
+    found = [line for line in done.stdout.splitlines() if "::" in line]
+    assert len(found) == sum(map(len, targets.TARGETS.values())), done.stdout + done.stderr
+
+
+def test_compiled_contestants_can_be_left_out(monkeypatch):
+    monkeypatch.setattr(harness, "COMPILE", False)
+    assert harness.compiled("x", lambda inputs: inputs) == []
+
+
 def test_the_tables_ratios_are_to_the_strongest_peer_and_the_floor():
     def row(name, kind, seconds):
         return {"contestant": name, "kind": kind, "seconds": seconds, "host_seconds": None, "refused": None}
@@ -131,6 +169,21 @@ def test_the_command_prints_one_table_and_writes_nothing():
     assert "rank_one_update/sd1.5-320/B2/float32" in done.stdout and "strongest peer" in done.stdout
     assert "no number" not in done.stdout
     assert sorted((ROOT / "benchmarks").rglob("*.json")) == before
+
+
+def test_they_run_on_a_machine_without_diffusers():
+    blocked = ("diffusers", "transformers", "accelerate", "peft", "importlib_metadata")
+    options = ["benchmarks", "-q", "-rs", "-p", "no:cacheprovider", "--benchmark-disable"]
+    code = f"import sys, pytest; sys.modules.update(dict.fromkeys({blocked})); sys.exit(pytest.main({options}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "KEYLOCK_BENCH_QUICK": "1"},
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout and "could not import 'diffusers'" in done.stdout
 
 
 def test_the_localization_table_holds_every_number_that_was_kept():

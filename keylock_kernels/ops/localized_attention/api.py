@@ -74,6 +74,8 @@ def localized_attention(
         TypeError: an argument is not a tensor, or image_lengths are not ints.
         ValueError: a dtype, shape, device or combination does not fit, the backend cannot run, or
             (CPU only) a read-out token does not exist. On a GPU such a token reads NaN.
+        RuntimeError: a CUDA graph is being captured, and Triton has no kernel for such arguments yet: call the op
+            once before, with the same arguments and wanted gradients (docs/performance.md, "Captured graphs").
 
     Papers: Xiao et al., FastComposer, arXiv 2305.10431 (regions, localization loss); Ye et al.,
     IP-Adapter, arXiv 2308.06721 (image streams).

@@ -56,6 +56,8 @@ def rank_one_linear(
         TypeError: an argument is not a tensor.
         ValueError: a dtype, shape, device or combination does not fit, the backend cannot run, or
             (CPU only) a slot lies outside [-1, S). On a GPU such a slot makes its row NaN.
+        RuntimeError: a CUDA graph is being captured, and Triton has no kernel for such arguments yet: call the op
+            once before, with the same arguments and wanted gradients (docs/performance.md, "Captured graphs").
 
     Paper: Tewel et al., Key-Locked Rank One Editing for Text-to-Image Personalization, SIGGRAPH
     2023, arXiv 2305.01644.
@@ -175,6 +177,8 @@ def rank_one_update(
         TypeError: an argument is not a tensor.
         ValueError: a dtype, shape or device does not fit, the backend cannot run, or (CPU only) a
             slot lies outside [-1, S). On a GPU such a slot makes its row NaN.
+        RuntimeError: a CUDA graph is being captured, and Triton has no kernel for such arguments yet: call the op
+            once before, with the same arguments and wanted gradients (docs/performance.md, "Captured graphs").
 
     Paper: arXiv 2305.01644.
 

@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
-from ..launching import dot
+from ..launching import INTERPRETED, dot
 
 CHUNK = tl.constexpr(16)  # updates handled at once: the narrowest tile of a matrix unit
+_INTERPRETED = tl.constexpr(INTERPRETED)  # where there is no libdevice
 
 
 # What a kernel needs to know of a tensor: its data and strides. Triton takes them as named tuples.
@@ -108,10 +110,27 @@ def _products(x, v, row, token, tokens, width, taken, index, ACC: tl.constexpr, 
 
 
 @triton.jit
+def _corrected(q, a, b, inverse):
+    """The quotient q of a and b, off by units in the last place, corrected by what it leaves of a.
+
+    A division that rounds correctly by itself has a branch for the extremes, whose registers make the GEMM spill.
+    """
+    if _INTERPRETED or q.dtype == tl.float64:  # which are rounded correctly as they are
+        return q
+    else:
+        rest = tl.fma(-q, b, a)
+        return tl.where(tl.abs(rest) < float("inf"), tl.fma(rest, inverse, q), q)
+
+
+@triton.jit
 def _gate(s, beta, tau):
+    """Rounded as eager rounds it: `/` and tl.exp err by more, and a steep gate passes that on to every gradient."""
     linear = tau == 0
-    z = (s - beta[None]) / tl.where(linear, 1.0, tau)[None]
-    return tl.where(linear[None], s, 1 / (1 + tl.exp(-z)))
+    width = tl.where(linear, 1.0, tau)
+    z = _corrected((s - beta[None]) / width[None], s - beta[None], width[None], (1 / width)[None])
+    whole = 1 + (tl.exp(-z) if _INTERPRETED else libdevice.exp(-z))
+    g = 1 / whole
+    return tl.where(linear[None], s, _corrected(g, tl.full(s.shape, 1.0, s.dtype), whole, g))
 
 
 @triton.jit
