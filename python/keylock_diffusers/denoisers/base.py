@@ -62,7 +62,7 @@ class Denoiser(Protocol):
         """A row's noise [1, C, h, w], from its own generator."""
 
     def encode(self, pixels: Tensor, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-        """Latents [1, C, h, w] of a picture [1, 3, height, width] in -1..1."""
+        """Latents [1, C, h, w] of a picture [1, 3, height, width] in -1..1, or of what is latents already."""
 
     def schedule(self, scheduler: Any, steps: int, share: float | None) -> Schedule:
         """A copy of the scheduler with its times: all of them, or those of an image that is changed by a share."""

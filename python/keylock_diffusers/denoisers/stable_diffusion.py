@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ from keylock_diffusers.denoisers.base import RowLayout, Schedule, Size
 from keylock_diffusers.denoisers.unet import (
     TextEncoder,
     adapters,
+    blocks_are_compiled,
     cross_attention_layers,
+    lock_of,
     lora_scale,
     perturbed_attention,
     resolutions_of,
@@ -82,9 +85,13 @@ class StableDiffusion:
 
     # Where things are.
 
+    @cached_property
+    def _layers(self) -> dict[str, Any]:
+        return cross_attention_layers(self.unet)
+
     def layers(self) -> dict[str, Any]:
         """See `Denoiser`."""
-        return cross_attention_layers(self.unet)
+        return self._layers
 
     def grid(self, layers: Sequence[str], latent: Size) -> dict[str, Size]:
         """See `Denoiser`."""
@@ -93,7 +100,12 @@ class StableDiffusion:
     @contextmanager
     def bound(self, inputs: Any, layout: RowLayout, options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """See `Denoiser`: as keywords, and with LoRA weights at this call's own scale."""
-        with self.scaled(), perturbed_attention(self.pipe, "perturbed" in layout.parts, layout.guided):
+        with ExitStack() as held:
+            held.enter_context(self.scaled())
+            held.enter_context(perturbed_attention(self.pipe, "perturbed" in layout.parts, layout.guided))
+            if blocks_are_compiled(self.unet, self.layers()):
+                held.enter_context(lock_of(self.unet))
+                inputs = held.enter_context(inputs.handed_out(self.layers()))
             yield {"cross_attention_kwargs": {**self.attention_options, **options, "personalization": inputs}}
 
     def scaled(self) -> AbstractContextManager[None]:
@@ -185,6 +197,8 @@ class StableDiffusion:
     def encode(self, pixels: Tensor, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
         """See `Denoiser`."""
         vae, device = self.pipe.vae, self.pipe._execution_device
+        if pixels.shape[1] == self.latent_channels:  # latents already
+            return pixels.to(device, dtype)
         upcast = getattr(vae.config, "force_upcast", False) and vae.dtype == torch.float16
         if upcast:
             vae.to(dtype=torch.float32)

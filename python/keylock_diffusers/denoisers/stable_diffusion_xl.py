@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
 from keylock_diffusers.denoisers.base import RowLayout, Schedule, Size
@@ -104,36 +103,26 @@ class StableDiffusionXL(StableDiffusion):
 
     def _time_ids(self, request: Any, size: Size, dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # [1, 6] each
         """A row's sizes, of the conditional and of the unconditional half, as its task's own pipeline makes them."""
-        width = self.pooled_width
-        original = tuple(request.original_size or size)
-        target = tuple(request.target_size or size)
-        crop, negative_crop = tuple(request.crops_coords_top_left), tuple(request.negative_crops_coords_top_left)
+        original, target = (tuple(request.original_size or size), tuple(request.target_size or size))
+        crop, other_crop = tuple(request.crops_coords_top_left), tuple(request.negative_crops_coords_top_left)
         negatives = request.negative_original_size, request.negative_target_size
-        if request.image is not None:
-            made = StableDiffusionXLImg2ImgPipeline._get_add_time_ids(
-                self.pipe,
-                original,
-                crop,
-                target,
-                request.aesthetic_score,
-                request.negative_aesthetic_score,
-                tuple(negatives[0] or original),
-                negative_crop,
-                tuple(negatives[1] or target),
-                dtype=dtype,
-                text_encoder_projection_dim=width,
+        other_original, other_target = tuple(negatives[0] or original), tuple(negatives[1] or target)
+        own = (*original, *crop, *target)
+        if request.image is None:
+            other = own if None in negatives else (*other_original, *other_crop, *other_target)
+        elif getattr(self.pipe.config, "requires_aesthetics_score", False):
+            own = (*original, *crop, request.aesthetic_score)
+            other = (*other_original, *other_crop, request.negative_aesthetic_score)
+        else:
+            other = (*other_original, *crop, *other_target)  # the crop of the conditional half, as diffusers has it
+        config = self.unet.config
+        width = config.addition_time_embed_dim * len(own) + (self.pooled_width or 0)
+        if width != config.projection_class_embeddings_input_dim:
+            raise ValueError(
+                f"the U-Net's added embedding has {config.projection_class_embeddings_input_dim} inputs, got {width}: "
+                "requires_aesthetics_score of the pipeline's configuration does not fit the model"
             )
-            return made[0], made[1]
-
-        def ids(*sizes: Any) -> Tensor:
-            return StableDiffusionXLPipeline._get_add_time_ids(
-                self.pipe, *sizes, dtype=dtype, text_encoder_projection_dim=width
-            )
-
-        own = ids(original, crop, target)
-        if None in negatives:
-            return own, own
-        return own, ids(tuple(negatives[0]), negative_crop, tuple(negatives[1]))
+        return torch.tensor([own], dtype=dtype), torch.tensor([other], dtype=dtype)
 
     def decode(self, latents: Tensor, output_type: str) -> list[Any]:
         """See `Denoiser`: in float32 where the autoencoder overflows in float16."""

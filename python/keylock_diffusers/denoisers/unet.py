@@ -144,7 +144,7 @@ def lora_scale(modules: Sequence[nn.Module], scale: float | None) -> Iterator[No
         return
     with ExitStack() as held:
         for module in sorted(modules, key=id):  # always in one order, or two callers wait for each other
-            held.enter_context(_lock_of(module))
+            held.enter_context(lock_of(module))
         before = [dict(layer.scaling) for layer in layers]
         try:
             if scale is not None:
@@ -191,13 +191,29 @@ _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _LOCKS_LOCK = threading.Lock()
 
 
-def _lock_of(module: nn.Module) -> Any:
+def lock_of(module: nn.Module) -> Any:
+    """What callers hold who change for themselves what a module's other callers read too."""
     with _LOCKS_LOCK:
         return _LOCKS.setdefault(uncompiled(module), threading.RLock())
 
 
 def _tuner_layers(module: nn.Module) -> list[Any]:
     return [m for m in module.modules() if hasattr(m, "scale_layer") and isinstance(getattr(m, "scaling", None), dict)]
+
+
+def blocks_are_compiled(unet: nn.Module, layers: Iterable[str]) -> bool:
+    """Whether the layers' blocks are compiled one by one, as `compile_repeated_blocks` does."""
+    blocks = {name.rpartition(".")[0] for name in layers}
+    return any(getattr(unet.get_submodule(block), "_compiled_call_impl", None) is not None for block in blocks)
+
+
+def adapter_scales(unet: Any) -> dict[int, float]:
+    """The scale of each IP-Adapter, where it is one number in all layers."""
+    found: dict[int, set[Any]] = {}
+    for attn in cross_attention_layers(unet).values():
+        for adapter, scale in enumerate(getattr(attn.processor, "scale", ())):
+            found.setdefault(adapter, set()).add(scale if isinstance(scale, (int, float)) else None)
+    return {adapter: float(*scales) for adapter, scales in found.items() if len(scales) == 1 and None not in scales}
 
 
 @contextmanager
@@ -207,7 +223,7 @@ def perturbed_attention(pipe: Any, on: bool, guided: bool) -> Iterator[None]:
         yield
         return
     unet = unet_of(pipe)
-    with _lock_of(unet):
+    with lock_of(unet):
         before = {name: attn.processor for name, attn in attention_modules(unet).items()}
         pipe._set_pag_attn_processor(pag_applied_layers=pipe.pag_applied_layers, do_classifier_free_guidance=guided)
         try:

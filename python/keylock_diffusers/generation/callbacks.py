@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
+
+from keylock_diffusers.denoisers.unet import adapter_scales
 
 if TYPE_CHECKING:
     from keylock_diffusers.generation.batch import Batch
@@ -16,8 +19,8 @@ class Callbacks:
     """Calls the user's callback after each step, as pipelines do.
 
     The pipeline it is given is the call's own copy: its ``guidance_scale`` is a number, the largest of the batch's
-    rows; setting it scales every row's in proportion, and 1 or less goes on without guidance. ``_interrupt`` stops the
-    call.
+    rows; setting it scales every row's in proportion, and 1 or less goes on without guidance. So does
+    `set_ip_adapter_scale` with the rows' image prompts. ``_interrupt`` stops the call.
 
     Args:
         callback: the function, or one of diffusers' callback objects.
@@ -53,7 +56,16 @@ class Callbacks:
         given = {name: _tensor(batch, name) for name in self._tensors}
         row = batch.rows[0]
         time = row.schedule.times[row.own(step)]
+        adapters = adapter_scales(engine.denoiser.unet)
         returned = self._callback(pipe, step, time, dict(given)) or {}
+        changed = adapter_scales(engine.denoiser.unet)
+        factors = {
+            adapter: changed[adapter] / scale if scale else 1.0
+            for adapter, scale in adapters.items()
+            if changed.get(adapter, scale) != scale
+        }
+        if factors:
+            batch.held.personalization.scale_images(factors)
         if pipe._guidance_scale != shown:
             _rescale(engine, batch, shown, float(pipe._guidance_scale))
         latents = returned.get("latents")
@@ -101,8 +113,6 @@ def _tensor(batch: Batch, name: str) -> Any:
         return batch.control(controls[0].name) if controls else None
     fillings = [row.filling for row in batch.rows]
     if name in ("mask", "masked_image_latents") and all(fillings):
-        import torch
-
         part = "mask" if name == "mask" else "masked"
         return torch.cat([getattr(filling, part) for filling in fillings] * len(batch.layout.parts))
     return added.get({"add_text_embeds": "text_embeds", "add_time_ids": "time_ids"}.get(name, ""))

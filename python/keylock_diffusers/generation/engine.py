@@ -135,12 +135,13 @@ class Engine:
 
         It commits or leaves the batch untouched: what raises inside changes nothing.
         """
+        buffers = batch.held
         own = [row.own(batch.position) for row in batch.rows]
         parts = len(batch.layout.parts)
         times = [row.schedule.times[step] for row, step in zip(batch.rows, own, strict=True)]
         if batch.position != batch.laid_out:
             totals = self._of_rows([row.steps for row in batch.rows], parts)
-            batch.held.personalization.at_step(self._of_rows(own, parts), totals)
+            buffers.personalization.at_step(self._of_rows(own, parts), totals)
         with ExitStack() as held:
             for row in batch.rows:
                 held.enter_context(row.untouched_by_failure())

@@ -107,7 +107,6 @@ class Planner:
         guided = request.guidance_scale > 1
         uses = self._uses(request)
         prompts, negatives = self._prompts(request, {use.concept.placeholder: use.concept.super_class for use in uses})
-        row = Row(uses)  # what would fail the whole batch raises here
         drawn, absent = self._image_prompts(request, guided)
         subjects = self._subjects(request, prompts)
         halves = self._regions(request, uses, prompts, negatives)
@@ -292,6 +291,10 @@ class Planner:
             own = not asked and request.mask is None  # an image-to-image row has its picture's size
             image = pictures.initial_image(pipe, request.image, None if own else size)
             size = (image.shape[2], image.shape[3])
+            if image.shape[1] == self.denoiser.latent_channels:
+                if request.mask is not None:
+                    raise ValueError("mask needs an image, not latents of one")
+                size = (size[0] * pipe.vae_scale_factor, size[1] * pipe.vae_scale_factor)
         if request.mask is not None:
             mask = pictures.inpainting_mask(pipe, request.mask, size)
         controls: list[ControlUse] = []

@@ -9,7 +9,7 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, IPAdapterAttnProcessor2_0
 from torch import Tensor
 
-from keylock_diffusers.processors.contract import ImageStreams, LayerInputs, Readout
+from keylock_diffusers.processors.contract import Bound, ImageStreams, Kept, LayerInputs, Readout
 from keylock_diffusers.processors.images import adapter_streams
 from keylock_diffusers.processors.projection import keys_and_values
 from keylock_kernels import localized_attention
@@ -38,7 +38,7 @@ class SelfAttnProcessor(AttnProcessor2_0):
         encoder_hidden_states: Tensor | None = None,  # [B, T, D]
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
-        personalization: LayerInputs | None = None,
+        personalization: LayerInputs | Bound | None = None,
         readout: Readout | None = None,
     ) -> Tensor:
         return ATTENTION_OF_TEXT(self, attn, hidden_states, encoder_hidden_states, attention_mask, temb)
@@ -58,6 +58,7 @@ class CrossAttnProcessor:
     def __init__(self, layer: str = "", original: Any = None) -> None:
         self.layer = layer
         self.original = original
+        self.kept: Kept | None = None
 
     def __call__(
         self,
@@ -66,7 +67,7 @@ class CrossAttnProcessor:
         encoder_hidden_states: Tensor | tuple[Tensor, list[Tensor]] | None = None,  # [B, T, D]
         attention_mask: Tensor | None = None,  # [B, 1, T], added to the scores
         temb: Tensor | None = None,
-        personalization: LayerInputs | None = None,
+        personalization: LayerInputs | Bound | None = None,
         readout: Readout | None = None,
     ) -> Tensor:
         if isinstance(encoder_hidden_states, tuple):
@@ -92,6 +93,7 @@ class CrossAttnProcessor:
             personalization,
             self.layer,
             readout=readout,
+            kept=self.kept,
         )
 
 
@@ -112,6 +114,7 @@ class IPAdapterCrossAttnProcessor(IPAdapterAttnProcessor2_0):
     def __init__(self, layer: str, original: Any) -> None:
         torch.nn.Module.__init__(self)
         self.layer = layer
+        self.kept: Kept | None = None
         self.hidden_size, self.cross_attention_dim = original.hidden_size, original.cross_attention_dim
         self.num_tokens, self.scale = original.num_tokens, original.scale
         self.to_k_ip, self.to_v_ip = original.to_k_ip, original.to_v_ip
@@ -127,7 +130,7 @@ class IPAdapterCrossAttnProcessor(IPAdapterAttnProcessor2_0):
         temb: Tensor | None = None,
         scale: float = 1.0,
         ip_adapter_masks: Any = None,  # per adapter None or [1, n, height, width]
-        personalization: LayerInputs | None = None,
+        personalization: LayerInputs | Bound | None = None,
         readout: Readout | None = None,
     ) -> Tensor:
         return ip_adapter_attention(
@@ -151,7 +154,7 @@ def ip_adapter_attention(
     attention_mask: Tensor | None,  # [B, 1, T]
     temb: Tensor | None,
     ip_adapter_masks: Any,
-    personalization: LayerInputs | None,
+    personalization: LayerInputs | Bound | None,
     readout: Readout | None = None,
 ) -> Tensor:
     """IPAdapterAttnProcessor2_0's forward pass with the scales and projections of `processor`."""
@@ -171,7 +174,10 @@ def ip_adapter_attention(
     def images(query: Tensor) -> ImageStreams | None:  # [B, N, C]
         return adapter_streams(states, processor.scale, processor.to_k_ip, processor.to_v_ip, ip_adapter_masks, query)
 
-    return cross_attention(attn, hidden_states, text, attention_mask, temb, personalization, layer, images, readout)
+    kept = getattr(processor, "kept", None)
+    return cross_attention(
+        attn, hidden_states, text, attention_mask, temb, personalization, layer, images, readout, kept
+    )
 
 
 def cross_attention(
@@ -180,10 +186,11 @@ def cross_attention(
     text: Tensor | None,  # [B, T, D]
     attention_mask: Tensor | None,  # [B, 1, T]
     temb: Tensor | None,
-    personalization: LayerInputs | None,
+    personalization: LayerInputs | Bound | None,
     layer: str,
     images: Callable[[Tensor], ImageStreams | None] | None = None,
     readout: Readout | None = None,
+    kept: Kept | None = None,
 ) -> Tensor:
     """A cross-attention layer's forward pass; `images` makes a layer's image streams from its query [B, N, C].
 
@@ -200,10 +207,13 @@ def cross_attention(
 
     query = attn.to_q(hidden_states)
     streams = regions = None
-    if personalization is not None:
+    if isinstance(personalization, Bound):
+        assert kept is not None
+        key, value, streams, regions = kept
+    elif personalization is not None:
         given = hidden_states if text is None else text
-        kept = personalization.keys_and_values(layer, query.shape[0], text)
-        key, value = keys_and_values(attn, layer, (given, given), personalization.updates) if kept is None else kept
+        pair = personalization.keys_and_values(layer, query.shape[0], text)
+        key, value = keys_and_values(attn, layer, (given, given), personalization.updates) if pair is None else pair
         streams = personalization.image_streams(layer, query.shape[1])
         regions = personalization.visibility(layer, query.shape[1])
     else:

@@ -25,6 +25,25 @@ class RowUpdates(NamedTuple):
     coefficients: Tensor  # [B, T, R] float32
 
 
+class Kept(NamedTuple):
+    """All that one layer reads of a batch in one step, as tensors alone."""
+
+    key: Tensor  # [B, T, C]
+    value: Tensor  # [B, T, C]
+    images: ImageStreams | None
+    visibility: tuple[Tensor, Tensor] | None  # [B, N] and [B, T]
+
+
+class Bound:
+    """Passed in the place of a batch while every layer's processor holds its own `Kept`.
+
+    So blocks of one shape are compiled once: inside a graph there are tensors, and no layer's name.
+    """
+
+
+BOUND = Bound()
+
+
 class LayerInputs(Protocol):
     """What a layer may ask of a batch, passed as ``cross_attention_kwargs={"personalization": inputs}``."""
 

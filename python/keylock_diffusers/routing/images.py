@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -88,12 +89,17 @@ class ImageRouting:
         """The scale of every image prompt in a layer; layers with the same pattern have the same weights."""
         return tuple(0.0 if use is None else use.scale_of(layer) for row in self._rows for use in row)
 
-    def scales(self, layer: str, steps: Sequence[tuple[int, int]]) -> tuple[tuple[float, ...], ...]:  # [B][I]
+    def scales(
+        self, layer: str, steps: Sequence[tuple[int, int]], factors: Mapping[int, float] = MappingProxyType({})
+    ) -> tuple[tuple[float, ...], ...]:  # [B][I]
         """What each stream of each row counts in a layer, the rows each in a (step, of how many); 0 for none."""
-        return tuple(
-            tuple(use.scale_of(layer) if use is not None and use.active(*at) else 0.0 for use in row)
-            for row, at in zip(self._rows, steps, strict=True)
-        )
+
+        def scale(use: ImageUse | None, at: tuple[int, int]) -> float:
+            if use is None or not use.active(*at):
+                return 0.0
+            return use.scale_of(layer) * factors.get(use.adapter, 1.0)
+
+        return tuple(tuple(scale(use, at) for use in row) for row, at in zip(self._rows, steps, strict=True))
 
     def active(self, steps: Sequence[tuple[int, int]]) -> tuple[bool, ...]:
         """Which image prompts count, the rows each in a (step, of how many)."""

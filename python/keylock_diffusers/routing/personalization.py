@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from keylock_diffusers.denoisers.unet import ProjectionState, cross_attention_layers, resolutions_of, unet_of
-from keylock_diffusers.processors.contract import ImageStreams
+from keylock_diffusers.processors.contract import BOUND, Bound, ImageStreams, Kept
 from keylock_diffusers.routing.buffers import filled, filled_pairs, version_of, versions_of
 from keylock_diffusers.routing.concepts import ConceptRouting, Pairs
 from keylock_diffusers.routing.images import ImageRouting, projected_images
@@ -46,7 +47,9 @@ class Personalization:
         self._image_groups: dict[str, int] = {}
         self._image_weights: dict[tuple[int, int], Tensor] = {}
         self._masks: dict[int, Tensor] = {}
+        self._image_factors: dict[int, float] = {}  # per adapter
         self._sizes: dict[int, tuple[int, int]] = {}  # height and width, by number of pixels
+        self._pixels_of: dict[str, int] = {}  # of each layer
         self._tokens = 0  # of one wording
         self._key_regions: Tensor | None = None
         self._query_regions: dict[int, Tensor] = {}
@@ -75,6 +78,7 @@ class Personalization:
         self.rows = tuple(rows)
         self._concepts, self._routing = ConceptRouting(self.rows), routing
         self._regions = RegionRouting([row.regions for row in rows])
+        self._image_factors = {}
         self._spare, self.kv = self.kv or self._spare, {}  # nothing can be read before `prepare`
         return self
 
@@ -148,6 +152,7 @@ class Personalization:
             projected = self._current()
         sizes = resolutions_of(unet, layers, latent_size)
         self._sizes = {math.prod(size): size for size in sizes.values()}
+        self._pixels_of = {name: math.prod(size) for name, size in sizes.items()}
         self._prepare_images(layers, text, sizes)
         self._prepare_regions(read_text)
         self._text = filled(self._text, text.clone())
@@ -280,6 +285,29 @@ class Personalization:
             self._query_regions[pixels] = self._bits(pixels, self._key_regions.device)
         return self._query_regions[pixels], self._key_regions
 
+    @contextmanager
+    def handed_out(self, layers: Mapping[str, Any]) -> Iterator[Bound]:
+        """While it lasts, each layer's processor holds its own tensors; yields what layers are given as the batch.
+
+        Needs the latent_size that `prepare` was given. It is for one step, since what counts may change between two.
+        """
+        try:
+            for name, attn in layers.items():
+                pixels = self._pixels_of[name]
+                streams, visibility = self.image_streams(name, pixels), self.visibility(name, pixels)
+                attn.processor.kept = Kept(*self.kv[name], streams, visibility)
+            yield BOUND
+        finally:
+            for attn in layers.values():
+                attn.processor.kept = None
+
+    def scale_images(self, factors: Mapping[int, float]) -> None:
+        """From now on the image prompts of an adapter count so many times as much."""
+        for adapter, factor in factors.items():
+            self._image_factors[adapter] = self._image_factors.get(adapter, 1.0) * factor
+        for group, pixels in list(self._image_weights):
+            self._weigh(group, pixels)
+
     def tensors(self) -> list[Tensor]:
         """Everything that stays in memory for a generation."""
         pairs = [*self.kv.values(), *self.image_kv.values()]
@@ -372,7 +400,9 @@ class Personalization:
         """Fills the weights [B, I] (no pixels: [B, I, N] with them) of a group of layers in the current step."""
         like = next(iter(self.image_kv.values()))[0]
         dtype = accumulate_dtype(like.dtype)
-        weights = torch.tensor(self._routing.scales(self._layer_of[group], self._steps), dtype=dtype).to(like.device)
+        weights = torch.tensor(
+            self._routing.scales(self._layer_of[group], self._steps, self._image_factors), dtype=dtype
+        ).to(like.device)
         if pixels:
             if pixels not in self._masks:
                 self._masks[pixels] = self._routing.masks(pixels, None, dtype).to(like.device)

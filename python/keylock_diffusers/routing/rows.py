@@ -124,7 +124,8 @@ class Row:
     def __post_init__(self) -> None:
         if not 0 <= self.start <= 1:
             raise ValueError(f"Row: start must lie in [0, 1], got {self.start!r}")
-        self.mix(range(len(self.uses)))
+        if self.uses:
+            self.mix(range(len(self.uses)))
 
     def mix(self, places: Sequence[int]) -> Tensor:  # [R, R] float32
         """How those of its concepts that count combine (see `edits.mixing`), solved once for each set of them."""
