@@ -7,8 +7,13 @@ import errno
 import json
 import os
 import secrets
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes, *, overwrite: bool = True) -> None:
@@ -49,6 +54,48 @@ def strict_json(text: str | bytes) -> Any:
     if isinstance(text, bytes):
         text = text.decode("utf-8")
     return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+
+
+def write_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], facts: Mapping[str, str] | None = None
+) -> int:
+    """Write a safetensors file, whole or not at all.
+
+    Args:
+        path: the file; its folder is made if need be.
+        tensors: what it holds; moved to the CPU.
+        facts: texts of its header.
+
+    Returns:
+        Its bytes.
+
+    Raises:
+        OSError: writing failed; what was there before is unchanged.
+    """
+    data = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, dict(facts) if facts else None)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, data)
+    return len(data)
+
+
+def read_tensors(
+    path: str | os.PathLike[str], wanted: Callable[[str], bool] = lambda name: True
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file's tensors and the texts of its header.
+
+    Args:
+        path: the file.
+        wanted: which tensors to read, by name.
+
+    Raises:
+        ValueError: it is damaged or no safetensors file.
+        OSError: it cannot be opened.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}, file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def _link_new(temporary: Path, path: Path) -> bool:

@@ -9,11 +9,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from keylock_diffusers.files import write_atomically
+from keylock_diffusers.files import read_tensors, write_tensors
 from keylock_diffusers.requests import FusedSubject
 
 _PREFIX = "postfuse_module."  # of these weights in a whole FastComposer model
@@ -83,10 +81,7 @@ class SubjectFusion(nn.Module):
 
     def save(self, path: str | Path, dtype: torch.dtype = torch.float16) -> int:
         """Writes a safetensors file, whole or not at all; returns its bytes."""
-        data = save({n: t.detach().to("cpu", dtype).contiguous() for n, t in self.state_dict().items()})
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, data)
-        return len(data)
+        return write_tensors(path, {name: tensor.to(dtype) for name, tensor in self.state_dict().items()})
 
 
 class _Perceptron(nn.Module):
@@ -164,9 +159,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"SubjectFusion: there is no file {path}")
     try:
-        with safe_open(path, "pt") as file:
-            names = list(file.keys())
-            wanted = [name for name in names if name.startswith(_PREFIX)] or names
-            return {name: file.get_tensor(name) for name in wanted}
-    except SafetensorError as error:
-        raise ValueError(f"SubjectFusion: {path} cannot be read: {error}") from error
+        weights, _ = read_tensors(path, lambda name: name.startswith(_PREFIX))  # of a whole model, these alone
+        return weights or read_tensors(path)[0]
+    except ValueError as error:
+        raise ValueError(f"SubjectFusion: {error}") from error

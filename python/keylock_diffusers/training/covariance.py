@@ -13,14 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from keylock_diffusers.embedded.glyphs import BACKGROUNDS, GLYPHS
 from keylock_diffusers.embedded.render import caption
 from keylock_diffusers.encoding import text
+from keylock_diffusers.files import read_tensors, write_tensors
 
 logger = logging.getLogger(__name__)
 _POSITIONS = ("prompt", "all")
@@ -136,18 +135,14 @@ def _key(first: Tensor, captions: Sequence[str], positions: str) -> str:
 
 def _read(path: Path, size: int) -> Tensor | None:
     try:
-        with safe_open(path, "pt") as file:
-            moment = file.get_tensor("moment")
+        moment = read_tensors(path)[0]["moment"]
     except Exception:  # absent or damaged: it is made again
         return None
     return moment if moment.shape == (size, size) and bool(moment.isfinite().all()) else None
 
 
 def _write(path: Path, moment: Tensor) -> None:
-    partial = path.with_suffix(f".{os.getpid()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"moment": moment}, partial)
-        os.replace(partial, path)
+        write_tensors(path, {"moment": moment})
     except OSError as error:
         logger.warning("covariance: %s cannot be written (%s); it is computed anew next time", path, error)

@@ -12,13 +12,12 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers.models.embeddings import ImageProjection
 from PIL import Image
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from keylock_diffusers.concepts import BaseModel
 from keylock_diffusers.denoisers.unet import base_layer, cross_attention_layers, layer_numbers
 from keylock_diffusers.encoding import text
-from keylock_diffusers.files import write_atomically
+from keylock_diffusers.files import write_tensors
 from keylock_diffusers.processors import ImageStreams
 from keylock_diffusers.training import loop
 from keylock_diffusers.training.frozen import (
@@ -103,10 +102,7 @@ class ImageAdapter(nn.Module):
 
     def save(self, path: str | Path, dtype: torch.dtype = torch.float16) -> int:
         """Writes a safetensors file that `pipe.load_ip_adapter` reads, whole or not at all; returns its bytes."""
-        data = save(self.published(dtype))
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, data)
-        return len(data)
+        return write_tensors(path, self.published(dtype))
 
 
 def train_image_adapter(
@@ -182,7 +178,7 @@ def train_image_adapter(
             checkpoint_path,
             config,
             accelerator=accelerator,
-            run=loop.digest(config, len(examples), adapter, BaseModel.of(pipe)),
+            run_digest=loop.digest(config, len(examples), adapter, BaseModel.of(pipe)),
             desc="image adapter",
             progress=progress,
         )

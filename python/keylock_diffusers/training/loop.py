@@ -6,23 +6,21 @@ repeats what an uninterrupted run would have done, but for fp16's loss scale, wh
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator, PartialState
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from keylock_diffusers.concepts import BaseModel
+from keylock_diffusers.files import read_tensors
+from keylock_diffusers.training import checkpoint
 
 CHECKPOINT_SECONDS = 120
 
@@ -69,6 +67,16 @@ class Schedule:
             raise ValueError(f"{name}: learning_rate must be above 0, got {self.learning_rate}")
 
 
+def rate(schedule: Schedule, step: int) -> float:
+    """AdamW's learning rate in a step: it rises over `warmup` steps, and falls as a cosine to a fiftieth.
+
+    learning_rate * min(1, (step + 1) / warmup) * (0.02 + 0.98 (1 + cos(pi step / steps)) / 2)
+    """
+    warm = min(1.0, (step + 1) / max(schedule.warmup, 1))
+    cosine = 0.5 + 0.5 * math.cos(math.pi * step / schedule.steps)
+    return schedule.learning_rate * warm * (0.02 + 0.98 * cosine)
+
+
 def check_shares(config: Schedule, *fields: str) -> None:
     """The shares of rows that learn without something.
 
@@ -82,10 +90,7 @@ def check_shares(config: Schedule, *fields: str) -> None:
 
 def digest(config: Schedule, count: int, module: nn.Module, base: BaseModel) -> str:
     """Names what makes a run the same run: settings, number of examples, first weights and base model."""
-    hashed = hashlib.sha256(json.dumps([asdict(config), count, base.to_json()], sort_keys=True).encode())
-    for parameter in module.parameters():
-        hashed.update(parameter.detach().cpu().contiguous().float().numpy().tobytes())
-    return hashed.hexdigest()
+    return checkpoint.digest([asdict(config), count, base.to_json()], module.parameters())
 
 
 class Average:
@@ -111,6 +116,75 @@ class Average:
             parameters[name].copy_(value)
 
 
+class Trainable(Protocol):
+    """What a run of steps trains."""
+
+    def step(self, number: int) -> Mapping[str, float] | None:
+        """One step; figures to show, or None where nothing is left to learn."""
+
+    def state(self) -> tuple[dict[str, Tensor], Any]:
+        """All that the next step depends on: tensors, and facts as JSON."""
+
+    def restore(self, tensors: Mapping[str, Tensor], facts: Any) -> None:
+        """Puts back what `state` gave."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a run of steps is kept and shown.
+
+    Args:
+        steps: how many.
+        path: of its checkpoint, to resume from and to write; None: nothing is kept.
+        digest: what makes the run the same run; a checkpoint of another is refused.
+        every: steps between two writes; None: one every two minutes.
+        desc: of the progress bar.
+        progress: whether to show it.
+        writes: whether this process writes the checkpoint.
+    """
+
+    steps: int
+    path: str | Path | None = None
+    digest: str = ""
+    every: int | None = None
+    desc: str = "training"
+    progress: bool = True
+    writes: bool = True
+
+
+def run(trainable: Trainable, how: Run) -> None:
+    """Steps to the end, from where the checkpoint left off.
+
+    Raises:
+        ValueError: the checkpoint is of another run, or cannot be read.
+    """
+    first = 0
+    if how.path is not None and Path(how.path).exists():
+        tensors, facts, first = checkpoint.restore(how.path, how.digest)
+        trainable.restore(tensors, facts)
+    written = time.monotonic()
+    bar = tqdm(
+        range(first, how.steps),
+        initial=first,
+        total=how.steps,
+        desc=how.desc,
+        mininterval=5 if how.every is None else 0.1,
+        disable=not how.progress,
+    )
+    for number in bar:
+        figures = trainable.step(number)
+        if figures is None:
+            break
+        bar.set_postfix({key: f"{figure:.4g}" for key, figure in figures.items()}, refresh=False)
+        if how.every is None:
+            due = time.monotonic() - written > CHECKPOINT_SECONDS
+        else:
+            due = (number + 1) % how.every == 0
+        if how.path is not None and how.writes and (due or number + 1 == how.steps):
+            checkpoint.save(how.path, *trainable.state(), run=how.digest, step=number + 1)
+            written = time.monotonic()
+
+
 class _Objective(nn.Module):
     """The loss as a module, which is what accelerate wraps."""
 
@@ -122,30 +196,81 @@ class _Objective(nn.Module):
         return self.loss(step)
 
 
+class _Fit:
+    """One module under one schedule; a `Trainable`."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        loss: Callable[[int], tuple[Tensor, dict[str, float]]],
+        schedule: Schedule,
+        accelerator: Accelerator,
+        desc: str,
+    ) -> None:
+        self.module, self.schedule, self.accelerator, self.desc = module, schedule, accelerator, desc
+        self.optimizer = torch.optim.AdamW(
+            module.parameters(), lr=rate(schedule, 0), weight_decay=schedule.weight_decay, betas=(0.9, 0.99)
+        )
+        module.to(accelerator.device)
+        self.objective, self.prepared = accelerator.prepare(_Objective(module, loss), self.optimizer)
+        self.average = Average(module, schedule.average_decay)
+        self.figures: dict[str, float] = {}
+
+    def step(self, number: int) -> Mapping[str, float]:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate(self.schedule, number)
+        self.prepared.zero_grad(set_to_none=True)
+        value, named = self.objective(number)
+        if not torch.isfinite(value):
+            value = value.detach()
+            raise FloatingPointError(
+                f"{self.desc}: the loss is {float(value)} at step {number}; lower the learning rate"
+            )
+        self.accelerator.backward(value)
+        self.accelerator.clip_grad_norm_(self.module.parameters(), 1.0)
+        self.prepared.step()
+        self.average.update(self.module, number)
+        for key, figure in named.items():
+            self.figures[key] = 0.98 * self.figures.get(key, figure) + 0.02 * figure
+        return self.figures
+
+    def state(self) -> tuple[dict[str, Tensor], Any]:
+        tensors = {f"module/{name}": tensor for name, tensor in self.module.state_dict().items()}
+        tensors |= {f"average/{name}": tensor for name, tensor in self.average.values.items()}
+        return tensors | checkpoint.optimizer_tensors(self.optimizer, "optimizer/"), None
+
+    def restore(self, tensors: Mapping[str, Tensor], facts: Any) -> None:
+        prefix = "module/"
+        self.module.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+        for name, value in self.average.values.items():
+            value.copy_(tensors[f"average/{name}"])
+        checkpoint.restore_optimizer(self.optimizer, tensors, "optimizer/")
+
+
 def fit(
     module: nn.Module,
     loss: Callable[[int], tuple[Tensor, dict[str, float]]],
-    checkpoint: str | Path | None,
+    checkpoint_path: str | Path | None,
     schedule: Schedule,
     *,
     accelerator: Accelerator,
-    run: str = "",
+    run_digest: str = "",
     desc: str = "training",
     progress: bool = True,
 ) -> None:
     """Minimises `loss(step)` over `module`'s parameters with AdamW, cosine decay and a weight average.
 
-    Resumes from `checkpoint` where it exists and writes it every two minutes. At the end the module holds the averaged
-    weights.
+    Resumes from the checkpoint where it exists and writes it every two minutes. At the end the module holds the
+    averaged weights.
 
     Args:
         module: what learns; it is moved to the accelerator's device.
         loss: a step's loss, and figures to show; it runs under the accelerator's precision, and computes with the
             parameters of `module` themselves.
-        checkpoint: a safetensors file; None: nothing is kept.
+        checkpoint_path: a safetensors file; None: nothing is kept.
         schedule: how long and how fast; what a step learns from is the loss's own affair.
         accelerator: whose devices and precision are used; several processes average their gradients.
-        run: what makes the run the same run; a checkpoint of another is refused.
+        run_digest: what makes the run the same run; a checkpoint of another is refused.
         desc: of the progress bar.
         progress: whether to show it.
 
@@ -153,80 +278,15 @@ def fit(
         ValueError: the checkpoint is of another run, or cannot be read.
         FloatingPointError: the loss is not finite; the checkpoint written last is from before.
     """
-    steps, peak = schedule.steps, schedule.learning_rate
-    optimizer = torch.optim.AdamW(module.parameters(), lr=peak, weight_decay=schedule.weight_decay, betas=(0.9, 0.99))
-    module.to(accelerator.device)
-    objective, prepared = accelerator.prepare(_Objective(module, loss), optimizer)
-    average = Average(module, schedule.average_decay)
-    path = None if checkpoint is None else Path(checkpoint)
-    start = _restore(path, module, optimizer, average, run) if path is not None and path.exists() else 0
-    written = time.monotonic()
-    figures: dict[str, float] = {}
-    shown = progress and accelerator.is_main_process
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc=desc, mininterval=5, disable=not shown)
-    for step in bar:
-        rate = (
-            peak
-            * min(1.0, (step + 1) / max(schedule.warmup, 1))
-            * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * step / steps)))
-        )
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        prepared.zero_grad(set_to_none=True)
-        value, named = objective(step)
-        if not torch.isfinite(value):
-            raise FloatingPointError(f"{desc}: the loss is {float(value)} at step {step}; lower the learning rate")
-        accelerator.backward(value)
-        accelerator.clip_grad_norm_(module.parameters(), 1.0)
-        prepared.step()
-        average.update(module, step)
-        for key, number in named.items():
-            figures[key] = 0.98 * figures.get(key, number) + 0.02 * number
-        bar.set_postfix({key: f"{number:.4f}" for key, number in figures.items()}, refresh=False)
-        due = time.monotonic() - written > CHECKPOINT_SECONDS or step + 1 == steps
-        if path is not None and due and accelerator.is_main_process:
-            _write(path, step + 1, module, optimizer, average, run)
-            written = time.monotonic()
-    average.copy_to(module)
+    trained = _Fit(module, loss, schedule, accelerator, desc)
+    main = accelerator.is_main_process
+    run(trained, Run(schedule.steps, checkpoint_path, run_digest, None, desc, progress and main, main))
+    trained.average.copy_to(module)
 
 
-def load_average(checkpoint: Path, module: nn.Module) -> None:
+def load_average(path: Path, module: nn.Module) -> None:
     """Puts a checkpoint's averaged weights into `module`."""
-    with safe_open(checkpoint, "pt") as file, torch.no_grad():
+    tensors, _ = read_tensors(path, lambda name: name.startswith("average/"))
+    with torch.no_grad():
         for name, parameter in module.named_parameters():
-            parameter.copy_(file.get_tensor(f"average/{name}"))
-
-
-def _write(
-    path: Path, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, average: Average, run: str
-) -> None:
-    tensors = {f"module/{k}": v for k, v in module.state_dict().items()}
-    tensors |= {f"average/{k}": v for k, v in average.values.items()}
-    for number, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer/{number}/{k}": v for k, v in state.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    save_file(
-        {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, {"step": json.dumps(step), "run": run}
-    )
-    os.replace(partial, path)
-
-
-def _restore(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, average: Average, run: str) -> int:
-    try:
-        with safe_open(path, "pt") as file:
-            header, tensors = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"checkpoint {path} cannot be read: {error}") from error
-    if header.get("run", "") != run:
-        raise ValueError(f"checkpoint {path} is of another run: its examples, settings or model differ from these")
-    module.load_state_dict({k[7:]: v for k, v in tensors.items() if k.startswith("module/")})
-    for key, value in average.values.items():
-        value.copy_(tensors[f"average/{key}"])
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        if key.startswith("optimizer/"):
-            _, number, name = key.split("/")
-            state.setdefault(int(number), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return int(json.loads(header["step"]))
+            parameter.copy_(tensors[f"average/{name}"])

@@ -174,7 +174,7 @@ def train_subject_fusion(
             checkpoint_path,
             config,
             accelerator=accelerator,
-            run=loop.digest(config, len(examples), fusion, BaseModel.of(pipe)),
+            run_digest=loop.digest(config, len(examples), fusion, BaseModel.of(pipe)),
             desc="subject fusion",
             progress=progress,
         )

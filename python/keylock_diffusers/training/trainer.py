@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from keylock_diffusers.concepts import BaseModel, Concept
 from keylock_diffusers.concepts.concept import check_placeholder, check_super_class
@@ -21,18 +20,24 @@ from keylock_diffusers.masks import soft_mask
 from keylock_diffusers.processors import RowUpdates
 from keylock_diffusers.processors.projection import project_vectors
 from keylock_diffusers.routing import edits
-from keylock_diffusers.training import checkpoint
-from keylock_diffusers.training.checkpoint import ConceptTrainingError
+from keylock_diffusers.training import checkpoint, loop
 from keylock_diffusers.training.covariance import Covariance, covariance
 from keylock_diffusers.training.frozen import check_pipeline, encode_images, frozen, noise_levels, prediction_target
 from keylock_diffusers.training.localization import FORMS, Localization, localization_loss
 
+# Of a learner, what a checkpoint keeps.
+_TENSORS = ("embedding", "values", "target")
+_FACTS = ("loss", "best", "best_step", "steps", "stopped")
 _GRADIENTS = ("none", "straight-through", "exact")
 # Perfusion's learning rates, and the root mean squares on Stable Diffusion 1.5 of what they were chosen for: CLIP
 # ViT-L/14's word embeddings have a norm of about 0.39 in 768 dimensions; to_v's outputs are of the order of one.
 _VALUES_RATE, _VALUES_RMS = 0.03, 1.0
 _EMBEDDING_RATE, _EMBEDDING_RMS = 0.006, 0.014
 _DEFAULT_CAPTIONS = ("a photo of a {}", "a picture of the {}", "a {}", "the {}")
+
+
+class ConceptTrainingError(RuntimeError):
+    """One subject's training had to stop; the others' goes on."""
 
 
 @dataclass(frozen=True)
@@ -197,21 +202,58 @@ def train_concepts(
     started = time.monotonic()
     with frozen(pipe):
         learners = [_begin(pipe, subject, config) for subject in subjects]
-        base, first = BaseModel.of(pipe), 0
-        run = checkpoint.digest(learners, config, metric, base)
-        if checkpoint_path is not None and Path(checkpoint_path).exists():
-            first = checkpoint.restore(checkpoint_path, learners, run)
-        bar = tqdm(range(first, config.steps), initial=first, total=config.steps, desc="training", disable=not progress)
-        for step in bar:
-            active = [learner for learner in learners if learner.stopped is None]
-            if not active:
-                break
-            _step(pipe, active, config, metric, step)
-            shown = [learner.loss for learner in learners if learner.failure is None]
-            bar.set_postfix(loss=f"{sum(shown) / max(len(shown), 1):.4f}", active=len(active), refresh=False)
-            if checkpoint_path is not None and ((step + 1) % checkpoint_every == 0 or step + 1 == config.steps):
-                checkpoint.save(checkpoint_path, learners, run, step + 1)
+        base = BaseModel.of(pipe)
+        trained = _Training(pipe, learners, config, metric)
+        run = loop.Run(
+            config.steps, checkpoint_path, trained.digest(base), checkpoint_every, "training concepts", progress
+        )
+        loop.run(trained, run)
     return [_finish(learner, base, config, metric, time.monotonic() - started) for learner in learners]
+
+
+class _Training:
+    """Many concepts, each with an optimiser of its own; a `loop.Trainable`."""
+
+    def __init__(self, pipe: Any, learners: list[_Learner], config: TrainingConfig, metric: Covariance) -> None:
+        self.pipe, self.learners, self.config, self.metric = pipe, learners, config, metric
+
+    def step(self, number: int) -> dict[str, float] | None:
+        active = [learner for learner in self.learners if learner.stopped is None]
+        if not active:
+            return None
+        _step(self.pipe, active, self.config, self.metric, number)
+        shown = [learner.loss for learner in self.learners if learner.failure is None]
+        return {"loss": sum(shown) / max(len(shown), 1), "active": len(active)}
+
+    def state(self) -> tuple[dict[str, Tensor], Any]:
+        tensors: dict[str, Tensor] = {}
+        facts = []
+        for number, learner in enumerate(self.learners):
+            tensors |= {f"{number}/{name}": getattr(learner, name) for name in _TENSORS}
+            tensors |= checkpoint.optimizer_tensors(learner.optimizer, f"{number}/optimizer/")
+            failure = learner.failure and str(learner.failure)
+            facts.append({name: getattr(learner, name) for name in _FACTS} | {"failure": failure})
+        return tensors, facts
+
+    def restore(self, tensors: Mapping[str, Tensor], facts: Any) -> None:
+        for number, (learner, fact) in enumerate(zip(self.learners, facts, strict=True)):
+            with torch.no_grad():
+                for name in _TENSORS:
+                    getattr(learner, name).copy_(tensors[f"{number}/{name}"])
+            for name in _FACTS:
+                setattr(learner, name, fact[name])
+            learner.failure = fact["failure"] and ConceptTrainingError(fact["failure"])
+            checkpoint.restore_optimizer(learner.optimizer, tensors, f"{number}/optimizer/")
+
+    def digest(self, base: BaseModel) -> str:
+        """Names what makes a run the same run; more steps continue it."""
+        settings = {name: value for name, value in asdict(self.config).items() if name != "steps"}
+        subjects = [
+            [one.subject.placeholder, one.subject.super_class, one.subject.seed, [p.ids for p in one.prompts]]
+            for one in self.learners
+        ]
+        given = (tensor for one in self.learners for tensor in (one.latents, one.weights, one.super_encoding))
+        return checkpoint.digest([settings, subjects, base.to_json()], (self.metric.matrix, *given))
 
 
 def _step(pipe: Any, learners: list[_Learner], config: TrainingConfig, metric: Covariance, step: int) -> None:
