@@ -20,6 +20,7 @@ from keylock_diffusers.demo.pictures import USERS, User, coated
 from keylock_diffusers.demo.regions import half
 from keylock_diffusers.denoisers.unet import cross_attention_layers
 from keylock_diffusers.embedded import autoencoder, classifier, load, load_adapter, render
+from keylock_diffusers.embedded.captions import default_captions
 from keylock_diffusers.embedded.evaluate import background_name, subjects
 from keylock_diffusers.embedded.glyphs import BACKGROUNDS, GLYPHS, INDEX
 from keylock_diffusers.encoding.text import encode, tokenize
@@ -27,7 +28,7 @@ from keylock_diffusers.generation.generate import generate
 from keylock_diffusers.generation.maps import AttentionMaps
 from keylock_diffusers.processors import install
 from keylock_diffusers.requests import ENDINGS, ImagePrompt, Region, Request, Use
-from keylock_diffusers.training import Subject, covariance, default_captions, train_concepts
+from keylock_diffusers.training import Subject, covariance, train_concepts
 
 COUNT, STEPS, GUIDANCE = 64, 25, 4.0
 _PROMPT_SEED, _FIRST_SEED, _RENDER_SEED = 64, 5000, 7000

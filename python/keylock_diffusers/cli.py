@@ -75,7 +75,9 @@ def train(
     model: _Model = "embedded",
     steps: Annotated[int | None, typer.Option(min=1, help="Default 400; 100 for the embedded model.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Default 16; 6 for the embedded model.")] = None,
-    captions: Annotated[Path | None, typer.Option(help="Text file, a caption a line, for the metric C.")] = None,
+    captions: Annotated[
+        Path | None, typer.Option(help="Text file, a caption a line, for the metric C; needed for models of your own.")
+    ] = None,
     values_rate: Annotated[
         float | None, typer.Option(help="Learning rate of the values, in units of their size.")
     ] = None,
@@ -110,7 +112,7 @@ def train(
         TRAINING if model == "embedded" else TrainingConfig(),
         **{name: value for name, value in given.items() if value is not None},
     )
-    lines = None if captions is None else [line for line in captions.read_text().splitlines() if line.strip()]
+    lines = _captions(model, captions)
     output.parent.mkdir(parents=True, exist_ok=True)
     pipe = _load(model)
     metric = covariance(pipe, lines, progress=True)
@@ -284,6 +286,19 @@ def _load_ip_adapters(pipe: Any, files: list[Path], image_encoder: Path | None) 
         )
 
 
+def _captions(model: str, file: Path | None) -> list[str]:
+    if file is not None:
+        return [line for line in file.read_text().splitlines() if line.strip()]
+    if model != "embedded":
+        raise ValueError(
+            "--captions must name a text file, a caption a line, for a model of your own: a few thousand captions of "
+            "the kind it was trained on"
+        )
+    from keylock_diffusers.embedded.captions import default_captions
+
+    return default_captions()
+
+
 def _subject(folder: Path, placeholder: str, super_class: str, seed: int) -> Any:
     from PIL import Image
 
@@ -312,36 +327,15 @@ def _subject(folder: Path, placeholder: str, super_class: str, seed: int) -> Any
 
 
 def _orders(path: Path) -> list[Any]:
-    from PIL import Image
-
-    from keylock_diffusers import FusedSubject, ImagePrompt, Region, Request, Use
-
-    def picture(name: Any) -> Any:
-        return [picture(one) for one in name] if isinstance(name, list) else Image.open(path.parent / name)
-
-    def made(kind: Any, given: dict[str, Any]) -> Any:
-        return kind(**{k: picture(v) if k in ("image", "region", "mask") else v for k, v in given.items()})
+    from keylock_diffusers import Request
 
     try:
         listed = json.loads(path.read_text())
         if not isinstance(listed, list):
             raise ValueError(f"must be a list of requests, got {type(listed).__name__}")
-        orders = []
-        for order in listed:
-            uses = [made(Use, use) if isinstance(use, dict) else Use(use) for use in order.get("concepts", ())]
-            parts = {
-                name: [made(kind, given) for given in order.get(name, ())]
-                for name, kind in (
-                    ("image_prompts", ImagePrompt),
-                    ("subjects", FusedSubject),
-                    ("regions", Region),
-                    ("negative_regions", Region),
-                )
-            }
-            orders.append(Request(**{**order, "concepts": uses, **parts}))
-    except (ValueError, TypeError, AttributeError, OSError) as error:
+        return [Request.from_json(order, path.parent) for order in listed]
+    except (ValueError, TypeError, OSError) as error:
         raise ValueError(f"{path}: {error}") from error
-    return orders
 
 
 def _print_report(report: dict[str, Any]) -> None:

@@ -1,4 +1,15 @@
-"""Reading a mask, and the ways of resizing one, each for its purpose."""
+"""Reading a mask, and the ways of resizing one.
+
+They are several on purpose, each what its paper or its pipeline does:
+
+| function | way | for |
+| --- | --- | --- |
+| `inside` | share of the area, half or more | regions of words, which are in or out |
+| `resize_masks` | bicubic | image prompts' regions, as diffusers' IP-Adapters |
+| `antialiased` | bilinear, antialiased | the localization loss, as FastComposer |
+| `soft_mask` | mean of the area, over its maximum | the weights of a training picture, as Perfusion |
+| `latent_mask` | nearest | inpainting, as diffusers |
+"""
 
 from __future__ import annotations
 
@@ -94,9 +105,18 @@ def soft_mask(mask: Image.Image, size: Sequence[int], what: str = "a mask") -> T
     square = ImageOps.fit(
         ImageOps.exif_transpose(mask).convert("L"), (8 * width, 8 * height), Image.Resampling.BILINEAR
     )
-    soft = F.adaptive_avg_pool2d(
-        torch.tensor(list(square.tobytes())).float().view(1, 8 * height, 8 * width), (height, width)
-    )
+    soft = F.adaptive_avg_pool2d(torch.from_numpy(np.array(square, np.float32))[None], (height, width))
     if soft.max() <= 0:
         raise ValueError(f"{what} is empty")
     return soft / soft.max()
+
+
+def antialiased(masks: Tensor, size: tuple[int, int]) -> Tensor:  # [B, M, height, width] -> [B, N, M]
+    """Masks in 0..1 at a layer's (height, width), bilinear with antialiasing."""
+    resized = F.interpolate(masks.float(), size, mode="bilinear", antialias=True)
+    return resized.clamp(0, 1).flatten(2).transpose(1, 2).contiguous()
+
+
+def latent_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:  # [1, 1, height, width] -> [1, 1, h, w]
+    """An inpainting mask at the latents' (height, width): the nearest pixel's."""
+    return F.interpolate(mask, size=size)

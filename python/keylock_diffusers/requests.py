@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
 
 ENDINGS = ("own", "everywhere", "outside", "hidden")
@@ -196,6 +200,26 @@ class Request:
     aesthetic_score: float = 6.0
     negative_aesthetic_score: float = 2.5
 
+    @classmethod
+    def from_json(cls, order: Any, folder: str | os.PathLike[str] | None = None) -> Request:
+        """A request as JSON says it: fields by their names, and what they hold as objects of the classes here.
+
+        Pictures (``image``, ``mask``, ``region``) are names of files inside a folder; nothing else is opened.
+
+        Args:
+            order: the JSON object.
+            folder: where its pictures are; None: it may have none.
+
+        Raises:
+            TypeError, ValueError: what it says is no request; the message names the field.
+            OSError: a picture cannot be read.
+
+        Example:
+            >>> Request.from_json({"prompt": "a cat", "concepts": [{"concept": "alice/cat"}], "seed": 1}).seed
+            1
+        """
+        return _made(cls, order, "a request", None if folder is None else Path(folder))
+
     def __str__(self) -> str:
         words = repr(self.prompt) if self.prompt is not None else "prompt_embeds"
         return words if self.id is None else f"{self.id}: {words}"
@@ -208,3 +232,71 @@ class RequestError(ValueError):
         super().__init__(f"request {index} ({request}): {reason}")
         self.index = index
         self.id = getattr(request, "id", None)
+
+
+_PICTURES = ("image", "mask", "region")
+_PAIRS = (
+    "original_size", "target_size", "crops_coords_top_left",
+    "negative_original_size", "negative_target_size", "negative_crops_coords_top_left",
+)  # fmt: skip
+# What a list of a request holds; its items may also be what the class's first field is.
+_LISTS: Mapping[str, type] = {
+    "concepts": Use,
+    "image_prompts": ImagePrompt,
+    "subjects": FusedSubject,
+    "regions": Region,
+    "negative_regions": Region,
+    "controls": Control,
+}
+_TENSORS = ("embeds", "latents")  # the ends of names of fields that JSON cannot hold
+
+
+def _made(kind: Any, given: Any, what: str, folder: Path | None) -> Any:
+    """An object of a class from a JSON object that names its fields."""
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{what} must be an object, got {type(given).__name__}")
+    names = [field.name for field in fields(kind) if not field.name.endswith(_TENSORS)]
+    values = {}
+    for name, value in given.items():
+        if name not in names:
+            close = difflib.get_close_matches(str(name), names, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise TypeError(f"{name!r:.80} is no field of {what}{hint}")
+        if kind is Request and name in _LISTS:
+            value = [_item(_LISTS[name], item, f"{name}[{n}]", folder) for n, item in enumerate(_listed(value, name))]
+        elif name in _PAIRS and value is not None:
+            value = tuple(_listed(value, name))
+        elif name in _PICTURES and value is not None:
+            value = (
+                [_picture(one, name, folder) for one in value]
+                if isinstance(value, list)
+                else _picture(value, name, folder)
+            )
+        values[name] = value
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise TypeError(f"{what}: {str(error).rpartition('() ')[2]}") from None
+
+
+def _item(kind: type, given: Any, what: str, folder: Path | None) -> Any:
+    return Use(given) if kind is Use and isinstance(given, str) else _made(kind, given, what, folder)
+
+
+def _listed(value: Any, name: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"{name} must be a list, got {type(value).__name__}")
+    return value
+
+
+def _picture(name: Any, field: str, folder: Path | None) -> Image.Image:
+    if not isinstance(name, str):
+        raise TypeError(f"{field} must be the name of a file, got {type(name).__name__}")
+    if folder is None:
+        raise ValueError(f"{field} must be None where no folder of pictures was given, got {name!r:.80}")
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise ValueError(f"{field} must be a file inside {folder}, got {name!r:.80}")
+    with Image.open(path) as picture:
+        picture.load()
+        return picture

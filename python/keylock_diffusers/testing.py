@@ -18,6 +18,7 @@ from keylock_diffusers.denoisers.unet import cross_attention_layers, is_plain, l
 from keylock_diffusers.processors.attention import (
     ATTENTION_OF_IMAGES,
     ATTENTION_OF_TEXT,
+    Call,
     CrossAttnProcessor,
     ip_adapter_attention,
 )
@@ -174,8 +175,8 @@ def patch() -> Iterator[None]:
         scale: float = 1.0,
         ip_adapter_masks: Any = None,
     ) -> Tensor:
-        given = (attn, hidden_states, encoder_hidden_states, attention_mask, temb)
-        return ip_adapter_attention(self, *given, ip_adapter_masks, None)
+        call = Call(hidden_states, encoder_hidden_states, attention_mask, temb)
+        return ip_adapter_attention(self, attn, call, ip_adapter_masks, None)
 
     AttnProcessor2_0.__call__ = attend_text  # type: ignore[method-assign,assignment]
     IPAdapterAttnProcessor2_0.__call__ = attend_images  # type: ignore[method-assign]

@@ -9,6 +9,7 @@ from PIL import Image
 import keylock_diffusers as kd
 from keylock_diffusers.concepts import BaseModel, Concept, TextEncoderInfo
 from keylock_diffusers.denoisers.unet import cross_attention_layers
+from keylock_diffusers.embedded.captions import default_captions
 from keylock_diffusers.encoding import text
 from keylock_diffusers.processors.projection import project_vectors
 from keylock_diffusers.routing.personalization import Personalization
@@ -19,7 +20,6 @@ from keylock_diffusers.training import (
     Subject,
     TrainingConfig,
     covariance,
-    default_captions,
     train_concepts,
 )
 from keylock_diffusers.training.trainer import word_encodings

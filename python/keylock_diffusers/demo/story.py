@@ -19,12 +19,13 @@ from keylock_diffusers.demo import grid, pictures, regions
 from keylock_diffusers.demo.pictures import USERS, User
 from keylock_diffusers.denoisers.unet import cross_attention_layers
 from keylock_diffusers.embedded import classifier, render
+from keylock_diffusers.embedded.captions import default_captions
 from keylock_diffusers.embedded.evaluate import background_name
 from keylock_diffusers.generation.generate import generate
 from keylock_diffusers.processors import install
 from keylock_diffusers.processors.projection import project_vectors
 from keylock_diffusers.requests import Request, Use
-from keylock_diffusers.training import Covariance, Subject, TrainingConfig, covariance, default_captions, train_concepts
+from keylock_diffusers.training import Covariance, Subject, TrainingConfig, covariance, train_concepts
 
 GUIDANCE = 4.0
 TRAINING = TrainingConfig(

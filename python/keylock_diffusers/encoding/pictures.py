@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
@@ -31,11 +30,6 @@ def control_image(pipe: Any, image: Any, size: Size | None) -> Tensor:  # [1, 3,
     height, width = size or (None, None)
     processor = VaeImageProcessor(vae_scale_factor=pipe.vae_scale_factor, do_convert_rgb=True, do_normalize=False)
     return _one("image of a Control", processor.preprocess(image, height=height, width=width)).float()
-
-
-def latent_mask(mask: Tensor, size: Size) -> Tensor:  # [1, 1, height, width] -> [1, 1, h, w]
-    """An inpainting mask at the latents' size, as diffusers resizes it: the nearest pixel's."""
-    return torch.nn.functional.interpolate(mask, size=size)
 
 
 def _one(name: str, pictures: Tensor) -> Tensor:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from keylock_diffusers.denoisers.unet import adapter_scales
-
-if TYPE_CHECKING:
-    from keylock_diffusers.generation.batch import Batch
-    from keylock_diffusers.generation.engine import Engine
+from keylock_diffusers.generation.batch import Batch
+from keylock_diffusers.generation.engine import Engine
 
 
 class Callbacks:
@@ -44,15 +42,10 @@ class Callbacks:
                 f"generate: callback_on_step_end_tensor_inputs must be of {', '.join(self.NAMES)}, got {wrong[0]!r}"
             )
 
-    def begin(self, engine: Engine, batch: Batch) -> None:
-        """Shows the batch's guidance before its first step."""
-        engine.pipe._guidance_scale = max(batch.scales) if batch.layout.guided or engine.denoiser.distilled else 0.0
-
     def __call__(self, engine: Engine, batch: Batch) -> None:
         """After a step; see the class."""
         pipe, step = engine.pipe, batch.position - 1
-        self.begin(engine, batch)
-        shown = pipe._guidance_scale
+        shown = engine.show_guidance(batch)
         given = {name: _tensor(batch, name) for name in self._tensors}
         row = batch.rows[0]
         time = row.schedule.times[row.own(step)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,13 +15,12 @@ from torch import Tensor
 from keylock_diffusers.concepts import Concept
 from keylock_diffusers.denoisers.base import RowLayout
 from keylock_diffusers.denoisers.families import denoiser_of
-from keylock_diffusers.encoding import pictures
 from keylock_diffusers.encoding.fusion import SubjectFusion
 from keylock_diffusers.encoding.wordings import encode_batch
 from keylock_diffusers.generation.batch import Batch, Buffers, Filling, Picture, RowState
-from keylock_diffusers.generation.callbacks import Callbacks
 from keylock_diffusers.generation.maps import AttentionMaps
 from keylock_diffusers.generation.plan import Plan, Planner
+from keylock_diffusers.masks import latent_mask
 from keylock_diffusers.processors import verify
 from keylock_diffusers.routing.personalization import Personalization
 from keylock_diffusers.routing.rows import Row
@@ -161,26 +160,25 @@ class Engine:
         batch.latents = made
         batch.position += 1
 
-    def draw(self, batch: Batch, callbacks: Callbacks | None = None) -> list[Any]:
+    def draw(self, batch: Batch, after_step: Callable[[Engine, Batch], None] | None = None) -> list[Any]:
         """Steps to the end, or until somebody sets the pipeline's stop flag, and decodes.
 
         Args:
             batch: what `load` made; it is given back to the engine.
-            callbacks: called after every step.
+            after_step: called after every step.
 
         Returns:
             A picture a row; None where no step was made.
         """
         started = batch.position
         self.pipe._num_timesteps = batch.steps
-        if callbacks is not None:
-            callbacks.begin(self, batch)
+        self.show_guidance(batch)
         try:
             with self.pipe.progress_bar(total=batch.steps) as bar:
                 while batch.position < batch.steps and not self.stopped:
                     self.step(batch)
-                    if callbacks is not None:
-                        callbacks(self, batch)
+                    if after_step is not None:
+                        after_step(self, batch)
                     bar.update()
             if batch.position == started and batch.steps > started:
                 return [None] * len(batch.rows)
@@ -195,6 +193,12 @@ class Engine:
         if batch.buffers is not None:
             self._spare.setdefault(self._key(batch), []).append(batch.buffers)
             batch.buffers = None
+
+    def show_guidance(self, batch: Batch) -> float:
+        """Puts the largest of the rows' guidance where callbacks read a pipeline's, and returns it."""
+        guided = batch.layout.guided or self.denoiser.distilled
+        self.pipe._guidance_scale = max(batch.scales) if guided else 0.0
+        return self.pipe._guidance_scale
 
     @torch.no_grad()
     def without_guidance(self, batch: Batch) -> None:
@@ -298,7 +302,7 @@ class Engine:
             first = scheduler.add_noise(latents, noise, schedule.times[:1])
         if plan.mask is not None:
             masked = denoiser.encode(plan.image * (plan.mask < 0.5), generator, dtype)
-            mask = pictures.latent_mask(plan.mask, denoiser.latent_size(plan.size)).to(device, dtype)
+            mask = latent_mask(plan.mask, denoiser.latent_size(plan.size)).to(device, dtype)
             row.filling = Filling(mask, masked, noise if latents is None else latents, noise)
         return row, first
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, IPAdapterAttnProcessor2_0
@@ -18,6 +18,15 @@ from keylock_kernels.ops.precision import accumulate_dtype
 # diffusers' own, whatever `keylock_diffusers.testing.patch` puts in their place.
 ATTENTION_OF_TEXT = AttnProcessor2_0.__call__
 ATTENTION_OF_IMAGES = IPAdapterAttnProcessor2_0.__call__
+
+
+class Call(NamedTuple):
+    """What diffusers calls a layer's processor with."""
+
+    hidden_states: Tensor  # [B, N, C] or [B, C, height, width]
+    text: Any = None  # [B, T, D], or with image tokens (text, per adapter [B, n, L, D])
+    attention_mask: Tensor | None = None  # [B, 1, T], added to the text's scores
+    temb: Tensor | None = None
 
 
 class SelfAttnProcessor(AttnProcessor2_0):
@@ -84,17 +93,8 @@ class CrossAttnProcessor:
             if original is None or type(original) is AttnProcessor2_0:
                 return ATTENTION_OF_TEXT(self, attn, hidden_states, encoder_hidden_states, attention_mask, temb)  # type: ignore[arg-type]
             return original(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
-        return cross_attention(
-            attn,
-            hidden_states,
-            encoder_hidden_states,
-            attention_mask,
-            temb,
-            personalization,
-            self.layer,
-            readout=readout,
-            kept=self.kept,
-        )
+        call = Call(hidden_states, encoder_hidden_states, attention_mask, temb)
+        return cross_attention(attn, self.layer, call, personalization, readout=readout, kept=self.kept)
 
 
 class IPAdapterCrossAttnProcessor(IPAdapterAttnProcessor2_0):
@@ -133,27 +133,15 @@ class IPAdapterCrossAttnProcessor(IPAdapterAttnProcessor2_0):
         personalization: LayerInputs | Bound | None = None,
         readout: Readout | None = None,
     ) -> Tensor:
-        return ip_adapter_attention(
-            self,
-            attn,
-            hidden_states,
-            encoder_hidden_states,
-            attention_mask,
-            temb,
-            ip_adapter_masks,
-            personalization,
-            readout,
-        )
+        call = Call(hidden_states, encoder_hidden_states, attention_mask, temb)
+        return ip_adapter_attention(self, attn, call, ip_adapter_masks, personalization, readout)
 
 
 def ip_adapter_attention(
     processor: Any,
     attn: Attention,
-    hidden_states: Tensor,  # [B, N, C] or [B, C, height, width]
-    encoder_hidden_states: Any,
-    attention_mask: Tensor | None,  # [B, 1, T]
-    temb: Tensor | None,
-    ip_adapter_masks: Any,
+    call: Call,
+    ip_adapter_masks: Any,  # per adapter None or [1, n, height, width]
     personalization: LayerInputs | Bound | None,
     readout: Readout | None = None,
 ) -> Tensor:
@@ -161,33 +149,29 @@ def ip_adapter_attention(
     layer = getattr(processor, "layer", "attention")
     states: list[Tensor] = []
     if personalization is not None:
-        text = _text_alone(layer, encoder_hidden_states, ip_adapter_masks)
+        text = _text_alone(layer, call.text, ip_adapter_masks)
     else:
-        text, states = _text_and_images(layer, encoder_hidden_states, processor.num_tokens)
-    if attention_mask is not None and not _masks_keys_only(attention_mask, hidden_states, text):
+        text, states = _text_and_images(layer, call.text, processor.num_tokens)
+    mask = call.attention_mask
+    if mask is not None and not _masks_keys_only(mask, call.hidden_states, text):
         if personalization is not None or readout is not None:
-            raise _unsupported_mask(layer, attention_mask)
+            raise _unsupported_mask(layer, mask)
         return ATTENTION_OF_IMAGES(
-            processor, attn, hidden_states, (text, states), attention_mask, temb, ip_adapter_masks=ip_adapter_masks
+            processor, attn, call.hidden_states, (text, states), mask, call.temb, ip_adapter_masks=ip_adapter_masks
         )
 
     def images(query: Tensor) -> ImageStreams | None:  # [B, N, C]
         return adapter_streams(states, processor.scale, processor.to_k_ip, processor.to_v_ip, ip_adapter_masks, query)
 
     kept = getattr(processor, "kept", None)
-    return cross_attention(
-        attn, hidden_states, text, attention_mask, temb, personalization, layer, images, readout, kept
-    )
+    return cross_attention(attn, layer, call._replace(text=text), personalization, images, readout, kept)
 
 
 def cross_attention(
     attn: Attention,
-    hidden_states: Tensor,  # [B, N, C] or [B, C, height, width]
-    text: Tensor | None,  # [B, T, D]
-    attention_mask: Tensor | None,  # [B, 1, T]
-    temb: Tensor | None,
-    personalization: LayerInputs | Bound | None,
     layer: str,
+    call: Call,
+    personalization: LayerInputs | Bound | None,
     images: Callable[[Tensor], ImageStreams | None] | None = None,
     readout: Readout | None = None,
     kept: Kept | None = None,
@@ -196,6 +180,7 @@ def cross_attention(
 
     Like diffusers' processors for IP-Adapters, layers with images do not normalise queries and keys.
     """
+    hidden_states, text, attention_mask, temb = call
     residual = hidden_states
     if attn.spatial_norm is not None:
         hidden_states = attn.spatial_norm(hidden_states, temb)

@@ -1,7 +1,8 @@
 """Learning concepts from pictures."""
 
 from keylock_diffusers.denoisers.unet import localization_layers
-from keylock_diffusers.training.covariance import Covariance, covariance, default_captions
+from keylock_diffusers.training.config import ConceptTrainingError, Subject, TrainingConfig
+from keylock_diffusers.training.covariance import Covariance, covariance
 from keylock_diffusers.training.image_adapter import AdapterConfig, AdapterExample, ImageAdapter, train_image_adapter
 from keylock_diffusers.training.localization import Localization, localization_loss
 from keylock_diffusers.training.subject_fusion import (
@@ -10,7 +11,7 @@ from keylock_diffusers.training.subject_fusion import (
     FusionSubject,
     train_subject_fusion,
 )
-from keylock_diffusers.training.trainer import ConceptTrainingError, Subject, TrainingConfig, train_concepts
+from keylock_diffusers.training.trainer import train_concepts
 
 __all__ = [
     "AdapterConfig",
@@ -25,7 +26,6 @@ __all__ = [
     "Subject",
     "TrainingConfig",
     "covariance",
-    "default_captions",
     "localization_layers",
     "localization_loss",
     "train_concepts",

@@ -11,13 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from keylock_diffusers.embedded.glyphs import BACKGROUNDS, GLYPHS
-from keylock_diffusers.embedded.render import caption
 from keylock_diffusers.encoding import text
 from keylock_diffusers.files import read_tensors, write_tensors
 
@@ -45,21 +42,10 @@ class Covariance:
         return (solved / energy.unsqueeze(-1)).float(), energy.float()
 
 
-def default_captions(count: int = 2000, seed: int = 0) -> list[str]:
-    """Captions of everyday subjects, the same for the same seed: a stand-in for a caption data set."""
-    random = np.random.default_rng(seed)
-    names, backgrounds = [glyph.caption for glyph in GLYPHS], list(BACKGROUNDS)
-    captions = []
-    for _ in range(count):
-        chosen = [names[n] for n in random.choice(len(names), 1 + int(random.random() < 0.4), replace=False)]
-        captions.append(caption(chosen, backgrounds[random.integers(len(backgrounds))], int(random.integers(4))))
-    return captions
-
-
 @torch.no_grad()
 def covariance(
     pipe: Any,
-    captions: Sequence[str] | None = None,
+    captions: Sequence[str],
     *,
     positions: str = "prompt",
     ridge: float = 1e-3,
@@ -70,8 +56,7 @@ def covariance(
 
     Args:
         pipe: a pipeline with one text encoder.
-        captions: what to encode; default `default_captions`. A data set's captions (a few thousand) are better for
-            a large model.
+        captions: what to encode: a few thousand captions of the kind that the model was trained on.
         positions: "prompt": the encodings from BOS to EOS count; "all": padding too.
         ridge: eps in C + eps tr(C) / D; keeps C invertible where the captions' vocabulary is small.
         progress: whether to show a progress bar.
@@ -82,7 +67,7 @@ def covariance(
 
     Paper: Perfusion, Tewel et al. 2023, arXiv 2305.01644; ROME, Meng et al. 2022, arXiv 2202.05262.
     """
-    captions = default_captions() if captions is None else list(captions)
+    captions = list(captions)
     if not captions:
         raise ValueError("covariance: captions must not be empty")
     if positions not in _POSITIONS:

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from keylock_diffusers.denoisers.unet import cross_attention_layers, localization_layers, resolutions_of
+from keylock_diffusers.masks import antialiased
 
 FORMS = ("balanced", "normalised", "mse")
 
@@ -94,8 +94,7 @@ class Localization:
     def masks(self, size: tuple[int, int]) -> Tensor:  # [B, N, M]
         """The masks at a layer's resolution, bilinear with antialiasing as in FastComposer."""
         if size not in self._masks:
-            resized = F.interpolate(self._given.float(), size, mode="bilinear", antialias=True)
-            self._masks[size] = resized.clamp(0, 1).flatten(2).transpose(1, 2).contiguous()
+            self._masks[size] = antialiased(self._given, size)
         return self._masks[size]
 
     def mean_weights(self, size: tuple[int, int]) -> Tensor:  # [B, N, M]

@@ -13,7 +13,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from keylock_diffusers.concepts import BaseModel, Concept
-from keylock_diffusers.concepts.concept import check_placeholder, check_super_class
 from keylock_diffusers.denoisers.unet import cross_attention_layers
 from keylock_diffusers.encoding import text
 from keylock_diffusers.masks import soft_mask
@@ -21,117 +20,15 @@ from keylock_diffusers.processors import RowUpdates
 from keylock_diffusers.processors.projection import project_vectors
 from keylock_diffusers.routing import edits
 from keylock_diffusers.training import checkpoint, loop
-from keylock_diffusers.training.covariance import Covariance, covariance
+from keylock_diffusers.training.config import ConceptTrainingError, Subject, TrainingConfig
+from keylock_diffusers.training.covariance import Covariance
 from keylock_diffusers.training.frozen import check_pipeline, encode_images, frozen, noise_levels, prediction_target
-from keylock_diffusers.training.localization import FORMS, Localization, localization_loss
+from keylock_diffusers.training.localization import Localization, localization_loss
 
 # Of a learner, what a checkpoint keeps.
 _TENSORS = ("embedding", "values", "target")
 _FACTS = ("loss", "best", "best_step", "steps", "stopped")
-_GRADIENTS = ("none", "straight-through", "exact")
-# Perfusion's learning rates, and the root mean squares on Stable Diffusion 1.5 of what they were chosen for: CLIP
-# ViT-L/14's word embeddings have a norm of about 0.39 in 768 dimensions; to_v's outputs are of the order of one.
-_VALUES_RATE, _VALUES_RMS = 0.03, 1.0
-_EMBEDDING_RATE, _EMBEDDING_RMS = 0.006, 0.014
 _DEFAULT_CAPTIONS = ("a photo of a {}", "a picture of the {}", "a {}", "the {}")
-
-
-class ConceptTrainingError(RuntimeError):
-    """One subject's training had to stop; the others' goes on."""
-
-
-@dataclass(frozen=True)
-class Subject:
-    """One user's subject and the pictures of it.
-
-    Args:
-        placeholder: the word that will stand for it in prompts, such as ``<alice-cat>``.
-        super_class: what it is, such as ``cat``.
-        images: its pictures, PIL images of any size and aspect ratio; the middle square is used.
-        captions: per picture, a prompt with the placeholder; default a few neutral ones.
-        masks: per picture, a PIL image that is white where the subject is; default everywhere.
-        seed: of this subject's draws.
-    """
-
-    placeholder: str
-    super_class: str
-    images: Sequence[Image.Image]
-    captions: Sequence[str] | None = None
-    masks: Sequence[Image.Image] | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_placeholder(self.placeholder)
-        check_super_class(self.super_class)
-        if not self.images:
-            raise ValueError(f"Subject {self.placeholder}: images must not be empty")
-        for name in ("captions", "masks"):
-            given = getattr(self, name)
-            if given is not None and len(given) != len(self.images):
-                raise ValueError(
-                    f"Subject {self.placeholder}: {name} must hold one per picture, "
-                    f"{len(self.images)}, got {len(given)}"
-                )
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """How concepts are trained; the defaults are Perfusion's on Stable Diffusion 1.5.
-
-    Args:
-        steps: optimiser steps.
-        batch_size: pictures per concept and step.
-        values_rate: learning rate of the value outputs, in units of their root mean square at the start.
-        embedding_rate: learning rate of the word embedding, in units of its root mean square at the start.
-        beta: training gate's threshold, in units of the similarity.
-        tau: training gate's temperature.
-        target_decay: of the moving average that is the target input i*.
-        target_gradient: what i* passes back: "none", "straight-through" (as if it were this step's encoding), or
-            "exact" (through this step's share of the average).
-        max_grad_norm: each concept's gradients are clipped to this norm; None: not at all.
-        patience: a concept stops when its smoothed loss has not improved for so many steps; None: never.
-        localize: weight of the localization loss of the subject's word (FastComposer's is 1e-3), which needs the
-            subjects' masks; 0: none.
-        localization_form: see `Localization`.
-        mixed_precision: "no" or "bf16".
-        inference_beta, inference_tau: the gate stored with the concept.
-    """
-
-    steps: int = 400
-    batch_size: int = 16
-    values_rate: float = _VALUES_RATE / _VALUES_RMS
-    embedding_rate: float = _EMBEDDING_RATE / _EMBEDDING_RMS
-    beta: float = 0.75
-    tau: float = 0.1
-    target_decay: float = 0.99
-    target_gradient: str = "none"
-    max_grad_norm: float | None = 1.0
-    patience: int | None = None
-    localize: float = 0.0
-    localization_form: str = "balanced"
-    mixed_precision: str = "no"
-    inference_beta: float = 0.75
-    inference_tau: float = 0.15
-
-    def __post_init__(self) -> None:
-        if self.target_gradient not in _GRADIENTS:
-            raise ValueError(
-                f"TrainingConfig: target_gradient must be one of {_GRADIENTS}, got {self.target_gradient!r}"
-            )
-        if self.mixed_precision not in ("no", "bf16"):
-            raise ValueError(f'TrainingConfig: mixed_precision must be "no" or "bf16", got {self.mixed_precision!r}')
-        for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"TrainingConfig: {name} must be at least 1, got {getattr(self, name)}")
-        if self.localization_form not in FORMS:
-            raise ValueError(
-                f"TrainingConfig: localization_form must be one of {FORMS}, got {self.localization_form!r}"
-            )
-        for name in ("values_rate", "embedding_rate", "localize"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"TrainingConfig: {name} must be at least 0, got {getattr(self, name)}")
-        if not 0 <= self.target_decay < 1:
-            raise ValueError(f"TrainingConfig: target_decay must lie in [0, 1), got {self.target_decay}")
 
 
 @dataclass
@@ -164,7 +61,7 @@ def train_concepts(
     subjects: Sequence[Subject],
     config: TrainingConfig = TrainingConfig(),
     *,
-    metric: Covariance | None = None,
+    metric: Covariance,
     checkpoint_path: str | Path | None = None,
     checkpoint_every: int = 50,
     progress: bool = True,
@@ -178,7 +75,7 @@ def train_concepts(
         pipe: a Stable Diffusion 1.x or 2.x pipeline; its weights, flags and processors are as before afterwards.
         subjects: what to learn.
         config: how.
-        metric: C; default `covariance(pipe)`.
+        metric: C: see `covariance`.
         checkpoint_path: a safetensors file to resume from and to write.
         checkpoint_every: steps between two writes of it.
         progress: whether to show a progress bar.
@@ -198,7 +95,6 @@ def train_concepts(
     bare = [subject.placeholder for subject in subjects if subject.masks is None]
     if config.localize and bare:
         raise ValueError(f"train_concepts: localize needs masks, and the subject {bare[0]} has none")
-    metric = covariance(pipe) if metric is None else metric
     started = time.monotonic()
     with frozen(pipe):
         learners = [_begin(pipe, subject, config) for subject in subjects]

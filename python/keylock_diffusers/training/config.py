@@ -1,0 +1,115 @@
+"""What a user gives to learn a concept from, and how it is learned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+
+from keylock_diffusers.concepts.concept import check_placeholder, check_super_class
+from keylock_diffusers.training.localization import FORMS
+
+_GRADIENTS = ("none", "straight-through", "exact")
+# Perfusion's learning rates, and the root mean squares on Stable Diffusion 1.5 of what they were chosen for: CLIP
+# ViT-L/14's word embeddings have a norm of about 0.39 in 768 dimensions; to_v's outputs are of the order of one.
+_VALUES_RATE, _VALUES_RMS = 0.03, 1.0
+_EMBEDDING_RATE, _EMBEDDING_RMS = 0.006, 0.014
+
+
+class ConceptTrainingError(RuntimeError):
+    """One subject's training had to stop; the others' goes on."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One user's subject and the pictures of it.
+
+    Args:
+        placeholder: the word that will stand for it in prompts, such as ``<alice-cat>``.
+        super_class: what it is, such as ``cat``.
+        images: its pictures, PIL images of any size and aspect ratio; the middle square is used.
+        captions: per picture, a prompt with the placeholder; default a few neutral ones.
+        masks: per picture, a PIL image that is white where the subject is; default everywhere.
+        seed: of this subject's draws.
+    """
+
+    placeholder: str
+    super_class: str
+    images: Sequence[Image.Image]
+    captions: Sequence[str] | None = None
+    masks: Sequence[Image.Image] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_placeholder(self.placeholder)
+        check_super_class(self.super_class)
+        if not self.images:
+            raise ValueError(f"Subject {self.placeholder}: images must not be empty")
+        for name in ("captions", "masks"):
+            given = getattr(self, name)
+            if given is not None and len(given) != len(self.images):
+                raise ValueError(
+                    f"Subject {self.placeholder}: {name} must hold one per picture, "
+                    f"{len(self.images)}, got {len(given)}"
+                )
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How concepts are trained; the defaults are Perfusion's on Stable Diffusion 1.5.
+
+    Args:
+        steps: optimiser steps.
+        batch_size: pictures per concept and step.
+        values_rate: learning rate of the value outputs, in units of their root mean square at the start.
+        embedding_rate: learning rate of the word embedding, in units of its root mean square at the start.
+        beta: training gate's threshold, in units of the similarity.
+        tau: training gate's temperature.
+        target_decay: of the moving average that is the target input i*.
+        target_gradient: what i* passes back: "none", "straight-through" (as if it were this step's encoding), or
+            "exact" (through this step's share of the average).
+        max_grad_norm: each concept's gradients are clipped to this norm; None: not at all.
+        patience: a concept stops when its smoothed loss has not improved for so many steps; None: never.
+        localize: weight of the localization loss of the subject's word (FastComposer's is 1e-3), which needs the
+            subjects' masks; 0: none.
+        localization_form: see `Localization`.
+        mixed_precision: "no" or "bf16".
+        inference_beta, inference_tau: the gate stored with the concept.
+    """
+
+    steps: int = 400
+    batch_size: int = 16
+    values_rate: float = _VALUES_RATE / _VALUES_RMS
+    embedding_rate: float = _EMBEDDING_RATE / _EMBEDDING_RMS
+    beta: float = 0.75
+    tau: float = 0.1
+    target_decay: float = 0.99
+    target_gradient: str = "none"
+    max_grad_norm: float | None = 1.0
+    patience: int | None = None
+    localize: float = 0.0
+    localization_form: str = "balanced"
+    mixed_precision: str = "no"
+    inference_beta: float = 0.75
+    inference_tau: float = 0.15
+
+    def __post_init__(self) -> None:
+        if self.target_gradient not in _GRADIENTS:
+            raise ValueError(
+                f"TrainingConfig: target_gradient must be one of {_GRADIENTS}, got {self.target_gradient!r}"
+            )
+        if self.mixed_precision not in ("no", "bf16"):
+            raise ValueError(f'TrainingConfig: mixed_precision must be "no" or "bf16", got {self.mixed_precision!r}')
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"TrainingConfig: {name} must be at least 1, got {getattr(self, name)}")
+        if self.localization_form not in FORMS:
+            raise ValueError(
+                f"TrainingConfig: localization_form must be one of {FORMS}, got {self.localization_form!r}"
+            )
+        for name in ("values_rate", "embedding_rate", "localize"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"TrainingConfig: {name} must be at least 0, got {getattr(self, name)}")
+        if not 0 <= self.target_decay < 1:
+            raise ValueError(f"TrainingConfig: target_decay must lie in [0, 1), got {self.target_decay}")
