@@ -168,7 +168,7 @@ def generate(
         "max_batch": max_batch,
         "fusion": None if fusion is None else kd.SubjectFusion.load(fusion).to(pipe.device),
     }
-    maps = kd.AttentionMaps(show_attention) if show_attention else None
+    maps = kd.AttentionMaps(_shown(show_attention, orders, options["bank"])) if show_attention else None
     images = kd.generate(pipe, orders, record=maps, **options)
     output.mkdir(parents=True, exist_ok=True)
     if maps is not None:
@@ -284,6 +284,20 @@ def _load_ip_adapters(pipe: Any, files: list[Path], image_encoder: Path | None) 
             weight_name=[file.name for file in files],
             image_encoder_folder=None,
         )
+
+
+def _shown(words: list[str], orders: list[Any], bank: Any) -> dict[str, tuple[str, ...]]:
+    """Words whose attention is shown; a super-class stands for the placeholders of its concepts too."""
+    from keylock_diffusers import Use
+
+    of_class: dict[str, list[str]] = {}
+    for order in orders:
+        for use in order.concepts:
+            concept = use.concept if isinstance(use, Use) else use
+            if isinstance(concept, str) and concept in bank:
+                held = bank[concept]
+                of_class.setdefault(held.super_class, []).append(held.placeholder)
+    return {word: (word, *dict.fromkeys(of_class.get(word, ()))) for word in words}
 
 
 def _captions(model: str, file: Path | None) -> list[str]:

@@ -211,6 +211,34 @@ def test_a_word_in_no_prompt_is_named_before_anything_is_drawn(ready):
     assert not calls and not maps.images
 
 
+def test_starts_ends_image_prompts_and_several_words_together():
+    """Everything that a pixel attends to is one in all: text by itself, each image prompt by itself."""
+    pipe = kd.install(build())
+    pictures = [Image.fromarray(np.full((16, 16, 3), n, np.uint8)) for n in (30, 200)]
+    prompts = [kd.ImagePrompt(picture, scale=s) for picture, s in zip(pictures, (0.5, 0.0), strict=True)]
+    orders = [Request("a cat and a dog", image_prompts=prompts, seed=1), Request("a cat", seed=2)]
+    words = ["<|startoftext|>", "a", "cat", "and", "dog", "<|endoftext|>", ("cat", "dog"), 0, 1]
+    maps = AttentionMaps(words)
+    draw(pipe, orders, record=maps, height=16, width=16)
+    found, other = (image.maps for image in maps.images)
+    assert list(found) == [*words[:6], "cat + dog", "image prompt 0", "image prompt 1"]
+    assert list(other) == ["<|startoftext|>", "a", "cat", "<|endoftext|>", "cat + dog"]
+    for layer, both in found["cat + dog"].items():
+        torch.testing.assert_close(both, found["cat"][layer] + found["dog"][layer], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(other["cat + dog"][layer], other["cat"][layer], rtol=1e-5, atol=1e-6)
+        whole = sum(found[word][layer] for word in words[:6])
+        for total in (whole, found["image prompt 0"][layer], found["image prompt 1"][layer]):
+            torch.testing.assert_close(total, torch.ones_like(total), rtol=1e-4, atol=1e-5)
+    named = AttentionMaps({"animals": ("cat", "dog"), "picture": 0})
+    draw(pipe, orders[:1], record=named, height=16, width=16)
+    assert list(named.images[0].maps) == ["animals", "picture"]
+    with pytest.raises(ValueError, match="the word 'image prompt 2' is in none of the prompts"):
+        draw(pipe, orders, record=AttentionMaps([2]), height=16, width=16)
+    for wrong in ([-1], [()], [True], {"name": ""}):
+        with pytest.raises(ValueError, match="words must be a list of words"):
+            AttentionMaps(wrong)
+
+
 def test_a_pipeline_without_our_processors_is_refused(pipe):
     with pytest.raises(RuntimeError, match="cannot personalise"), kd.record_attention(pipe, ["cat"]):
         pass

@@ -254,7 +254,9 @@ class Engine:
         if record is not None and batch.readout is None:
             prompts = [[p[0] for p in plan.wordings.prompts] or None for plan in plans]
             tokenizer, unet = denoiser.encoders()[0].tokenizer, denoiser.unet
-            batch.readout = record.readout(unet, prompts, tokenizer, denoiser.latent_size(batch.size))
+            held, first = buffers.personalization, layout.parts.index("cond") * len(plans)
+            images = [held.image_positions(first + row) for row in range(len(plans))]
+            batch.readout = record.readout(unet, prompts, tokenizer, denoiser.latent_size(batch.size), images)
         if batch.readout is not None:
             batch.readout.lay_out(layout.parts).to(batch.latents.device)
 

@@ -120,7 +120,8 @@ def generate(
     ]
     if record is not None and pictures and not any(isinstance(plan, RequestError) for plan in plans):
         prompts = [picture.plan.wordings[0] for picture in pictures]
-        check_words(record, engine.denoiser.encoders()[0].tokenizer, prompts)
+        most = max(len(picture.plan.row.images) for picture in pictures)
+        check_words(record, engine.denoiser.encoders()[0].tokenizer, prompts, most)
     recorded: dict[tuple[int, int], WordMaps] = {}
     for members in _batches(pictures, max_batch):
         if engine.stopped:

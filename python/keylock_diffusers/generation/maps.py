@@ -66,31 +66,37 @@ class AttentionMaps:
     """What is recorded of words' attention: given to `generate` as ``record``, or made by `record_attention`.
 
     Args:
-        words: phrases as they stand in prompts, placeholders included; all their tokens count together, wherever they
-            stand. A prompt without a word has no map of it.
+        words: what is recorded, each by itself: a phrase as it stands in prompts, placeholders included; all its tokens
+            count together, wherever they stand. ``<|startoftext|>`` and ``<|endoftext|>`` are a prompt's start and its
+            end and padding; a number n is a request's n-th image prompt, from 0; several of these in a tuple count
+            together. Or a mapping that gives them names. A picture without a word has no map of it.
         layers: names of cross-attention layers; default all.
         every_step: whether to keep each step's maps, or their mean alone.
         images: what was recorded so far, in the order in which it was asked for.
 
     Raises:
-        ValueError: no words.
+        ValueError: no words, or something that is none.
 
     Paper: maps of words as in Tang et al., DAAM, arXiv 2210.04885.
     """
 
-    words: Sequence[str]
+    words: Sequence[Any] | Mapping[str, Any]
     layers: Sequence[str] | None = None
     every_step: bool = False
     images: list[WordMaps] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if (
-            isinstance(self.words, str)
-            or not self.words
-            or not all(isinstance(w, str) and w.strip() for w in self.words)
-        ):
-            raise ValueError(f"AttentionMaps: words must be a list of words, got {self.words!r}")
-        self.words = tuple(dict.fromkeys(self.words))
+        given = self.words
+        if isinstance(given, str) or not given:
+            raise ValueError(f"AttentionMaps: words must be a list of words, got {given!r}")
+        named = given.items() if isinstance(given, Mapping) else [(_name(word), word) for word in given]
+        self.named: dict[str, tuple[str | int, ...]] = {}
+        for name, word in named:
+            parts = word if isinstance(word, tuple) else (word,)
+            if not parts or not all(_is_word(part) for part in parts):
+                raise ValueError(f"AttentionMaps: words must be a list of words, got {given!r}")
+            self.named[name] = parts
+        self.words = tuple(self.named)
 
     def layers_of(self, unet: Any) -> tuple[str, ...]:
         """The layers that are recorded.
@@ -111,26 +117,55 @@ class AttentionMaps:
         prompts: Sequence[Sequence[TokenizedPrompt] | None],
         tokenizer: Any,
         latent_size: tuple[int, int],
+        images: Sequence[Sequence[range]] = (),
     ) -> BatchReadout:
         """The readout of a batch's pictures.
 
         Args:
             unet: the U-Net.
             prompts: per picture, the wordings it reads one after another (see `keylock_diffusers.Request.endings`);
-                None: nothing is recorded.
+                None: nothing is recorded of its words.
             tokenizer: what tokenized them.
             latent_size: (height, width) of the latents.
+            images: per picture, where its image prompts' tokens stand among all that it attends to.
         """
         places = []
-        for wordings in prompts:
+        for row, wordings in enumerate(prompts):
             found: list[tuple[int, int]] = []  # (word, position)
-            for number, wording in enumerate(wordings or ()):
-                positions = TextLayout(len(wording.ids)).positions(number)
-                for word, phrase in enumerate(self.words):
-                    spots = {p: None for spot in text.find(tokenizer, wording, phrase) for p in spot}
-                    found += [(word, positions[spot]) for spot in spots]
+            for word, parts in enumerate(self.named.values()):
+                spots: dict[int, None] = {}
+                for part in parts:
+                    if isinstance(part, int):
+                        own = images[row] if row < len(images) else ()
+                        spots |= dict.fromkeys(own[part] if part < len(own) else ())
+                        continue
+                    for number, wording in enumerate(wordings or ()):
+                        positions = TextLayout(len(wording.ids)).positions(number)
+                        spots |= {positions[spot]: None for spot in _spots(tokenizer, wording, part)}
+                found += [(word, spot) for spot in spots]
             places.append(found)
         return BatchReadout(self, places, resolutions_of(unet, self.layers_of(unet), latent_size))
+
+
+def _name(word: Any) -> str:
+    if isinstance(word, tuple):
+        return " + ".join(_name(part) for part in word)
+    return f"image prompt {word}" if isinstance(word, int) else str(word)
+
+
+def _is_word(word: Any) -> bool:
+    if isinstance(word, int) and not isinstance(word, bool):
+        return word >= 0
+    return isinstance(word, str) and bool(word.strip())
+
+
+def _spots(tokenizer: Any, prompt: TokenizedPrompt, phrase: str) -> tuple[int, ...]:
+    """The positions of a phrase's tokens, wherever it stands."""
+    if phrase == tokenizer.bos_token:
+        return prompt.starts
+    if phrase == tokenizer.eos_token:
+        return prompt.ending
+    return tuple(place for spot in text.find(tokenizer, prompt, phrase) for place in spot)
 
 
 class BatchReadout:
@@ -151,7 +186,7 @@ class BatchReadout:
         self._owner, self._places, self._sizes = owner, places, sizes
         width = max((len(row) for row in places), default=0)
         self._own = torch.full((len(places), width), -1, dtype=torch.int32)
-        self._words = torch.zeros(len(places), width, len(owner.words))
+        self._words = torch.zeros(len(places), width, len(owner.named))
         for row, found in enumerate(places):
             for place, (word, position) in enumerate(found):
                 self._own[row, place] = position
@@ -206,22 +241,28 @@ class BatchReadout:
                     layer: (torch.stack([m[row, :, n] for m in sums]) * scale).view(-1, *self._sizes[layer]).cpu()
                     for layer, sums in self._sums.items()
                 }
-                for n, word in enumerate(self._owner.words)
+                for n, word in enumerate(self._owner.named)
                 if any(place == n for place, _ in self._places[row])
             },
         )
 
 
-def check_words(maps: AttentionMaps, tokenizer: Any, prompts: Iterable[Sequence[TokenizedPrompt] | None]) -> None:
-    """Every word that is to be recorded stands in a prompt.
+def check_words(
+    maps: AttentionMaps, tokenizer: Any, prompts: Iterable[Sequence[TokenizedPrompt] | None], images: int = 0
+) -> None:
+    """Every word that is to be recorded stands in a prompt, and there are as many image prompts.
 
     Raises:
         ValueError: one does not; it is named.
     """
     first = [prompt[0] for prompt in prompts if prompt is not None]
-    for word in maps.words:
-        if not any(text.find(tokenizer, prompt, word) for prompt in first):
-            raise ValueError(f"record_attention: the word {word!r} is in none of the prompts")
+    for name, parts in maps.named.items():
+        seen = (
+            part < images if isinstance(part, int) else any(_spots(tokenizer, prompt, part) for prompt in first)
+            for part in parts
+        )
+        if not any(seen):
+            raise ValueError(f"AttentionMaps: the word {name!r} is in none of the prompts")
 
 
 @contextmanager

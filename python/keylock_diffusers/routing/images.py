@@ -78,6 +78,15 @@ class ImageRouting:
                 first += length
         return found
 
+    def place(self, row: int, use: ImageUse) -> range:
+        """Where the tokens of one of a row's image prompts stand."""
+        first = 0
+        for held, length in zip(self._rows[row], self.flat_lengths, strict=True):
+            if held is use:
+                return range(first, first + len(use.tokens))
+            first += length
+        raise ValueError("Personalization: the row has no such image prompt")
+
     def key_bias(self, dtype: torch.dtype) -> Tensor | None:  # [B, sum(L)]
         """0 for a token, -inf for padding; None where nothing is padded and the layout is not fixed."""
         padding = self.places() == sum(len(use.tokens) for use in self.uses)

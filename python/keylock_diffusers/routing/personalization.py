@@ -285,6 +285,15 @@ class Personalization:
             self._query_regions[pixels] = self._bits(pixels, self._key_regions.device)
         return self._query_regions[pixels], self._key_regions
 
+    def image_positions(self, row: int) -> list[range]:
+        """Where the tokens of a row's image prompts stand among all its keys, which begin with the text's."""
+        text = next(iter(self.kv.values()))[0].shape[1]
+        return [
+            range(text + places.start, text + places.stop)
+            for use in self.rows[row].images
+            for places in [self._routing.place(row, use)]
+        ]
+
     @contextmanager
     def handed_out(self, layers: Mapping[str, Any]) -> Iterator[Bound]:
         """While it lasts, each layer's processor holds its own tensors; yields what layers are given as the batch.
