@@ -66,6 +66,7 @@ class Engine:
         self.settings = settings
         self.denoiser = denoiser_of(self.pipe, settings.options)
         verify(pipe)
+        given = settings.options.get("timesteps") or settings.options.get("sigmas")
         self.planner = Planner(
             self.denoiser,
             settings.bank,
@@ -76,6 +77,7 @@ class Engine:
             settings.height,
             settings.width,
             settings.strict,
+            settings.num_inference_steps if given is None else len(given),
         )
         self._spare: dict[tuple[Any, ...], list[Buffers]] = {}
         self.pipe.scheduler = pipe.scheduler if settings.scheduler is None else settings.scheduler
@@ -290,8 +292,6 @@ class Engine:
                 noise = denoiser.noise(plan.size, generator, dtype)
             return row, noise * scheduler.init_noise_sigma
         whole = plan.mask is not None and request.strength == 1
-        if not len(schedule.times):
-            raise ValueError(f"strength {request.strength} leaves no step of {self.settings.num_inference_steps}")
         latents = None
         if plan.mask is None or not whole or not denoiser.fills_in:
             latents = denoiser.encode(plan.image, generator, dtype)

@@ -77,6 +77,7 @@ class Planner:
         image_lengths, max_regions: the room that a row has: see `generate`.
         height, width: what the call asks for, in pixels.
         strict: refuse concepts trained on other weights.
+        steps: of the whole schedule.
     """
 
     denoiser: Any
@@ -88,6 +89,7 @@ class Planner:
     height: int | None = None
     width: int | None = None
     strict: bool = False
+    steps: int = 50
 
     def __post_init__(self) -> None:
         self._pipe, self._unet = self.denoiser.pipe, self.denoiser.unet
@@ -288,6 +290,8 @@ class Planner:
         if request.image is not None:
             if self.denoiser.frames > 1 or not hasattr(pipe, "image_processor"):
                 raise ValueError("image must be None with a pipeline of videos")
+            if not self.denoiser.begins_without_noise and int(self.steps * request.strength) < 1:
+                raise ValueError(f"strength {request.strength} leaves no step of {self.steps}")
             own = not asked and request.mask is None  # an image-to-image row has its picture's size
             image = pictures.initial_image(pipe, request.image, None if own else size)
             size = (image.shape[2], image.shape[3])
