@@ -1,14 +1,19 @@
 """Every kind of request against the plain pipeline's own call, listed by class; alone, and in mixed batches."""
 
+import dataclasses
+import inspect
+
 import pytest
 import torch
 from diffusers import (
+    AnimateDiffPipeline,
     ControlNetModel,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    LatentConsistencyModelPipeline,
     StableDiffusionControlNetImg2ImgPipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
@@ -24,6 +29,8 @@ from diffusers import (
 
 import keylock_diffusers as kd
 from keylock_diffusers import Control, Request
+from keylock_diffusers.denoisers.families import FAMILIES
+from keylock_diffusers.generation.generate import _PER_REQUEST
 from tests.diffusers import compatibility as tiny
 from tests.diffusers.drawing import ROUNDING, TEXT, picture
 
@@ -383,3 +390,33 @@ def test_one_video_a_request(concept_for):
         assert ours.shape == theirs.shape and (ours - theirs).abs().max() <= 2 / 255
     other_concept = draw(pipe, [*orders[:2], Request("a cat on blue", seed=3, guidance_scale=4.0)], **call)
     assert torch.equal(other_concept[0], videos[0]) and not torch.allclose(other_concept[2], videos[2], atol=1e-3)
+
+
+# What the supported pipelines' calls take that neither a request nor `generate` does, and why.
+LEFT_OUT = {
+    "return_dict": "generate returns the pictures",
+    "padding_mask_crop": "crop the picture and the mask beforehand",
+    "guess_mode": "the unconditional half would have another control than its row",
+}
+PIPELINES = (
+    StableDiffusionPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionControlNetImg2ImgPipeline,
+    StableDiffusionPAGPipeline,
+    StableDiffusionXLPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLControlNetPipeline,
+    LatentConsistencyModelPipeline,
+    AnimateDiffPipeline,
+)
+
+
+@pytest.mark.parametrize("kind", PIPELINES)
+def test_every_keyword_of_the_pipelines_call_has_its_place(kind):
+    of_call = {*inspect.signature(kd.generate).parameters, *(name for family in FAMILIES for name in family.OPTIONS)}
+    of_request = {field.name for field in dataclasses.fields(Request)} | _PER_REQUEST
+    for name in inspect.signature(kind.__call__).parameters:
+        assert name in of_call | of_request | LEFT_OUT.keys() | {"self", "kwargs"}, name

@@ -22,6 +22,7 @@ from keylock_diffusers.routing.regions import LIMIT
 # What a pipeline takes for the whole call and a Request has for itself.
 _PER_REQUEST = frozenset(
     "prompt prompt_2 negative_prompt negative_prompt_2 generator guidance_scale num_images_per_prompt latents "
+    "num_videos_per_prompt control_image masked_image_latents "
     "prompt_embeds negative_prompt_embeds pooled_prompt_embeds negative_pooled_prompt_embeds ip_adapter_image "
     "ip_adapter_image_embeds ip_adapter_masks personalization readout image mask_image strength original_size "
     "target_size crops_coords_top_left negative_original_size negative_target_size negative_crops_coords_top_left "
