@@ -27,6 +27,8 @@ help:
 	@echo "make test-csrc the C++ kernels alone, with sanitizers"
 	@echo "make test-gpu  the tests that need one; SHARD=2/4 runs the second quarter"
 	@echo "make gpu-record  puts on record that the CUDA C++ kernels passed every shard of make test-gpu"
+	@echo "make mutants   changes one line of the library at a time and runs the tests that should notice;"
+	@echo "               ONLY=training,routing takes some of tests/mutants, SHARD=2/4 the second quarter"
 	@echo "make lint      ruff, mypy, clang-format"
 	@echo "make bench     the benchmarks; SHARD=2/4 runs every fourth, BENCH=--write-data keeps the numbers"
 	@echo "make localization  what regions, image prompts and maps do on the embedded model, into docs/localization.md"
@@ -63,6 +65,11 @@ test-gpu: $(if $(filter $(BIN)/python,$(RUN)),$(VENV)/installed-test,native-in-p
 	@if test -s build/shard; then set -o pipefail; \
 	  $(GPU_TEST) -v @build/shard | tee build/test-gpu-$(subst /,-of-,$(SHARD)).log; \
 	  else echo "shard $(SHARD) has no tests"; fi
+
+# Two runs at a time, of one thread each; results are in build/mutants.
+.PHONY: mutants
+mutants: $(VENV)/installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants/run.py --only "$(ONLY)" --shard $(SHARD)
 
 gpu-record:
 	PYTHONPATH=.:python $(RUN) -m tests.kernels.gpu_record
