@@ -12,7 +12,7 @@ from keylock_diffusers import Region, Request, visualize
 from keylock_diffusers.attention_maps import WordMaps
 from keylock_diffusers.concepts import cross_attention_layers
 from tests.diffusers.drawing import ROUNDING, build
-from tests.diffusers.test_localization import Keeping
+from tests.diffusers.losses import Keeping
 
 STEPS = 3
 LEFT = torch.zeros(8, 8)

@@ -69,6 +69,16 @@ class Schedule:
             raise ValueError(f"{name}: learning_rate must be above 0, got {self.learning_rate}")
 
 
+def rate(schedule: Schedule, step: int) -> float:
+    """AdamW's learning rate in a step: it rises over `warmup` steps, and falls as a cosine to a fiftieth.
+
+    learning_rate * min(1, (step + 1) / warmup) * (0.02 + 0.98 (1 + cos(pi step / steps)) / 2)
+    """
+    warm = min(1.0, (step + 1) / max(schedule.warmup, 1))
+    cosine = 0.5 + 0.5 * math.cos(math.pi * step / schedule.steps)
+    return schedule.learning_rate * warm * (0.02 + 0.98 * cosine)
+
+
 def check_shares(config: Schedule, *fields: str) -> None:
     """The shares of rows that learn without something.
 
@@ -153,8 +163,8 @@ def fit(
         ValueError: the checkpoint is of another run, or cannot be read.
         FloatingPointError: the loss is not finite; the checkpoint written last is from before.
     """
-    steps, peak = schedule.steps, schedule.learning_rate
-    optimizer = torch.optim.AdamW(module.parameters(), lr=peak, weight_decay=schedule.weight_decay, betas=(0.9, 0.99))
+    steps, decay = schedule.steps, schedule.weight_decay
+    optimizer = torch.optim.AdamW(module.parameters(), lr=rate(schedule, 0), weight_decay=decay, betas=(0.9, 0.99))
     module.to(accelerator.device)
     objective, prepared = accelerator.prepare(_Objective(module, loss), optimizer)
     average = Average(module, schedule.average_decay)
@@ -165,13 +175,8 @@ def fit(
     shown = progress and accelerator.is_main_process
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=desc, mininterval=5, disable=not shown)
     for step in bar:
-        rate = (
-            peak
-            * min(1.0, (step + 1) / max(schedule.warmup, 1))
-            * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * step / steps)))
-        )
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate(schedule, step)
         prepared.zero_grad(set_to_none=True)
         value, named = objective(step)
         if not torch.isfinite(value):
