@@ -31,6 +31,8 @@ help:
 	@echo "make first-gpu is everything there, right and how fast, on a GPU's first day; STEP=right|safe|fast a part"
 	@echo "               of at most ten minutes, STEP=smoke a step, STUB=1 what can be rehearsed without a GPU"
 	@echo "make gpu-record  puts on record that the CUDA C++ kernels passed every shard of make test-gpu"
+	@echo "make mutants   changes one line of the library at a time and runs the tests that should notice;"
+	@echo "               ONLY=training,routing takes some of tests/mutants, SHARD=2/4 the second quarter"
 	@echo "make lint      ruff, mypy, clang-format"
 	@echo "make bench     the benchmarks; SHARD=2/4 runs every fourth, BENCH=--write-data keeps the numbers"
 	@echo "make localization  what regions, image prompts and maps do on the embedded model, into docs/localization.md"
@@ -75,6 +77,11 @@ test-gpu: $(if $(filter $(BIN)/python,$(RUN)),$(VENV)/installed-test,native-in-p
 # The first run on a GPU, in steps that each have a limit; what comes of them is in build/first-gpu, or in $OUT.
 first-gpu: $(if $(filter $(BIN)/python,$(RUN)),$(VENV)/installed-test)
 	PYTHONPATH=.:python $(RUN) -m benchmarks.first_gpu $(if $(filter-out 0,$(STUB)),--stub) $(STEP)
+
+# Two runs at a time, of one thread each; results are in build/mutants.
+.PHONY: mutants
+mutants: $(VENV)/installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants/run.py --only "$(ONLY)" --shard $(SHARD)
 
 gpu-record:
 	PYTHONPATH=.:python $(RUN) -m tests.kernels.gpu_record

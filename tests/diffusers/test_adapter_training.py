@@ -262,6 +262,27 @@ def test_a_checkpoint_of_another_base_model_or_a_mask_of_another_size_is_refused
         train("fusion", ready, start=SubjectFusion(16))
 
 
+def test_an_interrupted_run_goes_on_from_its_own_first_weights_alone(ready, tmp_path):
+    starts = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        starts.append(SubjectFusion(WIDTH))
+    train("fusion", ready, start=starts[0], checkpoint_path=tmp_path / "run.safetensors")
+    with pytest.raises(ValueError, match="is of another run"):
+        train("fusion", ready, start=starts[1], checkpoint_path=tmp_path / "run.safetensors")
+
+
+def test_an_image_prompt_of_its_own_is_what_is_read(ready):
+    """A picture of the same subject, as the picture and as its encoding."""
+    with torch.no_grad():
+        encoding = ready.encode_image(picture(3), "cpu", 1)[0][0]
+    one, other, itself = (
+        state(train("adapter", ready, examples=[AdapterExample(picture(1), "a cat", prompt)]))
+        for prompt in (picture(3), encoding, None)
+    )
+    assert equal(one, other) and not equal(one, itself)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(ready):
     bad = [AdapterExample(torch.full((4, 8, 8), torch.nan), "a cat", torch.zeros(WIDTH))]
     with pytest.raises(FloatingPointError, match="the loss is nan at step 0"):

@@ -13,7 +13,7 @@ from keylock_diffusers.denoisers.unet import cross_attention_layers
 from keylock_diffusers.generation import visualize
 from keylock_diffusers.generation.maps import WordMaps
 from tests.diffusers.drawing import ROUNDING, build
-from tests.diffusers.test_localization import Keeping
+from tests.diffusers.losses import Keeping
 
 STEPS = 3
 LEFT = torch.zeros(8, 8)

@@ -15,6 +15,7 @@ from keylock_diffusers.training import Localization, localization_layers, locali
 from keylock_diffusers.training.localization import FORMS
 from tests.diffusers.compatibility import unet
 from tests.diffusers.drawing import random
+from tests.diffusers.losses import Keeping, localization
 from tests.diffusers.test_training import QUICK, metric, same, subject  # noqa: F401
 
 TOKENS = torch.tensor([[3, 5], [2, -1], [-1, -1]])
@@ -25,61 +26,20 @@ def masks(height=24, width=40):
     return F.interpolate(random(3, 2, 5, 5).sigmoid(), (height, width), mode="bilinear")
 
 
-class Keeping:
-    """diffusers' plain attention, which keeps its probabilities [B, H, N, T]."""
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
-        query, context = attn.to_q(hidden_states), encoder_hidden_states
-        split = (
-            t.unflatten(2, (attn.heads, -1)).transpose(1, 2) for t in (query, attn.to_k(context), attn.to_v(context))
-        )
-        query, key, value = split
-        self.kept = (attn.scale * query @ key.transpose(-1, -2)).softmax(-1)
-        out = (self.kept @ value).transpose(1, 2).flatten(2)
-        return attn.to_out[1](attn.to_out[0](out))
-
-
-def eager(model, latents, text, form, layers, sizes):
-    """FastComposer's loss, and Break-A-Scene's, from maps that were all kept."""
+def eager(model, latents, text, form, sizes):
+    """FastComposer's loss, and Break-A-Scene's, of every row, from maps that were all kept."""
     processors = {name: Keeping() for name in cross_attention_layers(model)}
     for name, processor in processors.items():
         model.get_submodule(name).set_processor(processor)
     model(latents, 10, text)
-    per_layer, by_size = [], {}
-    for name in layers:
-        size = sizes[name]
-        mask = F.interpolate(masks().to(latents), size, mode="bilinear", antialias=True).clamp(0, 1).flatten(2)
-        rows = []
-        for row, tokens in enumerate(TOKENS.tolist()):
-            objects = [n for n, token in enumerate(tokens) if token >= 0]
-            maps = [processors[name].kept[row, :, :, tokens[n]] for n in objects]  # [H, N] each
-            by_size.setdefault(size, {}).setdefault(row, []).append([m.mean(0) for m in maps])
-            if form == "normalised":
-                maps = [m / m.amax(1, keepdim=True).clamp(min=1e-5) for m in maps]
-            terms = [
-                (
-                    (m * (1 - mask[row, n])).sum(1) / (1 - mask[row, n]).sum()
-                    - (m * mask[row, n]).sum(1) / mask[row, n].sum()
-                )
-                for n, m in zip(objects, maps, strict=True)
-            ]
-            rows.append(torch.stack([t.mean() for t in terms]).mean() if terms else latents.new_zeros(()))
-        per_layer.append(torch.stack(rows))
-    if form != "mse":
-        return torch.stack(per_layer).mean(0)
-    per_size = []
-    for size, of_rows in by_size.items():
-        mask = F.interpolate(masks().to(latents), size, mode="bilinear", antialias=True).clamp(0, 1).flatten(2)
-        rows = []
-        for row, of_layers in of_rows.items():
-            objects = [n for n, token in enumerate(TOKENS[row].tolist()) if token >= 0]
-            terms = []
-            for place, n in enumerate(objects):
-                mean = torch.stack([maps[place] for maps in of_layers]).mean(0)
-                terms.append((mean / mean.max().clamp(min=1e-5) - mask[row, n]).square().mean())
-            rows.append(torch.stack(terms).mean() if terms else latents.new_zeros(()))
-        per_size.append(torch.stack(rows))
-    return torch.stack(per_size).mean(0)
+    present = [[n for n, token in enumerate(row) if token >= 0] for row in TOKENS.tolist()]
+    return localization(
+        {name: processors[name].kept for name in sizes},
+        [[int(row[n]) for n in objects] for row, objects in zip(TOKENS, present, strict=True)],
+        [[row[n].to(latents) for n in objects] for row, objects in zip(masks(), present, strict=True)],
+        sizes,
+        form,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -89,25 +49,25 @@ def model():
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("chosen", ["default", "all"])
-def test_it_equals_the_loss_on_stored_maps_with_gradients(model, form, chosen):
+@pytest.mark.parametrize(("chosen", "size"), [("default", (8, 12)), ("all", (8, 12)), ("all", (7, 9))])
+def test_it_equals_the_loss_on_stored_maps_with_gradients(model, form, chosen, size):
     layers = localization_layers(model) if chosen == "default" else list(cross_attention_layers(model))
-    latents, height, width = random(3, 4, 8, 12).double(), 8, 12
+    latents = random(3, 4, *size).double()
     given = None if chosen == "default" else layers
-    localization = Localization(model, TOKENS, masks().double(), (height, width), form=form, layers=given)
-    sizes = {name: localization.size_of(name) for name in layers}
+    collected = Localization(model, TOKENS, masks().double(), size, form=form, layers=given)
+    sizes = {name: collected.size_of(name) for name in layers}
     text = random(3, 7, 32, seed=2).double().requires_grad_()
-    expected = eager(model, latents, text, form, layers, sizes)
+    expected = eager(model, latents, text, form, sizes)
     (gradient,) = torch.autograd.grad(expected.mean(), text)
     for name in cross_attention_layers(model):
         model.get_submodule(name).set_processor(kd.processors.CrossAttnProcessor(name))
-    model(latents, 10, text, cross_attention_kwargs={"readout": localization})
-    found = localization_loss(localization, per_row=True)
+    model(latents, 10, text, cross_attention_kwargs={"readout": collected})
+    found = localization_loss(collected, per_row=True)
     # Masks and the loss are computed in float32 whatever the model's type.
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
-    (ours,) = torch.autograd.grad(localization_loss(localization), text)
+    (ours,) = torch.autograd.grad(localization_loss(collected), text)
     torch.testing.assert_close(ours, gradient, rtol=1e-4, atol=1e-6 * float(gradient.abs().max()))
-    assert found[2] == 0 and float(localization_loss(localization)) == pytest.approx(float(found.mean()))
+    assert found[2] == 0 and float(localization_loss(collected)) == pytest.approx(float(found.mean()))
 
 
 def test_the_default_layers_are_fastcomposers_eleven_on_stable_diffusion():

@@ -285,11 +285,12 @@ def schedulers():
     return [pytest.param(name, changes, id=name) for name, changes in names.items()]
 
 
-# Those that draw noise, but not for these pipelines: for tokens, video, flows, proteins, several stages, inversion; or draw
-# it only where `step` is given a churn, which no pipeline does.
+# Those that draw noise, but not for these pipelines: for tokens, video, flows, proteins, several stages, inversion;
+# or draw it only where `step` is given a churn, which no pipeline does.
 OTHERS = {
     "AmusedScheduler", "BlockRefinementScheduler", "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler",
-    "DDPMWuerstchenScheduler", "DPMSolverMultistepInverseScheduler", "DiscreteDDIMScheduler", "EDMEulerScheduler", "EntropyBoundScheduler",
+    "DDPMWuerstchenScheduler", "DPMSolverMultistepInverseScheduler", "DiscreteDDIMScheduler", "EDMEulerScheduler",
+    "EntropyBoundScheduler",
     "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler",
     "FlowMatchLCMScheduler", "HeliosDMDScheduler", "HeliosScheduler", "LTXEulerAncestralRFScheduler",
     "RFD4ProteinaScheduler", "RePaintScheduler", "SCMScheduler", "UnCLIPScheduler", "VQDiffusionScheduler",

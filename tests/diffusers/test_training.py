@@ -157,11 +157,46 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(pipe, metric, tmp_pa
     assert all(a.training["loss"] == b.training["loss"] for a, b in zip(whole, resumed, strict=True))
 
 
+def test_a_resumed_run_is_as_patient_as_an_uninterrupted_one(pipe, metric, tmp_path):
+    from dataclasses import replace
+
+    path, patience = tmp_path / "run.safetensors", 3
+    config = TrainingConfig(steps=30, batch_size=2, values_rate=0.0, embedding_rate=0.0, patience=patience)
+    whole = train(pipe, [subject()], metric, config)[0].training
+    best = whole["steps"] - patience  # the steps up to the best one
+    assert whole["stopped"] == "converged" and patience < best < 30 - patience
+    train(pipe, [subject()], metric, replace(config, steps=best), checkpoint_path=path)
+    resumed = train(pipe, [subject()], metric, config, checkpoint_path=path)[0].training
+    assert (resumed["steps"], resumed["stopped"]) == (whole["steps"], "converged")
+
+
+def test_a_subject_that_failed_is_computed_no_more_and_stays_failed(pipe, metric, tmp_path, monkeypatch):
+    from dataclasses import replace
+
+    from keylock_diffusers.training import trainer
+
+    encode, rows, path = trainer.encode_images, [], tmp_path / "run.safetensors"
+    sick = subject("sick", 9)
+    pipe.unet.register_forward_hook(lambda _module, inputs, _output: rows.append(len(inputs[0])))
+
+    def poisoned(pipe, images):
+        return encode(pipe, images) * (float("nan") if images is sick.images else 1)
+
+    monkeypatch.setattr(trainer, "encode_images", poisoned)
+    for steps in (2, 4):
+        failure, bob = train(pipe, [sick, subject("bob", 2)], metric, replace(QUICK, steps=steps), checkpoint_path=path)
+        assert isinstance(failure, ConceptTrainingError) and "was not finite at step 0" in str(failure)
+        assert bob.training["steps"] == steps
+    assert rows == [4, 2, 2, 2]
+
+
 def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(pipe, build_tiny, metric, tmp_path):
     path = tmp_path / "run.safetensors"
     train(pipe, [subject()], metric, checkpoint_path=path)
     with pytest.raises(ValueError, match="is of another run"):
         train(pipe, [subject(seed=2)], metric, checkpoint_path=path)
+    with pytest.raises(ValueError, match="is of another run"):
+        train(pipe, [subject(seed=2, images=subject().images)], metric, checkpoint_path=path)
     with pytest.raises(ValueError, match="is of another run"):
         train(pipe, [subject()], Covariance(2 * metric.matrix, {}), checkpoint_path=path)
     with pytest.raises(ValueError, match="is of another run"):

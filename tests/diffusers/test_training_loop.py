@@ -1,0 +1,89 @@
+"""The training loop: its rates as a table, and its steps against AdamW and the average written out."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from keylock_diffusers.training import loop
+from tests.diffusers.drawing import random
+from tests.diffusers.losses import adamw, clipped, optimizers
+
+SCHEDULE = loop.Schedule(steps=8, batch_size=1, learning_rate=0.5, warmup=4, weight_decay=0.1)
+
+
+@pytest.mark.parametrize(
+    ("step", "warm", "cosine"),
+    [
+        (0, 0.25, 1.0),
+        (1, 0.5, 0.9619397662556434),
+        (2, 0.75, 0.8535533905932737),
+        (3, 1.0, 0.6913417161825449),
+        (4, 1.0, 0.5),
+        (5, 1.0, 0.3086582838174551),
+        (6, 1.0, 0.1464466094067262),
+        (7, 1.0, 0.03806023374435663),
+        (8, 1.0, 0.0),
+    ],
+)
+def test_the_rate_warms_up_and_falls_as_a_cosine_to_a_fiftieth(step, warm, cosine):
+    assert loop.rate(SCHEDULE, step) == pytest.approx(0.5 * warm * (0.02 + 0.98 * cosine), rel=1e-12)
+    cold = dataclasses.replace(SCHEDULE, warmup=0)
+    assert loop.rate(cold, step) == pytest.approx(0.5 * (0.02 + 0.98 * cosine), rel=1e-12)
+
+
+def fit(schedule, *, scale=1.0):
+    """Trains a module in float64 whose gradients are given; returns it, its optimiser and the gradients."""
+    torch.manual_seed(0)
+    module = nn.Linear(3, 2).double()
+    slopes = [[scale * random(*p.shape, seed=step).double() for p in module.parameters()] for step in range(8)]
+
+    def loss(step):
+        pairs = zip(module.parameters(), slopes[step], strict=True)
+        value = sum((parameter * slope).sum() for parameter, slope in pairs)
+        return value, {"loss": value.item()}
+
+    with optimizers() as made:
+        loop.fit(module, loss, None, schedule, accelerator=Accelerator(cpu=True), progress=False)
+    return module, made[0], slopes
+
+
+def close(found, expected):
+    for ours, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.detach(), right, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("scale", [0.05, 10.0])
+def test_steps_are_adamws_on_gradients_of_at_most_norm_one(scale):
+    module, optimizer, slopes = fit(SCHEDULE, scale=scale)
+    cut = [clipped(step, 1.0) for step in slopes]
+    assert torch.equal(cut[0][0], slopes[0][0]) == (scale < 1)
+    for step in range(8):
+        close(optimizer.gradients[step], cut[step])
+    rates = [[loop.rate(SCHEDULE, step)] * 2 for step in range(8)]
+    after = adamw(optimizer.before[0], cut, rates, betas=(0.9, 0.99), weight_decay=0.1)
+    for step in range(7):
+        close(optimizer.before[step + 1], after[step])
+    close(module.parameters(), after[-1])
+
+
+def test_what_is_returned_is_the_average_in_which_early_steps_count_less():
+    module, optimizer, _ = fit(dataclasses.replace(SCHEDULE, average_decay=0.3))
+    last = [parameter.detach() for parameter in fit(SCHEDULE)[0].parameters()]  # without an average
+    average = optimizer.before[0]
+    for step, weights in enumerate([*optimizer.before[1:], last]):
+        decay = (1 / 10, 2 / 11, 3 / 12, 0.3, 0.3, 0.3, 0.3, 0.3)[step]
+        average = [decay * a + (1 - decay) * w for a, w in zip(average, weights, strict=True)]
+    close(module.parameters(), average)
+
+
+def test_draws_differ_by_seed_step_and_process_and_by_nothing_else():
+    def draw(*arguments):
+        return torch.rand(4, generator=loop.generator(*arguments)).tolist()
+
+    assert draw(1, 2, 3) == draw(1, 2, 3) and draw(1, 2) == draw(1, 2, 0)
+    assert len({tuple(draw(*a)) for a in ((1, 2, 3), (2, 2, 3), (1, 3, 3), (1, 2, 4))}) == 4
