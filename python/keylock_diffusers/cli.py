@@ -127,18 +127,23 @@ def generate(
     requests: Annotated[
         Path,
         typer.Argument(
-            help="JSON file: a list of requests, each with prompt, concepts (ids, or "
-            "objects with concept, beta, tau, strength, lock, region), image_prompts (objects with "
+            help="JSON file: a list of requests, each with the fields of keylock_diffusers.Request: prompt, concepts "
+            "(ids, or objects with concept, beta, tau, strength, lock, region), image_prompts (objects with "
             "image, a file or several, and scale, region, start, end, adapter), regions and negative_regions "
             "(objects with mask and prompt or tokens), endings, subjects (objects with prompt, image, region), "
-            "subject_start, seed, guidance_scale, negative_prompt, num_images. Pictures and masks are files beside it."
+            "subject_start, image, strength, mask, controls (objects with name, image, scale, start, end), id, seed, "
+            "guidance_scale, negative_prompt, num_images ... Pictures and masks are files beside it."
         ),
     ],
     bank: _Bank = "concepts",
     output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("outputs"),
     model: _Model = "embedded",
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 30,
-    max_batch: Annotated[int, typer.Option(min=1, help="Pictures per call of the U-Net.")] = 16,
+    max_batch: Annotated[int, typer.Option(min=1, help="Pictures per call of the U-Net.")] = 8,
+    controlnet: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=FOLDER of a ControlNet, for controls of that name; once for each."),
+    ] = None,
     ip_adapter: Annotated[
         list[Path] | None, typer.Option(help="An IP-Adapter's file, for image_prompts; once for each adapter.")
     ] = None,
@@ -166,6 +171,7 @@ def generate(
         "bank": kd.ConceptBank(bank),
         "num_inference_steps": steps,
         "max_batch": max_batch,
+        "controlnets": _controlnets(controlnet or [], pipe),
         "fusion": None if fusion is None else kd.SubjectFusion.load(fusion).to(pipe.device),
     }
     maps = kd.AttentionMaps(_shown(show_attention, orders, options["bank"])) if show_attention else None
@@ -179,6 +185,8 @@ def generate(
         print(output / "attention.png")
     for index, drawn in enumerate(images):
         for number, image in enumerate(drawn if isinstance(drawn, list) else [drawn]):
+            if image is None:  # the call was stopped before
+                continue
             path = output / (f"{index:03d}.png" if not isinstance(drawn, list) else f"{index:03d}-{number}.png")
             image.save(path)
             print(path)
@@ -266,6 +274,18 @@ def _load(model: str) -> Any:
 
     pipe = DiffusionPipeline.from_pretrained(model)
     return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _controlnets(given: list[str], pipe: Any) -> dict[str, Any]:
+    from diffusers import ControlNetModel
+
+    found = {}
+    for one in given:
+        name, equals, folder = one.partition("=")
+        if not name or not equals or not Path(folder).is_dir():
+            raise ValueError(f"--controlnet must be NAME=FOLDER of a ControlNet, got {one!r}")
+        found[name] = ControlNetModel.from_pretrained(folder, torch_dtype=pipe.unet.dtype).to(pipe.device)
+    return found
 
 
 def _load_ip_adapters(pipe: Any, files: list[Path], image_encoder: Path | None) -> None:

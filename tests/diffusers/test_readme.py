@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import ControlNetModel
 from PIL import Image
 
 import keylock_diffusers as kd
@@ -64,6 +65,18 @@ def test_the_second_batchs_example_draws_the_demos(concept_for, tmp_path, monkey
         for a, b in zip(one.image_prompts, other.image_prompts, strict=True):
             assert a.scale == b.scale and torch.equal(a.region, b.region)
     assert Image.open("regions.png").width == 6 + 3 * 166
+
+
+def test_the_example_of_every_kind_of_request_runs(concept_for):
+    (block,) = [b for b in BLOCKS if "kd.Control" in b]
+    pipe = kd.install(embedded.load())
+    mask = Image.new("L", (64, 64), 0)
+    mask.paste(255, (0, 0, 32, 64))
+    given = {"photo": Image.new("RGB", (64, 64), "red"), "edges": Image.new("RGB", (64, 64)), "left_half": mask}
+    control = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(16, 32, 96))
+    names: dict = {"kd": kd, "pipe": pipe, "bank": {"alice/cat": concept_for(pipe)}, "controlnet": control, **given}
+    exec(block.replace("controlnets=", "num_inference_steps=2, controlnets="), names)
+    assert [image.size for image in names["images"]] == [(64, 64)] * 4
 
 
 def test_the_kernel_example_runs():
