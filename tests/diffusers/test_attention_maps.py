@@ -188,6 +188,20 @@ def test_another_threads_calls_are_not_recorded(ready):
     assert not errors and [m.prompt for m in maps.images] == ["a cat"]
 
 
+def test_what_another_thread_does_between_two_steps_is_not_recorded(ready):
+    def step(_pipe, number, _timestep, given):
+        if number == 0:
+            rows = torch.zeros(2, 4, 8, 8), 10, torch.zeros(2, 32, 32)
+            thread = threading.Thread(target=torch.no_grad()(ready.unet), args=rows)
+            thread.start()
+            thread.join()
+        return given
+
+    with kd.record_attention(ready, ["cat"], every_step=True) as maps:
+        ready("a cat", num_inference_steps=2, output_type="latent", callback_on_step_end=step)
+    assert {len(steps) for steps in maps.images[0].maps["cat"].values()} == {2}
+
+
 @pytest.mark.parametrize(
     ("words", "options", "message"),
     [
@@ -242,6 +256,18 @@ def test_starts_ends_image_prompts_and_several_words_together():
 def test_a_pipeline_without_our_processors_is_refused(pipe):
     with pytest.raises(RuntimeError, match="cannot personalise"), kd.record_attention(pipe, ["cat"]):
         pass
+
+
+def test_maps_have_the_layers_height_and_width(ready):
+    maps = AttentionMaps(["cat"])
+    draw(ready, [Request("a cat", seed=1)], height=16, width=24, record=maps)
+    shapes = {layer.partition(".")[0]: tuple(m.shape[1:]) for layer, m in maps.images[0].maps["cat"].items()}
+    assert shapes == {"down_blocks": (8, 12), "mid_block": (4, 6), "up_blocks": (8, 12)}
+
+
+def test_the_mean_of_a_word_is_over_all_steps_and_layers():
+    maps = {"one": torch.stack([LEFT, 1 - LEFT]), "other": torch.zeros(2, 8, 8)}
+    assert torch.equal(WordMaps("a cat", {"cat": maps}).mean("cat"), torch.full((8, 8), 0.25))
 
 
 # Pictures

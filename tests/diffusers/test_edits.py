@@ -13,6 +13,7 @@ from keylock_diffusers.routing import edits
 from keylock_diffusers.routing.personalization import Personalization
 from keylock_diffusers.routing.rows import ConceptUse, Row
 from keylock_kernels.testing import rome_weight
+from tests.diffusers.losses import assert_as_accurate
 
 
 @pytest.fixture
@@ -240,3 +241,90 @@ def test_a_layer_that_computes_in_another_dtype_than_it_stores_is_called_in_its_
             setattr(attn, name, Casting(getattr(attn, name)))
     for key, value in Personalization([Row((use,))]).prepare(pipe, text).kv.values():
         assert key.dtype == value.dtype == torch.bfloat16
+
+
+def written_out(attn, text, uses, learned, dtype):
+    """Keys and values of a layer for one prompt's concepts, from the equations (C = I), in any dtype.
+
+    (L G + (I - L) diag(G)) a(e) = L [i*_j . e]_j,  h(e) = W e - sum_j a_j(e) W i*_j + sum_j l_j g_j(e) o*_j + bias
+    """
+    text, learned = text.to(dtype), learned.to(dtype)
+    targets, supers = (
+        torch.stack([getattr(use.concept, name).to(dtype) for use in uses])
+        for name in ("target_input", "super_class_encoding")
+    )
+    beta, tau, strength = (
+        torch.tensor([getattr(use, name) for use in uses], dtype=dtype) for name in ("beta", "tau", "strength")
+    )
+    gram, scale = targets @ targets.T, torch.diag(strength)
+    mixed = scale @ gram + (torch.eye(len(uses), dtype=dtype) - scale) @ torch.diag(gram.diagonal())
+    a = torch.linalg.solve(mixed, scale @ targets @ text.mT).mT  # [B, T, R]
+    gate = strength * ((text @ targets.T / gram.diagonal() - beta) / tau).sigmoid()
+    with torch.no_grad():
+        for projection, outputs in ((attn.to_k, None), (attn.to_v, learned)):
+            weight = projection.weight.to(dtype)
+            outputs = supers @ weight.T if outputs is None else outputs
+            bias = 0 if projection.bias is None else projection.bias.to(dtype)
+            yield text @ weight.T - a @ (targets @ weight.T) + gate @ outputs + bias
+
+
+def assert_prepared_as_written_out(pipe, uses):
+    """Every layer's keys and values err at most twice what the equations do in float32."""
+    text = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(3))
+    layers = {name: pipe.unet.get_submodule(name) for name in cross_attention_layers(pipe.unet)}
+    for name, pair in Personalization([Row(tuple(uses))]).prepare(pipe, text).kv.items():
+        learned = torch.stack([use.concept.values_per_layer()[name] for use in uses])
+        eager, exact = (list(written_out(layers[name], text, uses, learned, t)) for t in (torch.float32, torch.float64))
+        assert_as_accurate(pair, eager, exact)
+
+
+@pytest.mark.parametrize("strengths", [(1.0,), (0.4,), (1.0, 1.0), (1.0, 0.3), (0.0, 0.8, 0.5)])
+def test_concepts_of_one_prompt_are_combined_as_written_out_whatever_their_own_gates(pipe, concept_for, strengths):
+    made = [concept_for(pipe, f"<c{n}-cat>", seed=n, beta=0.9, tau=0.5) for n in range(len(strengths))]
+    uses = []
+    for n, (concept, strength) in enumerate(zip(made, strengths, strict=True)):
+        target = (1 + n) * (concept.target_input + 0.5 * made[0].target_input)  # neither orthogonal nor equally long
+        energy = float(target @ target)
+        concept = concept.with_(target_input=target, energy=energy, direction=target / energy)
+        uses.append(ConceptUse(concept, 0.2 + 0.1 * n, 0.3 - 0.05 * n, strength))
+    assert_prepared_as_written_out(pipe, uses)
+
+
+def test_a_projections_bias_counts_once_and_in_no_concepts_vectors(pipe, concept_for):
+    for attn in cross_attention_layers(pipe.unet).values():
+        for side in ("to_k", "to_v"):
+            layer = nn.Linear(32, getattr(attn, side).out_features)
+            layer.weight = getattr(attn, side).weight
+            setattr(attn, side, layer)
+    uses = [ConceptUse(concept_for(pipe), 0.6, 0.2)]
+    assert_prepared_as_written_out(pipe, uses)
+    for attn in cross_attention_layers(pipe.unet).values():  # which are then called rather than read
+        for side in ("to_k", "to_v"):
+            getattr(attn, side).register_forward_hook(lambda _module, _inputs, output: output + 0)
+    assert_prepared_as_written_out(pipe, uses)
+
+
+def test_hooks_on_a_projection_count_as_what_wraps_it_does(pipe, concept_for):
+    """With offloading and layerwise casting the weight is there, and is not all that is computed."""
+
+    class Doubling(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.base_layer = layer
+
+        def forward(self, x):
+            return self.base_layer(2 * x)
+
+    text = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(3))
+    use = ConceptUse(concept_for(pipe), 0.6, 0.2)
+    layers = cross_attention_layers(pipe.unet).values()
+    for attn in layers:
+        attn.to_k.register_forward_hook(lambda _module, _inputs, output: 2 * output)
+        attn.to_v.register_forward_pre_hook(lambda _module, inputs: (2 * inputs[0],))
+    hooked = Personalization([Row((use,))]).prepare(pipe, text).kv
+    for attn in layers:
+        attn.to_k._forward_hooks.clear(), attn.to_v._forward_pre_hooks.clear()
+        attn.to_k, attn.to_v = Doubling(attn.to_k), Doubling(attn.to_v)
+    wrapped = Personalization([Row((use,))]).prepare(pipe, text).kv
+    for name, pair in wrapped.items():
+        assert all(torch.equal(ours, expected) for ours, expected in zip(hooked[name], pair, strict=True))

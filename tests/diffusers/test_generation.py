@@ -8,6 +8,8 @@ from diffusers import EulerAncestralDiscreteScheduler
 
 import keylock_diffusers as kd
 from keylock_diffusers import Request, RequestError, Use
+from keylock_diffusers.encoding import text
+from tests.diffusers.drawing import ROUNDING
 
 STEPS = 3
 
@@ -306,3 +308,105 @@ def test_half_precision_pipelines_draw(ready, mixed, concept_for):
     pictures = draw(half, mixed[:2])
     assert all(p.isfinite().all() for p in pictures)
     assert torch.equal(draw(half, [mixed[0], Request("a dog", seed=8)])[0], pictures[0])
+
+
+def test_a_uses_gate_counts_instead_of_the_concepts_own(ready, concept_for):
+    alice = concept_for(ready, beta=0.7, tau=0.15)
+    orders = [
+        Request("<alice-cat> on blue", concepts=[concept], seed=1)
+        for concept in (
+            Use(alice, beta=0.3, tau=0.5),
+            alice.with_(beta=0.3, tau=0.5),
+            Use(alice, beta=0.3),
+            alice.with_(beta=0.3),
+            Use(alice, tau=0.5),
+            alice.with_(tau=0.5),
+            alice,
+        )
+    ]
+    pictures = draw(ready, orders)
+    for given, own in ((0, 1), (2, 3), (4, 5)):
+        assert torch.equal(pictures[given], pictures[own])
+    assert not any(torch.equal(pictures[n], pictures[6]) for n in range(6))
+
+
+def test_a_concept_reaches_the_conditional_half_alone(ready, concept_for):
+    """In the first step the unconditional half is what it is without the concept."""
+    halves = []
+    handle = ready.unet.register_forward_hook(lambda _module, _inputs, output: halves.append(output[0].chunk(2)))
+    for concepts in ([concept_for(ready)], []):
+        prompt = "<alice-cat> on blue" if concepts else "cat on blue"
+        draw(ready, [Request(prompt, concepts=concepts, seed=1, negative_prompt="a car")], num_inference_steps=1)
+    handle.remove()
+    (unconditional, conditional), (same, other) = halves
+    assert torch.equal(unconditional, same) and not torch.equal(conditional, other)
+
+
+def test_a_globally_locked_prompts_keys_read_the_super_class_and_locally_locked_words(ready, concept_for, monkeypatch):
+    alice, bob = concept_for(ready), concept_for(ready, "<bob-dog>", "dog", seed=2)
+    seen, prepare = [], kd.Personalization.prepare
+
+    def watched(self, pipe, text, key_text=None, **kwargs):
+        seen.append(key_text)
+        return prepare(self, pipe, text, key_text, **kwargs)
+
+    monkeypatch.setattr(kd.Personalization, "prepare", watched)
+    concepts = [Use(alice, lock="global"), bob]
+    draw(ready, [Request("<alice-cat> and <bob-dog>", concepts=concepts, seed=1, guidance_scale=1.0)])
+    prompt = text.tokenize(ready.tokenizer, "cat and <bob-dog>", {"<bob-dog>": "dog"})
+    with torch.no_grad():
+        expected = text.encode(ready.text_encoder, [prompt], [{"<bob-dog>": bob.word_embeddings[0]}])
+    torch.testing.assert_close(seen[0], expected)
+
+
+def test_clip_skip_leaves_out_layers_of_the_prompt_and_not_of_the_negative_one(ready):
+    """As diffusers does it, whose own call cannot with every release of transformers."""
+    ids = [ready.tokenizer(words, padding="max_length", return_tensors="pt").input_ids for words in ("a cat", "a dog")]
+    with torch.no_grad():
+        states = ready.text_encoder(ids[0], output_hidden_states=True).hidden_states
+        model = getattr(ready.text_encoder, "text_model", ready.text_encoder)
+        positive, negative = model.final_layer_norm(states[-2])[0], ready.text_encoder(ids[1]).last_hidden_state[0]
+    skipped, by_hand = (
+        draw(ready, [order], **options)[0]
+        for order, options in (
+            (Request("a cat", negative_prompt="a dog", seed=1), {"clip_skip": 1}),
+            (Request(prompt_embeds=positive, negative_prompt_embeds=negative, seed=1), {}),
+        )
+    )
+    assert torch.equal(skipped, by_hand)
+    assert not torch.equal(skipped, draw(ready, [Request("a cat", negative_prompt="a dog", seed=1)])[0])
+
+
+def test_a_loras_scale_reaches_the_text_encoder_and_is_gone_afterwards(pipe):
+    from peft import LoraConfig, inject_adapter_in_model
+
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    inject_adapter_in_model(lora, pipe.text_encoder)
+    options = {"guidance_scale": 4.0, "num_inference_steps": STEPS, "output_type": "pt"}
+
+    def stock(**more):
+        return pipe("a cat on blue", generator=torch.Generator().manual_seed(1), **options, **more).images[0]
+
+    expected = {scale: stock(cross_attention_kwargs={"scale": scale}) for scale in (0.25, 2.0)}
+    unscaled = stock()
+    kd.install(pipe)
+    order = Request("a cat on blue", seed=1, guidance_scale=4.0)
+    for scale, picture in expected.items():
+        ours = draw(pipe, [order], cross_attention_kwargs={"scale": scale})[0]
+        torch.testing.assert_close(ours, picture, rtol=0, atol=ROUNDING)
+        assert not torch.allclose(ours, unscaled, atol=1e-3)
+    torch.testing.assert_close(draw(pipe, [order])[0], unscaled, rtol=0, atol=ROUNDING)
+
+
+def test_a_textual_inversion_of_several_vectors_is_spelled_out_as_by_the_pipeline(pipe):
+    pipe.tokenizer.add_tokens(["<hat>", "<hat>_1"])
+    pipe.text_encoder.resize_token_embeddings(len(pipe.tokenizer))
+    torch.nn.init.normal_(pipe.text_encoder.get_input_embeddings().weight[-2:].detach())
+    prompt, options = "a cat in <hat>", {"guidance_scale": 4.0, "num_inference_steps": STEPS, "output_type": "pt"}
+    expected = pipe(prompt, generator=torch.Generator().manual_seed(1), **options).images[0]
+    kd.install(pipe)
+    spelt = draw(pipe, [Request(prompt, seed=1, guidance_scale=4.0)])[0]
+    torch.testing.assert_close(spelt, expected, rtol=0, atol=ROUNDING)
+    ids = [*pipe.tokenizer("a cat in").input_ids[:-1], *pipe.tokenizer.convert_tokens_to_ids(["<hat>", "<hat>_1"])]
+    asked = text.tokenize(pipe.tokenizer, text.converted(pipe, pipe.tokenizer, prompt))
+    assert list(asked.ids[: len(ids)]) == ids

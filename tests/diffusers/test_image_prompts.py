@@ -289,6 +289,7 @@ def test_sdxl_concepts_are_drawn_from_both_encoders_words(concept_for, lock):
         (ImagePrompt(picture(0), start=-0.1), r"start of an image prompt must lie in \[0, 1\], got -0.1"),
         (ImagePrompt(picture(0), end=float("nan")), r"end of an image prompt must lie in \[0, 1\], got nan"),
         (ImagePrompt(picture(0), region="left"), "region of an image prompt must be a picture or a tensor, got str"),
+        (ImagePrompt(picture(0), region=torch.zeros(8, 8)), "region of an image prompt must not be empty"),
         (ImagePrompt(picture(0), region=random(1, 8, 8)), r"must be \[height, width\], got \[1, 8, 8\]"),
         (
             ImagePrompt(picture(0), region=torch.full((8, 8), float("nan"))),
@@ -340,3 +341,29 @@ def test_regions_may_be_pictures_arrays_bits_and_bytes(two):
     drawn = [draw(two, [request(ImagePrompt(picture(0), region=region))])[0] for region in forms]
     assert all(torch.equal(image, drawn[0]) for image in drawn[1:])
     assert (drawn[0] - draw(two, [request(ImagePrompt(picture(0)))])[0]).abs().max() > 10 * ROUNDING
+
+
+def test_without_negative_encodings_the_unconditional_half_reads_zeros():
+    pipe = kd.install(build(adapters=("faceid-plus",)))
+    faces, clip = random(1, WIDTH), random(1, 5, WIDTH, seed=3)
+    nothing = {"negative_embeds": torch.zeros_like(faces), "negative_clip_embeds": torch.zeros_like(clip)}
+    silent = ImagePrompt(embeds=faces, clip_embeds=clip)
+    for order in (
+        request(silent),
+        request(ImagePrompt(embeds=faces, clip_embeds=clip, negative_embeds=nothing["negative_embeds"])),
+        request(ImagePrompt(embeds=faces, clip_embeds=clip, negative_clip_embeds=nothing["negative_clip_embeds"])),
+    ):
+        spelt = request(ImagePrompt(embeds=faces, clip_embeds=clip, **nothing))
+        one, other = draw(pipe, [order, spelt])
+        assert torch.equal(one, other)
+    loud = request(ImagePrompt(embeds=faces, clip_embeds=clip, negative_clip_embeds=clip))
+    assert not torch.equal(*draw(pipe, [loud, request(silent)]))
+
+
+def test_blocks_that_a_scale_does_not_name_count_nothing(two):
+    one, other = (
+        draw(two, [request(ImagePrompt(picture(0), scale=scale)), request(seed=2)])[0]
+        for scale in ({"down": {"block_0": [0.6]}}, {"down": {"block_0": [0.6]}, "up": {"block_1": [0.0, 0.0]}})
+    )
+    everywhere = draw(two, [request(ImagePrompt(picture(0), scale=0.6)), request(seed=2)])[0]
+    assert torch.equal(one, other) and not torch.equal(one, everywhere)

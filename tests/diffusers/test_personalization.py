@@ -178,3 +178,26 @@ def test_streams_are_laid_out_with_the_least_padding():
         ValueError, match=r"image_lengths \[4\] of adapter 0 have no place for an image prompt of 16 tokens"
     ):
         ImageRouting([[use(16)]], [[4]])
+
+
+def test_what_is_prepared_has_the_length_and_dtype_of_the_text_at_hand(concept_for):
+    """Whatever lies in the buffers of the users before."""
+    pipe, _ = make("SD 1.x", "text only")
+    kd.install(pipe)
+    used = kd.Personalization([Row((ConceptUse(concept_for(pipe), beta=0.5, tau=0.1),)), Row()])
+    for dtype, length in ((torch.float32, 7), (torch.float32, 1), (torch.bfloat16, 1)):
+        pipe.to(dtype=dtype)
+        new = kd.Personalization([Row((ConceptUse(concept_for(pipe), beta=0.5, tau=0.1),)), Row()])
+        for batch in (used, new):
+            batch.prepare(pipe, TEXTS[:2, :length].to(dtype))
+        for name, pair in used.kv.items():
+            for ours, expected in zip(pair, new.kv[name], strict=True):
+                assert ours.dtype == expected.dtype == dtype and torch.equal(ours, expected)
+
+
+def test_a_layer_takes_the_scale_of_the_last_block_that_it_lies_in_and_else_none():
+    use = ImageUse(random(4, WIDTH), scale={"down_blocks.0": 0.5, "down_blocks.0.attentions.1": 0.25})
+    scales = [
+        use.scale_of(f"{name}.attn2") for name in ("down_blocks.0.attentions.0", "down_blocks.0.attentions.1", "up")
+    ]
+    assert scales == [0.5, 0.25, 0.0] and ImageUse(random(4, WIDTH), scale=0.7).scale_of("up.attn2") == 0.7

@@ -110,6 +110,14 @@ def test_sdxls_negative_prompts_are_the_pipelines(negative):
     torch.testing.assert_close(ours, expected, rtol=0, atol=ROUNDING)
 
 
+def test_sdxls_clip_skip_is_the_pipelines():
+    pipe = build("SDXL", ())
+    skipped, whole = (plain(pipe, negative_prompt="a dog", clip_skip=skip) for skip in (1, None))
+    (ours,) = draw(kd.install(pipe), [request(negative_prompt="a dog")], clip_skip=1)
+    torch.testing.assert_close(ours, skipped, rtol=0, atol=ROUNDING)
+    assert (skipped - whole).abs().max() > 10 * ROUNDING
+
+
 def test_sdxls_encodings_are_given_with_their_pooled_ones():
     pipe = build("SDXL", ())
     expected = plain(pipe, negative_prompt="a dog")

@@ -15,7 +15,7 @@ from keylock_diffusers.encoding.regions import resolve
 from keylock_diffusers.masks import inside, read_mask
 from keylock_diffusers.requests import ENDINGS
 from keylock_diffusers.routing.regions import LIMIT, RegionRouting
-from keylock_diffusers.routing.rows import RegionUse, RowRegions
+from keylock_diffusers.routing.rows import ConceptUse, RegionUse, RowRegions
 from tests.diffusers.drawing import ROUNDING, build, picture
 
 STEPS = 3
@@ -132,6 +132,13 @@ def test_masks_of_any_aspect_ratio_are_stretched_over_the_picture(shape):
     expected = torch.zeros(4, 6, dtype=torch.bool)
     expected[: 4 if shape[0] == 1 else 2] = True
     assert torch.equal(inside(mask, (4, 6)).view(4, 6), expected)
+
+
+def test_a_pixel_belongs_to_a_region_that_covers_half_of_it():
+    mask = torch.zeros(10, 30)
+    for cell, rows in enumerate((4, 5, 6)):
+        mask[:rows, 10 * cell : 10 * cell + 10] = 1
+    assert inside(mask, (1, 3)).tolist() == [False, True, True]
 
 
 def test_a_mask_too_small_for_a_layer_keeps_the_pixel_it_covers_most():
@@ -381,3 +388,51 @@ def test_room_for_more_regions_changes_nothing(ready):
         draw(ready, orders, max_regions=1)
     with pytest.raises(ValueError, match="max_regions must be None or 1 to 30, got 0"):
         draw(ready, orders, max_regions=0)
+
+
+def test_concepts_edit_the_wordings_that_name_them_and_no_other(ready, concept_for):
+    """A row that reads its prompt, then a wording with Alice alone, then one with Bob alone."""
+    alice, bob = (ConceptUse(concept_for(ready, f"<{n}>", seed=s), 0.6, 0.2) for s, n in enumerate(("alice", "bob"), 1))
+    own = (frozenset({"<alice>"}), frozenset({"<bob>"}))
+    row = RowRegions((RegionUse(LEFT, tuple(range(6, 18))),), tokens=18, placeholders=own)
+    text = torch.randn(1, 18, 32, generator=torch.Generator().manual_seed(3))
+
+    def prepared(*uses, regions=(row,), read=text):
+        batch = kd.Personalization([kd.Row(uses, regions=own) for own in regions])
+        return batch.prepare(ready, text[:, :6] if read is text else read, read_text=read).kv
+
+    both = prepared(alice, bob)
+    wordings = {(0, 6): (alice, bob), (6, 12): (alice,), (12, 18): (bob,)}
+    for (first, last), uses in wordings.items():
+        alone = prepared(*uses, regions=(RowRegions(tokens=6),), read=text[:, first:last])
+        for name in both:
+            for ours, expected in zip(both[name], alone[name], strict=True):
+                torch.testing.assert_close(ours[:, first:last], expected)
+
+
+@pytest.mark.parametrize("size", [(8, 16), (16, 8)])
+def test_without_a_size_the_picture_has_the_aspect_ratio_of_the_first_mask(ready, size):
+    mask = torch.zeros(size)
+    mask[: size[0] // 4, : size[1] // 2] = 1
+    row = RowRegions((RegionUse(mask, (2,)),))
+    batch = kd.Personalization([kd.Row(regions=row)]).prepare(ready, torch.zeros(1, 32, 32))
+    pixels, _ = batch.visibility(next(iter(batch.kv)), 32)
+    assert torch.equal(pixels, RegionRouting([row]).query_regions((size[0] // 2, size[1] // 2)))
+
+
+def test_regions_of_the_negative_prompt_alone_have_wordings_of_their_own(ready):
+    order = Request(
+        "a cat", negative_prompt="a car and a house", negative_regions=[Region(LEFT, "car")], seed=1, guidance_scale=4.0
+    )
+    drawn = draw(ready, [order])[0]
+    torch.testing.assert_close(drawn, draw(ready, [order], max_regions=1)[0], rtol=0, atol=ROUNDING)
+    assert not torch.equal(drawn, draw(ready, [dataclasses.replace(order, negative_regions=())])[0])
+
+
+def test_a_concepts_region_is_that_of_its_word(ready, concept_for):
+    alice = concept_for(ready)
+    shown = Request("<alice-cat> on blue", concepts=[Use(alice, region=LEFT)], seed=1)
+    spelt = Request("<alice-cat> on blue", concepts=[alice], regions=[Region(LEFT, "<alice-cat>")], seed=1)
+    everywhere = Request("<alice-cat> on blue", concepts=[alice], seed=1)
+    one, other, without = draw(ready, [shown, spelt, everywhere])
+    assert torch.equal(one, other) and not torch.equal(one, without)

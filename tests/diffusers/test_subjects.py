@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import keylock_diffusers as kd
-from keylock_diffusers import FusedSubject, Request, RequestError, SubjectFusion, Use
+from keylock_diffusers import FusedSubject, Region, Request, RequestError, SubjectFusion, Use
 from keylock_diffusers.encoding.fusion import FusionUse, fuse
 from keylock_diffusers.routing.personalization import Personalization
 from keylock_diffusers.routing.rows import ConceptUse, Row
@@ -209,6 +209,46 @@ def test_a_subject_that_never_starts_is_its_super_class(ready, concept_for):
     expected = draw(ready, [Request("cat on blue", seed=1), plain])
     torch.testing.assert_close(drawn[0], expected[0], rtol=0, atol=ROUNDING)
     assert torch.equal(drawn[1], expected[1])
+
+
+def test_a_subject_is_fused_into_the_last_token_of_its_words(ready, fusion):
+    """Drawn from the prompt's encodings, of which that one token's is the module's answer."""
+    embeds = random(WIDTH, seed=1)
+    order = Request("a cat with tears of joy", subjects=[FusedSubject("tears of joy", embeds=embeds)], seed=1)
+    positive, negative = ready.encode_prompt(order.prompt, "cpu", 1, True, "")
+    positive = positive.clone()
+    positive[0, 6] = fusion(positive[0, [6]], embeds[None])[0]
+    given = Request(prompt_embeds=positive[0], negative_prompt_embeds=negative[0], seed=1)
+    plain = dataclasses.replace(order, subjects=())
+    with torch.no_grad():
+        fused, by_hand, without = draw(ready, [order, given, plain], fusion=fusion)
+    assert torch.equal(fused, by_hand) and not torch.equal(fused, without)
+
+
+def test_a_subjects_region_is_that_of_its_words(ready, fusion):
+    subject = FusedSubject("dog", embeds=random(WIDTH, seed=1))
+    shown = Request("a dog on blue", subjects=[dataclasses.replace(subject, region=LEFT)], seed=1)
+    spelt = Request("a dog on blue", subjects=[subject], regions=[Region(LEFT, "dog")], seed=1)
+    everywhere = Request("a dog on blue", subjects=[subject], seed=1)
+    one, other, without = draw(ready, [shown, spelt, everywhere], fusion=fusion)
+    assert torch.equal(one, other) and not torch.equal(one, without)
+
+
+@pytest.mark.parametrize("region", [None, LEFT])
+def test_a_picture_that_never_starts_leaves_its_word_plain(ready, fusion, region):
+    """In the prompt, and in the wordings that regions have of their own."""
+    regions = [] if region is None else [Region(region, "dog")]
+    never = Request(
+        "a dog on blue",
+        subjects=[FusedSubject("dog", embeds=random(WIDTH, seed=1))],
+        regions=regions,
+        subject_start=1.0,
+        seed=1,
+    )
+    plain = dataclasses.replace(never, subjects=(), subject_start=0.0)
+    late, expected = draw(ready, [never, plain], fusion=fusion)
+    assert torch.equal(late, expected)
+    assert not torch.equal(draw(ready, [dataclasses.replace(never, subject_start=0.5), plain], fusion=fusion)[0], late)
 
 
 def test_a_subject_that_starts_at_once_is_the_plain_concept(ready, concept_for):

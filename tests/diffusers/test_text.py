@@ -125,11 +125,16 @@ def test_placeholders_may_be_written_in_capitals(pipe):
         ("<bob-cat> on blue", {}, "concepts: none"),
         ("a cat on blue", CAT, "<alice-cat> was given but is not in the prompt"),
         ("a " * 40 + "<alice-cat>", CAT, "<alice-cat> lies beyond the 30 tokens"),
+        ("a " * 30 + "<alice-cat>", CAT, "<alice-cat> lies beyond the 30 tokens"),
     ],
 )
 def test_wrong_placeholders_are_named(pipe, prompt, concepts, message):
     with pytest.raises(ValueError, match=message):
         text.tokenize(pipe.tokenizer, prompt, concepts)
+
+
+def test_a_placeholder_may_be_the_last_token_that_is_read(pipe):
+    assert text.tokenize(pipe.tokenizer, "a " * 29 + "<alice-cat>", CAT).words == ((30, "<alice-cat>"),)
 
 
 def test_a_prompt_that_is_too_long_is_cut_as_in_diffusers(pipe, caplog):
