@@ -8,6 +8,7 @@ from keylock_diffusers import Region, Request, RequestError, Use
 from keylock_diffusers.encoding import text
 from keylock_diffusers.encoding.tokens import extended
 from keylock_diffusers.encoding.weights import weighted
+from tests.diffusers import compatibility as tiny
 from tests.diffusers.drawing import build
 
 STEPS = 3
@@ -123,6 +124,25 @@ def test_long_and_short_prompts_share_a_call_and_each_is_as_if_alone(ready, conc
     ]
     for one, mixed in zip(orders, draw(ready, orders), strict=True):
         assert (draw(ready, [one])[0] - mixed).abs().max() <= 2 / 255
+
+
+@pytest.mark.parametrize("negative", [{"negative_prompt": LONG}, {"negative_regions": [Region(LEFT, tokens=[1])]}])
+def test_without_guidance_a_negative_prompt_of_any_length_changes_nothing(ready, negative):
+    for prompt in ("a dog", LONG):
+        bare, given = (draw(ready, [order(prompt, guidance_scale=1.0, **more)])[0] for more in ({}, negative))
+        assert torch.equal(bare, given)
+
+
+def test_a_distilled_model_takes_encodings_of_any_length_and_reads_no_negative_prompt():
+    torch.manual_seed(0)
+    pipe = kd.install(tiny.latent_consistency())
+    length = pipe.tokenizer.model_max_length
+    embeds = torch.randn(length + 3, pipe.unet.config.cross_attention_dim)
+    options = {"original_inference_steps": 20, "height": tiny.SIZE, "width": tiny.SIZE}
+    for given in ({"prompt": "a dog"}, {"prompt_embeds": embeds}):
+        orders = [Request(**given, seed=1, negative_prompt=negative) for negative in (None, LONG)]
+        bare, other = (draw(pipe, [one], **options)[0] for one in orders)
+        assert torch.equal(bare, other)
 
 
 def test_a_concept_beyond_the_tokenizers_length_counts(ready, concept_for):
