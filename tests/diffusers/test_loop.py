@@ -424,10 +424,20 @@ def test_repeated_blocks_share_one_compiled_graph(layers, concept_for):
     torch.compiler.reset()
 
 
-def test_callbacks_of_diffusers_that_set_the_adapters_scale():
+def halving(pipe, step, _time, given):
+    pipe.set_ip_adapter_scale(0.8 * 0.5 ** (step + 1))
+    return given
+
+
+def blinking(pipe, step, _time, given):
+    pipe.set_ip_adapter_scale(0.8 * (step % 2))
+    return given
+
+
+@pytest.mark.parametrize("callback", [IPAdapterScaleCutoffCallback(cutoff_step_ratio=0.5), halving, blinking])
+def test_callbacks_that_set_the_adapters_scale(callback):
     pipe = build()
     pipe.set_ip_adapter_scale(0.8)
-    callback = IPAdapterScaleCutoffCallback(cutoff_step_ratio=0.5)
     image, options = picture(0), {"height": 16, "width": 16}
     expected = plain(pipe, callback_on_step_end=callback, ip_adapter_image=image, **options)
     kd.install(pipe).set_ip_adapter_scale(0.8)
@@ -435,3 +445,39 @@ def test_callbacks_of_diffusers_that_set_the_adapters_scale():
     (ours,) = draw(pipe, [order(image_prompts=prompts)], callback_on_step_end=callback, **options)
     torch.testing.assert_close(ours, expected, rtol=0, atol=ROUNDING)
     assert np.isfinite(ours.numpy()).all()
+    # Each batch begins anew.
+    pipe.set_ip_adapter_scale(0.8)
+    orders = [order(image_prompts=prompts)] * 2
+    for again in draw(pipe, orders, callback_on_step_end=callback, max_batch=1, **options):
+        assert torch.equal(again, ours)
+
+
+def test_a_cutoff_of_an_adapter_whose_scale_differs_by_block():
+    pipe = build()
+    block = next(n for n, kind in enumerate(pipe.unet.config.up_block_types) if "Cross" in kind)
+    scale = {"up": {f"block_{block}": [0.0, 0.7, 0.3][: pipe.unet.config.layers_per_block + 1]}}
+    pipe.set_ip_adapter_scale(scale)
+    callback = IPAdapterScaleCutoffCallback(cutoff_step_ratio=0.5)
+    image, options = picture(0), {"height": 16, "width": 16}
+    expected = plain(pipe, callback_on_step_end=callback, ip_adapter_image=image, **options)
+    kd.install(pipe).set_ip_adapter_scale(scale)
+    orders = [order(image_prompts=[ImagePrompt(image, scale=scale)])] * 2
+    for ours in draw(pipe, orders, callback_on_step_end=callback, max_batch=1, **options):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=ROUNDING)
+
+
+def test_an_adapter_that_was_switched_off_stays_off_after_the_cutoff_of_guidance():
+    cutoff = SDCFGCutoffCallback(cutoff_step_ratio=0.5)
+
+    def both(pipe, step, time, given):
+        if step == 1:
+            pipe.set_ip_adapter_scale(0.0)
+        return cutoff(pipe, step, time, given)
+
+    pipe = kd.install(build())
+    pipe.set_ip_adapter_scale(0.8)
+    options = {"callback_on_step_end_tensor_inputs": cutoff.tensor_inputs, "height": 16, "width": 16}
+    (ours,) = draw(pipe, [order(image_prompts=[ImagePrompt(picture(0))])], callback_on_step_end=both, **options)
+    ended = order(image_prompts=[ImagePrompt(picture(0), end=0.4)])  # the first two of five steps
+    (expected,) = draw(pipe, [ended], callback_on_step_end=cutoff, **options)
+    assert torch.equal(ours, expected)
