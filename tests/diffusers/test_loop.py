@@ -71,6 +71,7 @@ def test_a_step_that_fails_leaves_the_batch_as_it_was(ready, kind, where):
     held = batch.latents
 
     def fail(*_args, **_kwargs):
+        batch.rows[1].schedule.scheduler.half_done = True
         raise MemoryError("no room")
 
     if where == "denoiser":
@@ -81,6 +82,7 @@ def test_a_step_that_fails_leaves_the_batch_as_it_was(ready, kind, where):
     with pytest.raises(MemoryError):
         engine.step(batch)
     assert batch.latents is held and batch.position == 1
+    assert not hasattr(batch.rows[1].schedule.scheduler, "half_done")
     handle.remove() if where == "denoiser" else vars(scheduler).pop("step")
     for ours, theirs in zip(engine.draw(batch), expected, strict=True):
         assert torch.equal(ours, theirs)
@@ -152,8 +154,8 @@ def test_how_concepts_combine_is_solved_once_for_each_set_of_them(ready, concept
 def test_a_callback_meets_a_number_and_sets_one(pipe, recipe):
     seen = []
 
-    def callback(pipe, step, _time, given):
-        seen.append(float(pipe.guidance_scale))
+    def callback(pipe, step, time, given):
+        seen.append((step, float(time), float(pipe.guidance_scale)))
         if recipe == "decay":
             pipe._guidance_scale = pipe.guidance_scale * 0.9
         elif recipe == "lower":

@@ -196,6 +196,65 @@ def test_a_neighbours_kind_changes_no_bit(drawn):
             assert torch.equal(ours, theirs)
 
 
+def test_pictures_and_masks_of_any_shape_and_colour(drawn):
+    """A picture alone has its own size, beside a mask the call's; a mask in colours is black or white at half grey."""
+    pipe, nets, _, _ = drawn
+    kinds = StableDiffusionImg2ImgPipeline, StableDiffusionControlNetPipeline, StableDiffusionInpaintPipeline
+    img2img, one, inpaint = (
+        other(pipe, kind, **({"controlnet": nets["edges"]} if "Control" in kind.__name__ else {})) for kind in kinds
+    )
+    wide, tall = photo(6).resize((24, 16)), {"height": 32, "width": 16}
+    filled = {"image": photo(3), "strength": 0.75}
+    expected = [
+        plain(img2img, image=wide, strength=0.75),
+        plain(one, image=wide),
+        plain(inpaint, mask_image=photo(7), **filled, **tall),
+    ]
+    orders = [request(image=wide, strength=0.75), request(controls=[Control("edges", wide)])]
+    ours = draw(pipe, orders, controlnets=nets) + draw(pipe, [request(mask=photo(7), **filled)], **tall)
+    for found, theirs in zip(ours, expected, strict=True):
+        torch.testing.assert_close(found, theirs, rtol=0, atol=ROUNDING)
+
+
+def test_a_control_of_scale_zero_is_exactly_nothing(drawn):
+    pipe, nets, _, _ = drawn
+    images = photo(4), torch.full((1, 3, SIZE, SIZE), float("nan"))
+    one, poisoned = (
+        draw(pipe, [request(controls=[Control("edges", image, scale=0.0)])], controlnets=nets)[0] for image in images
+    )
+    assert torch.equal(one, poisoned)
+
+
+@pytest.mark.parametrize(
+    ("kind", "keywords"),
+    [
+        (DDIMScheduler, {"eta": 0.7}),
+        (DDIMScheduler, {"guidance_rescale": 1.0}),
+        (EulerDiscreteScheduler, {"timesteps": [900, 500, 100]}),
+        (EulerDiscreteScheduler, {"sigmas": [8.0, 2.0, 0.5]}),
+    ],
+)
+def test_keywords_of_a_whole_call_mean_what_they_mean_to_the_pipeline(kind, keywords):
+    pipe = sd()
+    pipe.scheduler = kind.from_config(pipe.scheduler.config)
+    size = {"height": SIZE, "width": SIZE}
+    without, expected = plain(pipe, **size), plain(pipe, **keywords, **size)
+    (ours,) = draw(kd.install(pipe), [request()], **keywords)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=ROUNDING)
+    assert (expected - without).abs().max() > 10 * ROUNDING
+
+
+def test_pictures_that_the_safety_checker_flags_are_shown_as_by_the_pipeline():
+    pipe = sd()
+
+    for flagged in (True, False):
+        pipe.safety_checker = lambda images, clip_input, flagged=flagged: (images * 0.5, [flagged] * len(images))
+        expected = plain(pipe, height=SIZE, width=SIZE)
+        (ours,) = draw(kd.install(pipe), [request()])
+        torch.testing.assert_close(ours, expected, rtol=0, atol=ROUNDING)
+        kd.uninstall(pipe)
+
+
 SCHEDULERS = (
     DDIMScheduler,
     EulerDiscreteScheduler,
@@ -311,23 +370,49 @@ def test_all_kinds_of_sdxl_in_one_call_are_the_plain_pipelines_pictures(xl_drawn
         assert (ours - expected[kind]).abs().max() <= 2 / 255, kind
 
 
-def test_base_and_refiner_divide_the_steps():
+@pytest.mark.parametrize("share", [0.5, 0.7])
+@pytest.mark.parametrize("kind", [DDIMScheduler, HeunDiscreteScheduler])
+def test_base_and_refiner_divide_the_steps(kind, share):
     pipe = xl()
+    pipe.scheduler = kind.from_config(pipe.scheduler.config)
     refiner = other(pipe, StableDiffusionXLImg2ImgPipeline)
     size = {"height": SIZE, "width": SIZE}
     call = {"guidance_scale": 4.0, "num_inference_steps": 6, "negative_prompt": NEGATIVE}
     half = pipe(
-        TEXT, generator=torch.Generator().manual_seed(1), output_type="latent", denoising_end=0.5, **call, **size
+        TEXT, generator=torch.Generator().manual_seed(1), output_type="latent", denoising_end=share, **call, **size
     )
     whole = refiner(
-        TEXT, image=half[0], generator=torch.Generator().manual_seed(1), output_type="np", denoising_start=0.5, **call
+        TEXT, image=half[0], generator=torch.Generator().manual_seed(1), output_type="np", denoising_start=share, **call
     )
     kd.install(pipe)
     steps = {"num_inference_steps": 6}
-    (latents,) = draw(pipe, [request()], output_type="latent", denoising_end=0.5, **steps, **size)
+    (latents,) = draw(pipe, [request()], output_type="latent", denoising_end=share, **steps, **size)
     torch.testing.assert_close(latents, half[0][0], rtol=1e-4, atol=1e-5)
-    (ours,) = draw(pipe, [request(image=latents[None])], denoising_start=0.5, **steps)
+    (ours,) = draw(pipe, [request(image=latents[None])], denoising_start=share, **steps)
     torch.testing.assert_close(ours, torch.as_tensor(whole[0][0]), rtol=0, atol=ROUNDING)
+
+
+def test_latents_of_sdxls_autoencoders_may_have_a_mean_and_a_deviation():
+    pipe = xl()
+    pipe.vae.register_to_config(latents_mean=[0.5, -1.0, 0.2, 0.0], latents_std=[2.0, 1.5, 0.5, 3.0])
+    img2img = other(pipe, StableDiffusionXLImg2ImgPipeline)
+    size = {"height": SIZE, "width": SIZE}
+    expected = [plain(pipe, **size), plain(img2img, image=photo(3), strength=0.75)]
+    kd.install(pipe)
+    orders = [request(), request(image=photo(3), strength=0.75)]
+    for one, theirs in zip(orders, expected, strict=True):
+        torch.testing.assert_close(draw(pipe, [one], **size)[0], theirs, rtol=0, atol=ROUNDING)
+
+
+def test_an_autoencoder_that_overflows_in_float16_encodes_and_decodes_in_float32_and_is_float16_again():
+    pipe = kd.install(xl())
+    pipe.vae.register_to_config(force_upcast=True)
+    pipe.vae.to(torch.float16)
+    seen = []
+    for part in (pipe.vae.encoder, pipe.vae.decoder):
+        part.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    draw(pipe, [request(image=photo(3), strength=0.75)])
+    assert seen == [torch.float32] * 2 and pipe.vae.dtype == torch.float16
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
