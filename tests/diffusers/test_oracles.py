@@ -24,6 +24,7 @@ from diffusers import (
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
+    UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
 
@@ -390,6 +391,38 @@ def test_base_and_refiner_divide_the_steps(kind, share):
     torch.testing.assert_close(latents, half[0][0], rtol=1e-4, atol=1e-5)
     (ours,) = draw(pipe, [request(image=latents[None])], denoising_start=share, **steps)
     torch.testing.assert_close(ours, torch.as_tensor(whole[0][0]), rtol=0, atol=ROUNDING)
+
+
+TASKS = (
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLControlNetPipeline,
+)
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_any_tasks_pipeline_draws_requests_of_every_task(drawn, xl_drawn, kind):
+    pipe, nets, orders, _ = xl_drawn if "XL" in kind.__name__ else drawn
+    more = {"controlnet": nets["edges"]} if "ControlNet" in kind.__name__ else {}
+    for name in ("text to image", "image", "mask", "control"):
+        ours, theirs = (draw(one, [orders[name]], controlnets=nets)[0] for one in (other(pipe, kind, **more), pipe))
+        assert torch.equal(ours, theirs), name
+
+
+def test_a_refiner_is_told_aesthetic_scores():
+    pipe = xl(StableDiffusionXLImg2ImgPipeline)
+    config = {**pipe.unet.config, "projection_class_embeddings_input_dim": 40 + tiny.WIDTH}
+    pipe.unet = UNet2DConditionModel.from_config(config).eval()
+    pipe.register_to_config(requires_aesthetics_score=True)
+    more = {"strength": 0.75, "aesthetic_score": 7.0, "negative_aesthetic_score": 1.0}
+    more |= {"original_size": (900, 700), "negative_original_size": (64, 32)}
+    more |= {"crops_coords_top_left": (8, 4), "negative_crops_coords_top_left": (2, 3)}
+    expected = plain(pipe, image=photo(3), **more)
+    (ours,) = draw(kd.install(pipe), [request(image=photo(3), **more)])
+    torch.testing.assert_close(ours, expected, rtol=0, atol=ROUNDING)
 
 
 def test_latents_of_sdxls_autoencoders_may_have_a_mean_and_a_deviation():
