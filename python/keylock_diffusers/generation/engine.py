@@ -369,8 +369,9 @@ class Engine:
     def _stepped(self, row: RowState, prediction: Tensor, latents: Tensor, time: Tensor, step: int) -> Tensor:
         """A row's next latents [1, C, h, w]."""
         scheduler = row.schedule.scheduler
+        kind: Any = type(scheduler)
         extra = {"eta": self.denoiser.options["eta"], "generator": row.generator}
-        extra = {name: value for name, value in extra.items() if name in _accepted(type(scheduler))}
+        extra = {name: value for name, value in extra.items() if name in _accepted(kind)}
         made = scheduler.step(prediction, time, latents, **extra, return_dict=False)[0]
         filling = row.filling
         if filling is None or self.denoiser.fills_in:
