@@ -14,6 +14,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
     LatentConsistencyModelPipeline,
+    LCMScheduler,
     StableDiffusionControlNetImg2ImgPipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
@@ -194,6 +195,29 @@ def test_a_neighbours_kind_changes_no_bit(drawn):
     for neighbour in (orders["latents"], orders["whole mask"], request(image=photo(8), strength=0.5)):
         for ours, theirs in zip(draw(pipe, [*mine, neighbour]), alike[:3], strict=False):
             assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"guidance_rescale": 0.7},
+        {"eta": 1.0},
+        {"timesteps": [900, 500, 300, 10]},
+        {"timesteps": [900, 500, 10], "guidance_rescale": 0.3, "eta": 0.5},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("family", ["SD 1.x", "SDXL"])
+def test_options_of_the_whole_call_are_the_pipelines(family, options):
+    pipe = xl() if family == "SDXL" else sd()
+    pipe.scheduler = (LCMScheduler if "timesteps" in options else DDIMScheduler).from_config(pipe.scheduler.config)
+    if "timesteps" in options:
+        options = {name: value for name, value in options.items() if name != "eta"}
+    size = {"height": SIZE, "width": SIZE}
+    expected = plain(pipe, **size, **options)
+    torch.testing.assert_close(
+        draw(kd.install(pipe), [request()], **size, **options)[0], expected, rtol=0, atol=ROUNDING
+    )
 
 
 SCHEDULERS = (
