@@ -421,6 +421,8 @@ def test_repeated_blocks_share_one_compiled_graph(layers, concept_for):
     graphs = counter.frame_count
     draw(pipe, [order(3), order(4)], **options)
     assert graphs <= 4 and counter.frame_count == graphs, "a graph for every block, or for every user"
+    with pytest.raises(ValueError, match="record must be None where blocks are compiled one by one"):
+        draw(pipe, [order(3)], record=kd.AttentionMaps(["cat"]), **options)
     torch.compiler.reset()
 
 
