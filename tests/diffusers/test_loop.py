@@ -390,8 +390,10 @@ def test_a_lora_schedule_between_steps_reaches_what_is_kept(build_tiny):
 @pytest.mark.parametrize("how", ["in place", "another tensor"])
 def test_weights_that_are_changed_between_steps_are_noticed(build_tiny, how):
     def change(pipe, step, _time, given):
-        if step == 1:
-            for name, module in pipe.unet.named_modules():
+        for name, module in pipe.unet.named_modules():
+            if step == 0 and name.endswith("attn2.to_k"):
+                module.weight = torch.nn.Parameter(module.weight.clone())  # written to as often as the one that follows
+            if step == 1:
                 if name.endswith("attn2.to_k"):
                     if how == "in place":
                         module.weight.data.mul_(1)

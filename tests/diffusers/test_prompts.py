@@ -144,6 +144,9 @@ def test_a_placeholder_at_the_border_begins_the_next_chunk(pipe):
     assert found.spans == ((33, 35, "<alice-cat>"),) and found.words == ((34, "<alice-cat>"),)
     assert found.content == (*range(1, 30), *range(33, 37)) and found.starts == (0, 32)
     assert text.find(pipe.tokenizer, found, "<alice-cat> on") == ((33, 34, 35),)
+    longer = extended(pipe.tokenizer, found, 3)
+    assert longer.content == found.content and longer.starts == (0, 32, 64)
+    assert sorted([*longer.content, *longer.starts, *longer.ending]) == list(range(96))
 
 
 @pytest.mark.parametrize("endings", ["own", "outside", "hidden"])
