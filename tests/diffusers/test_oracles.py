@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import itertools
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UniPCMultistepScheduler,
 )
+from PIL import Image
 
 import keylock_diffusers as kd
 from keylock_diffusers import Control, Request
@@ -37,7 +39,8 @@ from tests.diffusers.drawing import ROUNDING, TEXT, picture
 
 SIZE, STEPS = tiny.SIZE, 4
 NEGATIVE = "a car"
-HALF = tiny.HALF
+# Of other sizes than what is drawn, and the mask with soft edges.
+HALF = tiny.HALF.resize((3 * SIZE, 3 * SIZE), Image.Resampling.BILINEAR)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -73,7 +76,7 @@ def controlnet(width=tiny.WIDTH, seed=0, **more):
     }
     control = ControlNetModel(**{**config, **more}).eval()
     for parameter in control.parameters():  # its output layers start at 0
-        torch.nn.init.normal_(parameter, std=0.05)
+        torch.nn.init.normal_(parameter, std=0.15)
     return control
 
 
@@ -112,7 +115,7 @@ def other(pipe, kind, **more):
 
 def ones(pipe):
     """Per kind of request of Stable Diffusion: the request, and what the plain pipeline of that task draws."""
-    begin, mask, edges, depth = photo(3), HALF, photo(4), photo(5)
+    begin, large, mask, edges, depth = photo(3), photo(3, 40), HALF, photo(4), photo(5)
     nets = {"edges": controlnet(seed=1), "depth": controlnet(seed=2)}
     latents = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(9))
     size = {"height": SIZE, "width": SIZE}
@@ -128,12 +131,12 @@ def ones(pipe):
         "image": (request(image=begin, strength=0.75), lambda: plain(img2img, image=begin, strength=0.75)),
         "weak image": (request(image=begin, strength=0.25), lambda: plain(img2img, image=begin, strength=0.25)),
         "mask": (
-            request(image=begin, mask=mask, strength=0.75),
-            lambda: plain(inpaint, image=begin, mask_image=mask, strength=0.75, **size),
+            request(image=large, mask=mask, strength=0.75),
+            lambda: plain(inpaint, image=large, mask_image=mask, strength=0.75, **size),
         ),
         "whole mask": (
-            request(image=begin, mask=mask, strength=1.0),
-            lambda: plain(inpaint, image=begin, mask_image=mask, strength=1.0, **size),
+            request(image=large, mask=mask, strength=1.0),
+            lambda: plain(inpaint, image=large, mask_image=mask, strength=1.0, **size),
         ),
         "control": (
             request(controls=[Control("edges", edges, scale=0.7, start=0.25, end=0.8)]),
@@ -178,6 +181,13 @@ def test_each_kind_is_the_plain_pipelines_picture(drawn, kind):
     pipe, nets, orders, expected = drawn
     (ours,) = draw(pipe, [orders[kind]], controlnets=nets)
     torch.testing.assert_close(ours, expected[kind], rtol=0, atol=ROUNDING)
+
+
+def test_the_kinds_are_different_pictures(drawn):
+    """Or the comparisons above would compare nothing."""
+    *_, expected = drawn
+    for one, other in itertools.combinations(expected, 2):
+        assert (expected[one] - expected[other]).abs().max() > 4 / 255, (one, other)
 
 
 def test_all_kinds_in_one_call_are_the_plain_pipelines_pictures(drawn):

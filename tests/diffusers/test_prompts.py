@@ -138,6 +138,18 @@ def test_a_concept_beyond_the_tokenizers_length_counts(ready, concept_for):
     assert not torch.allclose(with_it, without, atol=1e-4)
 
 
+def test_a_learned_word_stands_in_its_own_chunk(pipe):
+    words = f"{LONG} and <alice-cat>"
+    prompt = text.tokenize(pipe.tokenizer, words, {"<alice-cat>": "cat"}, chunks=None)
+    learned = {"<alice-cat>": torch.randn(32, generator=torch.Generator().manual_seed(0))}
+    size = pipe.tokenizer.model_max_length
+    with torch.no_grad():
+        plain, own = text.encode(pipe.text_encoder, [prompt] * 2, [{}, learned])
+    position = prompt.words[0][0]
+    assert position > size and torch.equal(own[:position], plain[:position])
+    assert not torch.equal(own[position], plain[position])
+
+
 def test_a_placeholder_at_the_border_begins_the_next_chunk(pipe):
     prompt = "a " * 29 + "<alice-cat> on blue"
     found = text.tokenize(pipe.tokenizer, prompt, {"<alice-cat>": "teddy bear"}, chunks=None)
