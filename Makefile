@@ -10,6 +10,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 RUN ?= $(BIN)/python
 TRITON_TESTS := $(addprefix tests/kernels/test_,rank_one.py localized_attention.py triton_attention.py isolation.py torch.py)
+TEST := $(BIN)/python -m pytest -q -m "not gpu"
 GPU_TEST := KEYLOCK_TEST_DEVICE=cuda CUBLAS_WORKSPACE_CONFIG=:4096:8 PYTHONPATH=.:python $(RUN) -m pytest
 # The test of a whole pipeline on a GPU, where diffusers is installed.
 PIPELINES := "import diffusers, peft; print('tests/diffusers/test_step.py::test_a_captured_cuda_graph_serves_every_user')"
@@ -43,10 +44,16 @@ help:
 demo: $(VENV)/installed
 	$(BIN)/keylock demo
 
+# Two streams side by side, each on a core of its own, so that no test's time is another's threads. Triton's interpreter
+# is a process of its own, since the mode is fixed on import. What the kernels' stream says follows the other's.
 test: $(VENV)/installed-test test-csrc
-	env -u OMP_NUM_THREADS $(BIN)/python -m pytest tests -q -m "not gpu"
-# Triton's kernels, in its interpreter: a process of its own, since the mode is fixed on import.
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TRITON_TESTS) -q -m "not gpu" -k triton
+	@mkdir -p build
+	@export OMP_NUM_THREADS=1; \
+	( TRITON_INTERPRET=1 $(TEST) $(TRITON_TESTS) -k triton && $(TEST) tests/kernels tests/csrc tests/gpu_stub ) \
+	  > build/test-kernels.log 2>&1 & kernels=$$!; \
+	$(TEST) tests/diffusers tests/packaging; pipelines=$$?; \
+	wait $$kernels; kernels=$$?; cat build/test-kernels.log; \
+	exit $$(( pipelines || kernels ))
 
 # The C++ kernels' own tests, under sanitizers. Its errors end the program.
 .PHONY: test-csrc

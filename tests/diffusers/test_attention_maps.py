@@ -253,6 +253,18 @@ def test_starts_ends_image_prompts_and_several_words_together():
             AttentionMaps(wrong)
 
 
+def test_a_picture_that_joins_late_has_maps_of_its_own_steps(ready):
+    photo = Image.fromarray(np.zeros((16, 16, 3), np.uint8))
+    orders = [Request("a cat", seed=1), Request("a cat", seed=2, image=photo, strength=0.7)]
+    for every in (True, False):
+        together, alone = AttentionMaps(["cat"], every_step=every), AttentionMaps(["cat"], every_step=every)
+        draw(ready, orders, record=together, height=16, width=16)
+        draw(ready, orders[1:], record=alone, height=16, width=16)
+        for layer, found in together.images[1].maps["cat"].items():
+            assert len(found) == (2 if every else 1) and len(together.images[0].maps["cat"][layer]) >= len(found)
+            torch.testing.assert_close(found, alone.images[0].maps["cat"][layer], rtol=1e-3, atol=1e-5)
+
+
 def test_a_pipeline_without_our_processors_is_refused(pipe):
     with pytest.raises(RuntimeError, match="cannot personalise"), kd.record_attention(pipe, ["cat"]):
         pass

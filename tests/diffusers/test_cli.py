@@ -14,6 +14,7 @@ import keylock_diffusers as kd
 from keylock_diffusers import cli
 from keylock_diffusers.demo import pictures
 from tests.diffusers.compatibility import image_encoder, save_adapter
+from tests.diffusers.test_oracles import controlnet
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -119,6 +120,31 @@ def test_regions_subjects_and_attention(tiny_model, pipe, capsys, monkeypatch, t
     orders.write_text(json.dumps([{**order, "regions": [{"mask": "left.png", "prompt": "taxi"}]}]))
     error = fail(capsys, monkeypatch, "generate", orders, *options)
     assert "the words 'taxi' of a Region are not in the prompt" in error
+
+
+def test_a_super_class_shows_the_attention_of_its_concepts_placeholders(tiny_model, concept_for, tmp_path):
+    kd.ConceptBank(tmp_path / "bank").add("alice/cat", concept_for(tiny_model))
+    orders = tmp_path / "orders.json"
+    orders.write_text(json.dumps([{"prompt": "<alice-cat> on blue", "concepts": ["alice/cat"], "seed": 1}]))
+    options = ("--bank", tmp_path / "bank", "--output", tmp_path / "drawn", "--steps", 1)
+    run("generate", orders, *options, "--show-attention", "cat")
+    assert Image.open(tmp_path / "drawn" / "attention.png").width > 2 * 160
+
+
+def test_control_images_and_pictures_to_begin_from(tiny_model, capsys, monkeypatch, tmp_path):
+    for name in ("photo.png", "edges.png"):
+        Image.new("RGB", (16, 16), "red").save(tmp_path / name)
+    controlnet().save_pretrained(tmp_path / "net")
+    orders = tmp_path / "orders.json"
+    controls = [{"name": "edges", "image": "edges.png", "scale": 0.5}]
+    orders.write_text(json.dumps([{"prompt": "a cat", "image": "photo.png", "strength": 0.8, "controls": controls}]))
+    options = ("--output", tmp_path / "drawn", "--steps", 2)
+    run("generate", orders, *options, "--controlnet", f"edges={tmp_path / 'net'}")
+    assert Image.open(tmp_path / "drawn" / "000.png").size == (16, 16)
+    error = fail(capsys, monkeypatch, "generate", orders, *options)
+    assert "a ControlNet given to generate (none), got 'edges'" in error
+    error = fail(capsys, monkeypatch, "generate", orders, *options, "--controlnet", "edges")
+    assert "--controlnet must be NAME=FOLDER of a ControlNet, got 'edges'" in error
 
 
 def test_env_reports_the_build(capsys):

@@ -210,6 +210,35 @@ def test_the_cutoff_of_guidance_beside_an_ip_adapter_concepts_and_regions(concep
         assert (draw(pipe, [one], **options)[0] - mixed).abs().max() <= 2 / 255
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_cutoff_of_guidance_in_a_plain_call_with_an_ip_adapter_is_diffusers(masked):
+    pipe = build()
+    images = [[picture(0), picture(1)]]
+    more = {"cross_attention_kwargs": {"ip_adapter_masks": [tiny.masks(2)]}} if masked else {}
+    options = {"ip_adapter_image": images, "height": 16, "width": 16, **more}
+    expected = plain(pipe, callback_on_step_end=SDCFGCutoffCallback(cutoff_step_ratio=0.5), **options)
+    ours = plain(kd.install(pipe), callback_on_step_end=SDCFGCutoffCallback(cutoff_step_ratio=0.5), **options)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=ROUNDING)
+
+
+def test_adapters_that_replace_a_projections_forward_count(build_tiny):
+    """What some loaders of other adapters do, before `install` or after it."""
+
+    def adapt(pipe):
+        random = torch.Generator().manual_seed(0)
+        for name, layer in pipe.unet.named_modules():
+            if name.endswith(("attn2.to_k", "attn2.to_v")):
+                down = torch.randn(4, layer.in_features, generator=random) * 0.2
+                up = torch.randn(layer.out_features, 4, generator=random) * 0.2
+                layer.forward = lambda x, old=layer.forward, down=down, up=up: old(x) + x @ down.T @ up.T
+        return pipe
+
+    expected, bare = plain(adapt(build_tiny())), plain(build_tiny())
+    assert not torch.allclose(expected, bare, atol=1e-3)
+    for pipe in (kd.install(adapt(build_tiny())), adapt(kd.install(build_tiny()))):
+        torch.testing.assert_close(draw(pipe, [order()])[0], expected, rtol=0, atol=ROUNDING)
+
+
 def test_latents_that_a_callback_returns_are_drawn_on_with(pipe):
     def shift(_pipe, step, _time, given):
         return {"latents": given["latents"] * 0.5} if step == 2 else given
@@ -363,8 +392,10 @@ def test_a_lora_schedule_between_steps_reaches_what_is_kept(build_tiny):
 @pytest.mark.parametrize("how", ["in place", "another tensor"])
 def test_weights_that_are_changed_between_steps_are_noticed(build_tiny, how):
     def change(pipe, step, _time, given):
-        if step == 1:
-            for name, module in pipe.unet.named_modules():
+        for name, module in pipe.unet.named_modules():
+            if step == 0 and name.endswith("attn2.to_k"):
+                module.weight = torch.nn.Parameter(module.weight.clone())  # written to as often as the one that follows
+            if step == 1:
                 if name.endswith("attn2.to_k"):
                     if how == "in place":
                         module.weight.data.mul_(1)
@@ -423,6 +454,8 @@ def test_repeated_blocks_share_one_compiled_graph(layers, concept_for):
     graphs = counter.frame_count
     draw(pipe, [order(3), order(4)], **options)
     assert graphs <= 4 and counter.frame_count == graphs, "a graph for every block, or for every user"
+    with pytest.raises(ValueError, match="record must be None where blocks are compiled one by one"):
+        draw(pipe, [order(3)], record=kd.AttentionMaps(["cat"]), **options)
     torch.compiler.reset()
 
 

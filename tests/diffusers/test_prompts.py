@@ -158,12 +158,27 @@ def test_a_concept_beyond_the_tokenizers_length_counts(ready, concept_for):
     assert not torch.allclose(with_it, without, atol=1e-4)
 
 
+def test_a_learned_word_stands_in_its_own_chunk(pipe):
+    words = f"{LONG} and <alice-cat>"
+    prompt = text.tokenize(pipe.tokenizer, words, {"<alice-cat>": "cat"}, chunks=None)
+    learned = {"<alice-cat>": torch.randn(32, generator=torch.Generator().manual_seed(0))}
+    size = pipe.tokenizer.model_max_length
+    with torch.no_grad():
+        plain, own = text.encode(pipe.text_encoder, [prompt] * 2, [{}, learned])
+    position = prompt.words[0][0]
+    assert position > size and torch.equal(own[:position], plain[:position])
+    assert not torch.equal(own[position], plain[position])
+
+
 def test_a_placeholder_at_the_border_begins_the_next_chunk(pipe):
     prompt = "a " * 29 + "<alice-cat> on blue"
     found = text.tokenize(pipe.tokenizer, prompt, {"<alice-cat>": "teddy bear"}, chunks=None)
     assert found.spans == ((33, 35, "<alice-cat>"),) and found.words == ((34, "<alice-cat>"),)
     assert found.content == (*range(1, 30), *range(33, 37)) and found.starts == (0, 32)
     assert text.find(pipe.tokenizer, found, "<alice-cat> on") == ((33, 34, 35),)
+    longer = extended(pipe.tokenizer, found, 3)
+    assert longer.content == found.content and longer.starts == (0, 32, 64)
+    assert sorted([*longer.content, *longer.starts, *longer.ending]) == list(range(96))
 
 
 @pytest.mark.parametrize("endings", ["own", "outside", "hidden"])

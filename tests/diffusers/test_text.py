@@ -1,5 +1,6 @@
 """Prompts: what is encoded is what diffusers encodes, and placeholders never leave a trace."""
 
+import sys
 import threading
 
 import pytest
@@ -111,6 +112,26 @@ def test_another_threads_encoding_does_not_see_the_learned_word(pipe):
     text.encode(pipe.text_encoder, [prompt], [{"<alice-cat>": vector()}])
     handle.remove()
     assert torch.equal(seen[0], plain)
+
+
+def test_a_pipelines_call_in_another_thread_does_not_pad_or_cut_what_is_tokenized(pipe):
+    prompt, stop, interval = "a cat on blue and a dog", threading.Event(), sys.getswitchinterval()
+    expected = text.tokenize(pipe.tokenizer, prompt)
+
+    def call():
+        while not stop.is_set():
+            pipe.tokenizer(["a"], padding="max_length", max_length=4, truncation=True)
+
+    thread = threading.Thread(target=call)
+    try:
+        sys.setswitchinterval(1e-6)
+        thread.start()
+        assert all(text.tokenize(pipe.tokenizer, prompt) == expected for _ in range(2000))
+        assert all(text.as_given(pipe.tokenizer, prompt).ids == expected.ids for _ in range(500))
+    finally:
+        stop.set()
+        thread.join()
+        sys.setswitchinterval(interval)
 
 
 def test_placeholders_may_be_written_in_capitals(pipe):

@@ -37,6 +37,13 @@ class Denoiser(Protocol):
     """
 
     pipe: Any
+    options: Mapping[str, Any]  # keywords of the pipeline's call that a batch shares
+
+    @staticmethod
+    def knows(pipe: Any) -> bool:
+        """Whether a pipeline is of this family."""
+
+    # Where things are.
 
     def layers(self) -> Mapping[str, Any]:
         """The cross-attention layers by name, in the order of a concept's file."""
@@ -49,14 +56,59 @@ class Denoiser(Protocol):
     ) -> AbstractContextManager[dict[str, Any]]:
         """How a batch reaches its layers: the keywords to call the model with, while they are bound."""
 
+    def scaled(self) -> AbstractContextManager[None]:
+        """While it lasts, LoRA weights of the model count as this call wants them to."""
+
+    # Text.
+
     def encoders(self) -> Sequence[Any]:
         """The text encoders."""
+
+    def encoding(self) -> AbstractContextManager[None]:
+        """As `scaled`, of the text encoders."""
+
+    @property
+    def text_width(self) -> int:
+        """Of what cross-attention reads."""
+
+    @property
+    def text_dtype(self) -> torch.dtype:
+        """Of the encodings."""
+
+    @property
+    def pooled_width(self) -> int | None:
+        """Of the pooled encodings that the model is given; None: of none."""
+
+    @property
+    def zeros_without_negative(self) -> bool:
+        """Whether a negative prompt that is not given is encoded as zeros."""
+
+    # One step.
+
+    @property
+    def distilled(self) -> bool:
+        """Whether guidance is an input of the model rather than two calls of it."""
+
+    @property
+    def fills_in(self) -> bool:
+        """Whether the model reads the mask and the masked picture itself."""
+
+    @property
+    def begins_without_noise(self) -> bool:
+        """Whether a picture to begin from is one that another model has left unfinished."""
+
+    @property
+    def frames(self) -> int:
+        """How many rows of the layers one row of latents is."""
 
     def size(self, height: int | None, width: int | None) -> Size:
         """Height and width of what is drawn, in pixels, where a call asks for these."""
 
     def latent_size(self, size: Size) -> Size:
         """Height and width of its latents."""
+
+    def latent_shape(self, size: Size) -> tuple[int, ...]:
+        """Of one row of latents, [C, h, w]."""
 
     def noise(self, size: Size, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
         """A row's noise [1, C, h, w], from its own generator."""

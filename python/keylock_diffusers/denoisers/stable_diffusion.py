@@ -104,6 +104,8 @@ class StableDiffusion:
             held.enter_context(self.scaled())
             held.enter_context(perturbed_attention(self.pipe, "perturbed" in layout.parts, layout.guided))
             if blocks_are_compiled(self.unet, self.layers()):
+                if "readout" in options:
+                    raise ValueError("generate: record must be None where blocks are compiled one by one")
                 held.enter_context(lock_of(self.unet))
                 inputs = held.enter_context(inputs.handed_out(self.layers()))
             yield {"cross_attention_kwargs": {**self.attention_options, **options, "personalization": inputs}}

@@ -8,11 +8,13 @@ encodes exactly as its super-class's prompt does.
 
 from __future__ import annotations
 
+import copy
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -71,8 +73,7 @@ def tokenize(
 
 def as_given(tokenizer: Any, prompt: str) -> TokenizedPrompt:
     """Tokenizes a prompt as pipelines do, in which placeholders are words like others."""
-    tokens = tokenizer(prompt, padding="max_length", max_length=tokenizer.model_max_length, truncation=True)
-    return TokenizedPrompt(tuple(tokens.input_ids), tuple(tokens.attention_mask), ())
+    return pack(tokenizer, units_of(tokenizer, _ids(tokenizer, prompt)), repr(prompt), 1)
 
 
 def converted(pipe: Any, tokenizer: Any, prompt: str) -> str:
@@ -289,4 +290,24 @@ def _learned_words(text_encoder: Any, places: list[tuple[int, int, Tensor]]) -> 
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False).input_ids if text.strip() else []
+    return _own(tokenizer)(text, add_special_tokens=False).input_ids if text.strip() else []
+
+
+_OWN: WeakKeyDictionary[Any, tuple[int, Any]] = WeakKeyDictionary()
+_OWN_LOCK = threading.Lock()
+
+
+def _own(tokenizer: Any) -> Any:
+    """A copy of a tokenizer for this module alone.
+
+    Padding and truncation are a state that all callers of a fast tokenizer share: a pipeline's own call in another
+    thread, which pads and cuts, would pad or cut what is tokenized here.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        return tokenizer
+    with _OWN_LOCK:
+        size, own = _OWN.get(tokenizer, (0, None))
+        if own is None or size != len(tokenizer):  # textual inversion adds words
+            size, own = len(tokenizer), copy.deepcopy(tokenizer)
+            _OWN[tokenizer] = size, own
+        return own

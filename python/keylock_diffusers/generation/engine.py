@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ class Engine:
         self.settings = settings
         self.denoiser = denoiser_of(self.pipe, settings.options)
         verify(pipe)
-        given = settings.options.get("timesteps") or settings.options.get("sigmas")
+        given = next((own for name in ("timesteps", "sigmas") if (own := settings.options.get(name)) is not None), None)
         self.planner = Planner(
             self.denoiser,
             settings.bank,
@@ -147,6 +148,8 @@ class Engine:
             for row in batch.rows:
                 held.enter_context(row.untouched_by_failure())
             joined = [row.first <= batch.position for row in batch.rows]
+            if batch.readout is not None:
+                batch.readout.at_step(joined)
             inputs = [
                 row.schedule.scheduler.scale_model_input(latents, time) if there else latents
                 for row, latents, time, there in zip(batch.rows, batch.latents.split(1), times, joined, strict=True)
@@ -159,6 +162,8 @@ class Engine:
                 )
             ]
             made = torch.cat(latents)
+            if batch.readout is not None:
+                batch.readout.commit()
         batch.latents = made
         batch.position += 1
 
@@ -364,9 +369,9 @@ class Engine:
     def _stepped(self, row: RowState, prediction: Tensor, latents: Tensor, time: Tensor, step: int) -> Tensor:
         """A row's next latents [1, C, h, w]."""
         scheduler = row.schedule.scheduler
-        accepted = inspect.signature(scheduler.step).parameters
+        kind: Any = type(scheduler)
         extra = {"eta": self.denoiser.options["eta"], "generator": row.generator}
-        extra = {name: value for name, value in extra.items() if name in accepted}
+        extra = {name: value for name, value in extra.items() if name in _accepted(kind)}
         made = scheduler.step(prediction, time, latents, **extra, return_dict=False)[0]
         filling = row.filling
         if filling is None or self.denoiser.fills_in:
@@ -375,6 +380,12 @@ class Engine:
         if step + 1 < row.steps:
             kept = scheduler.add_noise(kept, filling.noise, row.schedule.times[step + 1 : step + 2])
         return (1 - filling.mask) * kept + filling.mask * made
+
+
+@cache
+def _accepted(scheduler: Hashable) -> frozenset[str]:
+    """What the step of a class of schedulers takes."""
+    return frozenset(inspect.signature(scheduler.step).parameters)  # type: ignore[attr-defined]
 
 
 def seed_noise(scheduler: Any, generator: torch.Generator) -> None:

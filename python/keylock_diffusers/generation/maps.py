@@ -192,8 +192,14 @@ class BatchReadout:
                 self._own[row, place] = position
                 self._words[row, place, word] = 1
         self._sums: dict[str, list[Tensor]] = {}  # [B, N, words]: of every step, or of all together
-        self.steps = 0
+        self._read: dict[str, Tensor] = {}  # in the step at hand
+        self._live = torch.ones(len(places), 1, 1, dtype=torch.bool)  # the pictures that are drawn in this step
+        self.steps = [0] * len(places)  # of each picture
         self.lay_out(("cond",))
+
+    def at_step(self, live: Sequence[bool]) -> None:
+        """Which pictures are drawn in the step that comes; those that join later leave no maps of it."""
+        self._live = torch.tensor(live).view(-1, 1, 1).to(self._words.device)
 
     def lay_out(self, parts: Sequence[str]) -> BatchReadout:
         """Takes the conditional rows of a row layout."""
@@ -216,33 +222,43 @@ class BatchReadout:
 
     def receive(self, layer: str, read: Tensor) -> None:  # [B, H, N, M]
         """See `keylock_diffusers.processors.Readout`."""
-        self._words = self._words.to(read.device)
         maps = read[self._rows].detach().float().mean(1) @ self._words  # [B, N, words]: all of a word's tokens together
-        held = self._sums.setdefault(layer, [])
-        if held and not self._owner.every_step:
-            held[0] += maps
-        else:
-            held.append(maps)
-        if layer == next(iter(self._sums)):
-            self.steps += 1
+        self._read[layer] = torch.where(self._live, maps, 0)
+
+    def commit(self) -> None:
+        """Keeps what a step has read, once it has not failed."""
+        for layer, maps in self._read.items():
+            held = self._sums.setdefault(layer, [])
+            if held and not self._owner.every_step:
+                held[0] = held[0] + maps
+            else:
+                held.append(maps)
+        if self._read:
+            self.steps = [steps + bool(live) for steps, live in zip(self.steps, self._live.flatten(), strict=True)]
+        self._read = {}
 
     def to(self, device: torch.device) -> BatchReadout:
         """Moves what the layers are given to their device."""
         self._own, self._tokens, self._words = (t.to(device) for t in (self._own, self._tokens, self._words))
+        self._live = self._live.to(device)
         return self
 
     def picture(self, row: int, prompt: str) -> WordMaps:
         """The maps of one picture."""
-        scale = 1.0 if self._owner.every_step else 1 / max(self.steps, 1)
+        self.commit()
+        every, count = self._owner.every_step, max(self.steps[row], 1)
+
+        def mapped(layer: str, word: int) -> Tensor:  # [S, h, w]
+            own = [maps[row, :, word] for maps in self._sums[layer]]
+            stacked = torch.stack(own[-count:]) if every else torch.stack(own) / count
+            return stacked.view(-1, *self._sizes[layer]).cpu()
+
         return WordMaps(
             prompt,
             {
-                word: {
-                    layer: (torch.stack([m[row, :, n] for m in sums]) * scale).view(-1, *self._sizes[layer]).cpu()
-                    for layer, sums in self._sums.items()
-                }
-                for n, word in enumerate(self._owner.named)
-                if any(place == n for place, _ in self._places[row])
+                word: {layer: mapped(layer, number) for layer in self._sums}
+                for number, word in enumerate(self._owner.named)
+                if any(place == number for place, _ in self._places[row])
             },
         )
 
@@ -347,11 +363,14 @@ class _PlainCalls:
             prompts = [[text.as_given(tokenizer, text.converted(self._pipe, tokenizer, p))] for p in self._prompts]
             self._batch = self._maps.readout(unet_of(self._pipe), prompts, tokenizer, tuple(sample.shape[-2:]))
             self._batch.lay_out(("uncond", "cond") if self._guided else ("cond",)).to(sample.device)
+        self._batch.commit()  # of the step before
         return args, {**kwargs, "cross_attention_kwargs": {**options, "readout": self._batch}}
 
     def finish(self) -> None:
         """Keeps the last call's maps, unless it was broken off."""
-        if self._batch is not None and self._batch.steps >= getattr(self._pipe, "num_timesteps", 0):
+        if self._batch is not None:
+            self._batch.commit()
+        if self._batch is not None and min(self._batch.steps) >= getattr(self._pipe, "num_timesteps", 0):
             self._maps.images += [self._batch.picture(row, prompt) for row, prompt in enumerate(self._prompts)]
         self._prompts, self._batch = [], None
 

@@ -54,6 +54,8 @@ def adapter_streams(
     """
     rows, pixels, _ = query.shape
     states = [state[:, None] if state.ndim == 3 else state for state in states]
+    if rows == 1:
+        states = [_halves_together(state) for state in states]
     for index, state in enumerate(states):
         if len(state) != rows:
             raise ValueError(
@@ -86,6 +88,18 @@ def adapter_streams(
         weight = torch.cat([torch.full((rows, 1), numbers[0], **kind) for numbers, _ in weights], 1)
     joined = [parts[0] if len(parts) == 1 else torch.cat(parts, 1) for parts in (keys, values)]
     return ImageStreams(joined[0], joined[1], tuple(lengths), weight)
+
+
+def _halves_together(state: Tensor) -> Tensor:  # [2, n, T, D] -> [1, n, 2T, D]
+    """Image tokens of both halves of guidance for one row, as where a callback has cut guidance off.
+
+    diffusers' cutoff callbacks leave the image tokens as they are, and its processors then read those of both halves
+    under one softmax.
+    """
+    if len(state) != 2:
+        return state
+    _, images, _, width = state.shape
+    return state.transpose(0, 1).reshape(1, images, -1, width)
 
 
 def _per_pixel(

@@ -76,6 +76,7 @@ def is_plain_linear(projection: Any) -> TypeGuard[nn.Linear]:
     """Whether a projection's weight may be used directly: no adapter, quantisation, hook or offloading on it."""
     return (
         type(projection) is nn.Linear
+        and "forward" not in vars(projection)  # some adapters replace it on the layer itself
         and type(projection.weight) in (Tensor, nn.Parameter)  # torchao and DTensor keep nn.Linear
         and projection.weight.device.type != "meta"
         and projection.weight.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
