@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounter
 
 import keylock_diffusers as kd
 from keylock_diffusers import ImagePrompt, Region, Request, Use
+from keylock_diffusers.denoisers.unet import cross_attention_layers
 from keylock_diffusers.generation.batch import Picture
 from keylock_diffusers.generation.engine import Engine, Settings
 from keylock_diffusers.routing import edits
@@ -292,11 +293,13 @@ def test_a_callback_stops_the_whole_call(ready):
         pipe._interrupt = step >= 2
         return given
 
-    calls = []
+    calls, encoded = [], []
     ready.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    ready.text_encoder.register_forward_pre_hook(lambda *_: encoded.append(1))
     maps = kd.AttentionMaps(["cat"])
     drawn = draw(ready, [order(n) for n in range(3)], max_batch=1, callback_on_step_end=stop, record=maps)
     assert len(calls) == 3 and drawn[1:] == [None, None] and not maps.images
+    assert len(encoded) == 1, "the batches that follow were encoded"
 
 
 # Noise
@@ -410,6 +413,19 @@ def test_weights_that_are_changed_between_steps_are_noticed(build_tiny, how):
     torch.testing.assert_close(ours, expected, rtol=0, atol=ROUNDING)
 
 
+def test_what_is_made_again_between_steps_is_that_of_the_step_at_hand(ready, concept_for):
+    def touch(pipe, _step, _time, given):
+        for name, module in pipe.unet.named_modules():
+            if name.endswith("attn2.to_k"):
+                module.weight.mul_(1)  # counts as written to
+        return given
+
+    late = Request("<alice-cat> on blue", concepts=[concept_for(ready)], subject_start=0.4, seed=1)
+    with torch.no_grad():
+        touched, bare = (draw(ready, [late], callback_on_step_end=callback)[0] for callback in (touch, None))
+    assert torch.equal(touched, bare)
+
+
 def test_overlapping_calls_have_lora_scales_of_their_own(build_tiny):
     pipe = kd.install(with_lora(build_tiny()))
     scales = (0.3, None, 1.7)
@@ -451,6 +467,7 @@ def test_repeated_blocks_share_one_compiled_graph(layers, concept_for):
     pipe.unet.compile_repeated_blocks(backend=counter, fullgraph=True)
     for ours, theirs in zip(draw(pipe, orders, **options), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=ROUNDING)
+    assert all(attn.processor.kept is None for attn in cross_attention_layers(pipe.unet).values())
     graphs = counter.frame_count
     draw(pipe, [order(3), order(4)], **options)
     assert graphs <= 4 and counter.frame_count == graphs, "a graph for every block, or for every user"

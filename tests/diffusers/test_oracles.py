@@ -293,12 +293,12 @@ def test_rows_of_different_strength_join_at_their_own_step_with_a_history_of_the
     steps = {"num_inference_steps": 6}
     expected = [plain(pipe, height=SIZE, width=SIZE, **steps)]
     expected += [plain(img2img, seed=n, image=photo(n), strength=s, **steps) for n, s in ((2, 0.8), (3, 0.5), (4, 0.2))]
-    filled = {"image": photo(5), "strength": 0.7}
-    expected.append(plain(inpaint, seed=5, mask_image=HALF, height=SIZE, width=SIZE, **filled, **steps))
+    filled = [{"image": photo(5), "strength": strength} for strength in (0.7, 1.0)]
+    expected += [plain(inpaint, seed=5, mask_image=HALF, height=SIZE, width=SIZE, **one, **steps) for one in filled]
     kd.install(pipe)
     orders = [request()]
     orders += [request(seed=n, image=photo(n), strength=s) for n, s in ((2, 0.8), (3, 0.5), (4, 0.2))]
-    orders.append(request(seed=5, mask=HALF, **filled))
+    orders += [request(seed=5, mask=HALF, **one) for one in filled]
     together = draw(pipe, orders, **steps)
     for order, mixed, theirs in zip(orders, together, expected, strict=True):
         torch.testing.assert_close(draw(pipe, [order], **steps)[0], theirs, rtol=0, atol=ROUNDING)

@@ -42,6 +42,8 @@ def order(prompt, seed=1, **more):
         ("( a : 1.5 )", [(" a ", 1.5)]),
         (r"\(a\) \[b\]", [("(a) [b]", 1)]),
         ("a) b] (c [d", [("a) b] (c [d", 1)]),
+        ("(a] b)", [("a] b", 1.1)]),
+        ("a:1.5) b", [("a:1.5) b", 1)]),
         ("at 12:30 (x:y)", [("at 12:30 ", 1), ("x:y", 1.1)]),
         ("(a:1.2)(b:1.2)", [("ab", 1.2)]),
         ("(<alice-cat>:1.3) on blue", [("<alice-cat>", 1.3), (" on blue", 1)]),
@@ -70,6 +72,13 @@ def test_weighted_tokens_are_multiplied_and_the_mean_stays(pipe):
     both = text.encode(pipe.text_encoder, [prompt, bare])
     torch.testing.assert_close(both[0], expected, rtol=1e-5, atol=1e-6)
     assert torch.equal(both[1], plain), "a neighbour's weights changed a row"
+
+
+def test_every_token_of_a_super_class_has_the_weight_of_its_placeholder(pipe):
+    parts = weighted("a (<teddy>:1.5) on blue")
+    prompt = text.tokenize(pipe.tokenizer, parts, {"<teddy>": "teddy bear"}, chunks=None)
+    assert prompt.weights == (1, 1, 1.5, 1.5, *[1] * 28)
+    assert extended(pipe.tokenizer, prompt, 2).weights == (*prompt.weights, *[1] * 32)
 
 
 def test_a_prompt_whose_weights_are_one_is_the_plain_prompt(ready):

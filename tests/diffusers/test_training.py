@@ -11,6 +11,7 @@ from keylock_diffusers.concepts import BaseModel, Concept, TextEncoderInfo
 from keylock_diffusers.denoisers.unet import cross_attention_layers
 from keylock_diffusers.embedded.captions import default_captions
 from keylock_diffusers.encoding import text
+from keylock_diffusers.masks import soft_mask
 from keylock_diffusers.processors.projection import project_vectors
 from keylock_diffusers.routing.personalization import Personalization
 from keylock_diffusers.routing.rows import ConceptUse, Row
@@ -314,6 +315,10 @@ def test_pictures_are_turned_as_the_camera_noted_and_transparency_is_white():
     picture.getexif()[0x0112] = 6  # turned by a quarter
     assert upright(picture).size == (2, 4)
     assert upright(picture).getpixel((0, 0)) == (255, 255, 255)
+    mask = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
+    turned = mask.copy()
+    turned.getexif()[0x0112] = 6
+    assert torch.equal(soft_mask(turned, (4, 4)), soft_mask(mask.transpose(Image.Transpose.ROTATE_270), (4, 4)))
 
 
 def test_the_pipeline_is_as_before(pipe, metric):

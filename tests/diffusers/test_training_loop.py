@@ -115,6 +115,9 @@ def test_a_run_is_written_every_so_many_steps_and_at_its_end_and_goes_on_after_t
     assert ended.done == [10, 11, 12], "steps went on where nothing was left to learn"
     with pytest.raises(ValueError, match="of another run"):
         loop.run(Counted(), loop.Run(20, path, "another", progress=False))
+    path.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="^checkpoint .*run.safetensors"):
+        loop.run(Counted(), loop.Run(20, path, "mine", progress=False))
     loop.run(Counted(), loop.Run(2, tmp_path / "other.safetensors", writes=False, progress=False))
     assert not (tmp_path / "other.safetensors").exists()
 
