@@ -321,6 +321,11 @@ def test_pictures_are_turned_as_the_camera_noted_and_transparency_is_white():
     assert torch.equal(soft_mask(turned, (4, 4)), soft_mask(mask.transpose(Image.Transpose.ROTATE_270), (4, 4)))
 
 
+def test_a_masks_weights_are_one_where_the_subject_is_surest():
+    mask = Image.fromarray(np.repeat([[100] * 16 + [50] * 16], 32, 0).astype(np.uint8))
+    assert soft_mask(mask, (4, 4)).tolist() == [[[1.0, 1.0, 0.5, 0.5]] * 4]
+
+
 def test_the_pipeline_is_as_before(pipe, metric):
     pipe.unet.train()
     before = dict(pipe.unet.attn_processors)
