@@ -72,6 +72,20 @@ def test_every_step_belongs_to_one_of_two_adjoining_schedules(total):
             assert before.active(step, total) + after.active(step, total) == (0 if through else 1)
 
 
+@pytest.mark.parametrize(
+    ("row", "scheduled"),
+    [
+        (Row(), False),
+        (Row(images=(ImageUse(random(4, WIDTH)),)), False),
+        (Row(images=(ImageUse(random(4, WIDTH), start=0.2),)), True),
+        (Row(images=(ImageUse(random(4, WIDTH), end=0.8),)), True),
+        (Row(start=0.5), True),
+    ],
+)
+def test_it_says_whether_anything_changes_between_steps(row, scheduled):
+    assert kd.Personalization([Row(), row]).scheduled == scheduled
+
+
 def test_buffers_stay_where_they_are_for_other_users(two):
     personalization, call = step(two, rows=3, image_lengths=[[4, 4], [16]])
 
