@@ -9,6 +9,7 @@ import keylock_diffusers as kd
 from keylock_diffusers import ImagePrompt, Request
 from keylock_diffusers.routing.rows import ImageUse
 from tests.diffusers.compatibility import SIZE, STEPS, WIDTH, Feature, make, masks
+from tests.diffusers.drawing import ROUNDING
 
 FAMILIES = ("SD 1.x", "SDXL")
 ROOM = [[4, 4], [16]]
@@ -66,7 +67,7 @@ def test_other_users_never_recompile_a_step(pipe, concept_for):
     pipe.unet = torch.compile(plain, backend=counter, fullgraph=True)
     for orders, pictures in zip(batches, expected, strict=True):
         for ours, theirs in zip(draw(pipe, orders), pictures, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=0, atol=1 / 255 / 8)
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=ROUNDING)
         assert counter.frame_count == 1, "a step was compiled again"
 
 
@@ -94,7 +95,7 @@ def test_other_users_regions_never_recompile_a_step(pipe, concept_for):
     pipe.unet = torch.compile(pipe.unet, backend=counter, fullgraph=True)
     for ours, theirs in zip(draw_all(), expected, strict=True):
         for a, b in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), rtol=0, atol=1 / 255 / 8)
+            torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), rtol=0, atol=ROUNDING)
     assert counter.frame_count == 1, "a step was compiled again"
 
 
@@ -119,7 +120,7 @@ def test_a_default_device_does_not_break_the_graph(pipe, concept_for):
     finally:
         torch.set_default_device(None)
     for a, b in zip(ours, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1 / 255 / 8)
+        torch.testing.assert_close(a, b, rtol=0, atol=ROUNDING)
 
 
 def test_the_compiled_code_computes_the_same(pipe, concept_for):
@@ -139,7 +140,7 @@ def test_the_plain_api_compiles_without_a_graph_break():
     expected = call()
     counter = CompileCounter()
     pipe.unet = torch.compile(pipe.unet, backend=counter, fullgraph=True)
-    torch.testing.assert_close(call(), expected, rtol=0, atol=1 / 255 / 8)
+    torch.testing.assert_close(call(), expected, rtol=0, atol=ROUNDING)
     assert counter.frame_count == 1
     torch.compiler.reset()
 
