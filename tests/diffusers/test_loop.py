@@ -308,6 +308,11 @@ def test_every_scheduler_that_draws_noise_is_among_them():
     assert found - OTHERS - tested == set()
 
 
+# What latents of a batch may differ by from those drawn alone, of the largest: they are no grey levels, and no float64
+# measures them, whose noise the pipelines draw otherwise.
+LATENTS = 1e-3
+
+
 @pytest.mark.parametrize(("name", "changes"), schedulers())
 def test_noise_comes_from_each_rows_own_generator(ready, name, changes):
     changes = dict(changes)
@@ -322,7 +327,8 @@ def test_noise_comes_from_each_rows_own_generator(ready, name, changes):
     assert torch.equal(one, again), "the same seed drew another picture"
     first, second = draw(ready, [order(9), order(5)], **options)
     scale = float(one.abs().max())
-    assert (second - one).abs().max() <= 1e-3 * scale and not torch.allclose(first, second, atol=1e-2 * scale)
+    assert (second - one).abs().max() <= LATENTS * scale
+    assert ((first - second).abs() > 10 * LATENTS * scale + 1e-5 * second.abs()).any()
     swapped = draw(ready, [order(5), order(9)], **options)
     assert torch.equal(swapped[0], second) and torch.equal(swapped[1], first)
 

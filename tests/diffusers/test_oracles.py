@@ -1,5 +1,6 @@
 """Every kind of request against the plain pipeline's own call, listed by class; alone, and in mixed batches."""
 
+import copy
 import dataclasses
 import inspect
 
@@ -33,7 +34,8 @@ from keylock_diffusers import Control, Request
 from keylock_diffusers.denoisers.families import FAMILIES
 from keylock_diffusers.generation.generate import _PER_REQUEST
 from tests.diffusers import compatibility as tiny
-from tests.diffusers.drawing import APART, COMPANY, ROUNDING, TEXT, picture
+from tests.diffusers.accuracy import assert_as_accurate
+from tests.diffusers.drawing import APART, COMPANY, ROUNDING, TEXT, picture, random
 
 SIZE, STEPS = tiny.SIZE, 4
 NEGATIVE = "a car"
@@ -346,10 +348,13 @@ def test_base_and_refiner_divide_the_steps():
     whole = refiner(
         TEXT, image=half[0], generator=torch.Generator().manual_seed(1), output_type="np", denoising_start=0.5, **call
     )
+    noise = random(1, 4, SIZE // 2, SIZE // 2, seed=1).double()
+    wide = copy.deepcopy(pipe).to(torch.float64)
+    exact = wide(TEXT, latents=noise, output_type="latent", denoising_end=0.5, **call, **size)[0][0]
     kd.install(pipe)
     steps = {"num_inference_steps": 6}
     (latents,) = draw(pipe, [request()], output_type="latent", denoising_end=0.5, **steps, **size)
-    torch.testing.assert_close(latents, half[0][0], rtol=1e-4, atol=1e-5)
+    assert_as_accurate(latents, half[0][0], exact)
     (ours,) = draw(pipe, [request(image=latents[None])], denoising_start=0.5, **steps)
     torch.testing.assert_close(ours, torch.as_tensor(whole[0][0]), rtol=0, atol=ROUNDING)
 
