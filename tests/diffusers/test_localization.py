@@ -69,9 +69,9 @@ def test_it_equals_the_loss_on_stored_maps_with_gradients(model, form, chosen, s
     model(latents, 10, text, cross_attention_kwargs={"readout": collected})
     found = localization_loss(collected, per_row=True)
     # Masks and the loss are computed in float32 whatever the model's type.
-    assert_as_accurate(found, single.float(), expected)
+    assert_as_accurate(found, single, expected)
     (ours,) = torch.autograd.grad(localization_loss(collected), text)
-    assert_as_accurate(ours, single_gradient.float(), gradient)
+    assert_as_accurate(ours, single_gradient.float(), gradient, largest=False)
     assert found[2] == 0 and torch.equal(localization_loss(collected), found.mean())
 
 

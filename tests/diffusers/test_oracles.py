@@ -354,7 +354,7 @@ def test_base_and_refiner_divide_the_steps():
     kd.install(pipe)
     steps = {"num_inference_steps": 6}
     (latents,) = draw(pipe, [request()], output_type="latent", denoising_end=0.5, **steps, **size)
-    assert_as_accurate(latents, half[0][0], exact)
+    assert_as_accurate(latents, half[0][0], exact, largest=False)
     (ours,) = draw(pipe, [request(image=latents[None])], denoising_start=0.5, **steps)
     torch.testing.assert_close(ours, torch.as_tensor(whole[0][0]), rtol=0, atol=ROUNDING)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -26,8 +27,7 @@ from keylock_diffusers.training import (
     train_subject_fusion,
 )
 from keylock_diffusers.training.localization import FORMS
-from tests.diffusers import losses
-from tests.diffusers.accuracy import assert_as_accurate
+from tests.diffusers import accuracy, losses
 from tests.diffusers.compatibility import WIDTH
 from tests.diffusers.drawing import build, picture, random
 from tests.diffusers.losses import (
@@ -42,6 +42,7 @@ from tests.diffusers.losses import (
     fusion_loss,
 )
 
+assert_as_accurate = functools.partial(accuracy.assert_as_accurate, largest=False)
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 ROOT = random(WIDTH, 64, seed=3).double()
 METRIC = Covariance(ROOT @ ROOT.T / 64, {"captions": 0})
