@@ -29,6 +29,15 @@ ATTENTION_SIZES = ((13, 7, 3, 5), (64, 77, 2, 40))[: 1 if INTERPRETED else 2]
 REPEATED_SIZES = ATTENTION_SIZES[-1]
 
 
+@pytest.fixture(autouse=True)
+def two_threads():
+    """Whatever OMP_NUM_THREADS says: with one thread there is no order of theirs to depend on."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if INTERPRETED else 2)
+    yield
+    torch.set_num_threads(before)
+
+
 def rank_one_rows(sizes, gate, dtype):
     """Each row has two updates of its own, and one slot that is -1."""
     inputs = rank_one_inputs(ROWS, *sizes, 2 * ROWS, 3, gate=gate, dtype=dtype)
