@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from keylock_diffusers.denoisers.unet import cross_attention_layers
@@ -150,6 +151,18 @@ def test_the_same_concept_twice_is_an_error_that_names_it(pipe, concept_for):
 def test_what_is_no_row_is_refused(rows, message):
     with pytest.raises(TypeError, match=message):
         Personalization(rows)
+
+
+def test_a_layer_that_normalises_its_text_takes_no_concepts():
+    torch.manual_seed(0)
+    attn = Attention(32, 32, heads=4, dim_head=8, cross_attention_norm="layer_norm")
+    text, other = (torch.randn(2, 5, 32) for _ in range(2))
+    key, value = keys_and_values(attn, "mid", (other, text), lambda _: None)
+    torch.testing.assert_close(key, attn.to_k(attn.norm_cross(other)))
+    torch.testing.assert_close(value, attn.to_v(attn.norm_cross(text)))
+    nothing = RowUpdates(torch.zeros(2, 32), torch.full((2, 2), -1, dtype=torch.int32), torch.zeros(2, 5, 2))
+    with pytest.raises(ValueError, match="mid: concepts are not defined for a layer that normalises its text"):
+        keys_and_values(attn, "mid", (other, text), lambda _: nothing)
 
 
 def test_prepare_refuses_other_row_counts(pipe):

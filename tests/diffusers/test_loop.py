@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounter
 
 import keylock_diffusers as kd
 from keylock_diffusers import ImagePrompt, Region, Request, Use
+from keylock_diffusers.denoisers.unet import cross_attention_layers
 from keylock_diffusers.generation.batch import Picture
 from keylock_diffusers.generation.engine import Engine, Settings
 from keylock_diffusers.routing import edits
@@ -71,6 +72,7 @@ def test_a_step_that_fails_leaves_the_batch_as_it_was(ready, kind, where):
     held = batch.latents
 
     def fail(*_args, **_kwargs):
+        batch.rows[1].schedule.scheduler.half_done = True
         raise MemoryError("no room")
 
     if where == "denoiser":
@@ -81,6 +83,7 @@ def test_a_step_that_fails_leaves_the_batch_as_it_was(ready, kind, where):
     with pytest.raises(MemoryError):
         engine.step(batch)
     assert batch.latents is held and batch.position == 1
+    assert not hasattr(batch.rows[1].schedule.scheduler, "half_done")
     handle.remove() if where == "denoiser" else vars(scheduler).pop("step")
     for ours, theirs in zip(engine.draw(batch), expected, strict=True):
         assert torch.equal(ours, theirs)
@@ -152,8 +155,8 @@ def test_how_concepts_combine_is_solved_once_for_each_set_of_them(ready, concept
 def test_a_callback_meets_a_number_and_sets_one(pipe, recipe):
     seen = []
 
-    def callback(pipe, step, _time, given):
-        seen.append(float(pipe.guidance_scale))
+    def callback(pipe, step, time, given):
+        seen.append((step, float(time), float(pipe.guidance_scale)))
         if recipe == "decay":
             pipe._guidance_scale = pipe.guidance_scale * 0.9
         elif recipe == "lower":
@@ -290,11 +293,13 @@ def test_a_callback_stops_the_whole_call(ready):
         pipe._interrupt = step >= 2
         return given
 
-    calls = []
+    calls, encoded = [], []
     ready.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    ready.text_encoder.register_forward_pre_hook(lambda *_: encoded.append(1))
     maps = kd.AttentionMaps(["cat"])
     drawn = draw(ready, [order(n) for n in range(3)], max_batch=1, callback_on_step_end=stop, record=maps)
     assert len(calls) == 3 and drawn[1:] == [None, None] and not maps.images
+    assert len(encoded) == 1, "the batches that follow were encoded"
 
 
 # Noise
@@ -414,6 +419,19 @@ def test_weights_that_are_changed_between_steps_are_noticed(build_tiny, how):
     torch.testing.assert_close(ours, expected, rtol=0, atol=ROUNDING)
 
 
+def test_what_is_made_again_between_steps_is_that_of_the_step_at_hand(ready, concept_for):
+    def touch(pipe, _step, _time, given):
+        for name, module in pipe.unet.named_modules():
+            if name.endswith("attn2.to_k"):
+                module.weight.mul_(1)  # counts as written to
+        return given
+
+    late = Request("<alice-cat> on blue", concepts=[concept_for(ready)], subject_start=0.4, seed=1)
+    with torch.no_grad():
+        touched, bare = (draw(ready, [late], callback_on_step_end=callback)[0] for callback in (touch, None))
+    assert torch.equal(touched, bare)
+
+
 def test_overlapping_calls_have_lora_scales_of_their_own(build_tiny):
     pipe = kd.install(with_lora(build_tiny()))
     scales = (0.3, None, 1.7)
@@ -455,6 +473,7 @@ def test_repeated_blocks_share_one_compiled_graph(layers, concept_for):
     pipe.unet.compile_repeated_blocks(backend=counter, fullgraph=True)
     for ours, theirs in zip(draw(pipe, orders, **options), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=ROUNDING)
+    assert all(attn.processor.kept is None for attn in cross_attention_layers(pipe.unet).values())
     graphs = counter.frame_count
     draw(pipe, [order(3), order(4)], **options)
     assert graphs <= 4 and counter.frame_count == graphs, "a graph for every block, or for every user"
@@ -463,10 +482,20 @@ def test_repeated_blocks_share_one_compiled_graph(layers, concept_for):
     torch.compiler.reset()
 
 
-def test_callbacks_of_diffusers_that_set_the_adapters_scale():
+def halving(pipe, step, _time, given):
+    pipe.set_ip_adapter_scale(0.8 * 0.5 ** (step + 1))
+    return given
+
+
+def blinking(pipe, step, _time, given):
+    pipe.set_ip_adapter_scale(0.8 * (step % 2))
+    return given
+
+
+@pytest.mark.parametrize("callback", [IPAdapterScaleCutoffCallback(cutoff_step_ratio=0.5), halving, blinking])
+def test_callbacks_that_set_the_adapters_scale(callback):
     pipe = build()
     pipe.set_ip_adapter_scale(0.8)
-    callback = IPAdapterScaleCutoffCallback(cutoff_step_ratio=0.5)
     image, options = picture(0), {"height": 16, "width": 16}
     expected = plain(pipe, callback_on_step_end=callback, ip_adapter_image=image, **options)
     kd.install(pipe).set_ip_adapter_scale(0.8)
@@ -474,3 +503,39 @@ def test_callbacks_of_diffusers_that_set_the_adapters_scale():
     (ours,) = draw(pipe, [order(image_prompts=prompts)], callback_on_step_end=callback, **options)
     torch.testing.assert_close(ours, expected, rtol=0, atol=ROUNDING)
     assert np.isfinite(ours.numpy()).all()
+    # Each batch begins anew.
+    pipe.set_ip_adapter_scale(0.8)
+    orders = [order(image_prompts=prompts)] * 2
+    for again in draw(pipe, orders, callback_on_step_end=callback, max_batch=1, **options):
+        assert torch.equal(again, ours)
+
+
+def test_a_cutoff_of_an_adapter_whose_scale_differs_by_block():
+    pipe = build()
+    block = next(n for n, kind in enumerate(pipe.unet.config.up_block_types) if "Cross" in kind)
+    scale = {"up": {f"block_{block}": [0.0, 0.7, 0.3][: pipe.unet.config.layers_per_block + 1]}}
+    pipe.set_ip_adapter_scale(scale)
+    callback = IPAdapterScaleCutoffCallback(cutoff_step_ratio=0.5)
+    image, options = picture(0), {"height": 16, "width": 16}
+    expected = plain(pipe, callback_on_step_end=callback, ip_adapter_image=image, **options)
+    kd.install(pipe).set_ip_adapter_scale(scale)
+    orders = [order(image_prompts=[ImagePrompt(image, scale=scale)])] * 2
+    for ours in draw(pipe, orders, callback_on_step_end=callback, max_batch=1, **options):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=ROUNDING)
+
+
+def test_an_adapter_that_was_switched_off_stays_off_after_the_cutoff_of_guidance():
+    cutoff = SDCFGCutoffCallback(cutoff_step_ratio=0.5)
+
+    def both(pipe, step, time, given):
+        if step == 1:
+            pipe.set_ip_adapter_scale(0.0)
+        return cutoff(pipe, step, time, given)
+
+    pipe = kd.install(build())
+    pipe.set_ip_adapter_scale(0.8)
+    options = {"callback_on_step_end_tensor_inputs": cutoff.tensor_inputs, "height": 16, "width": 16}
+    (ours,) = draw(pipe, [order(image_prompts=[ImagePrompt(picture(0))])], callback_on_step_end=both, **options)
+    ended = order(image_prompts=[ImagePrompt(picture(0), end=0.4)])  # the first two of five steps
+    (expected,) = draw(pipe, [ended], callback_on_step_end=cutoff, **options)
+    assert torch.equal(ours, expected)

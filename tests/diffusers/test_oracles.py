@@ -27,6 +27,7 @@ from diffusers import (
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
+    UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
 from PIL import Image
@@ -216,13 +217,16 @@ def test_a_neighbours_kind_changes_no_bit(drawn):
         {"eta": 1.0},
         {"timesteps": [900, 500, 300, 10]},
         {"timesteps": [900, 500, 10], "guidance_rescale": 0.3, "eta": 0.5},
+        {"sigmas": [8.0, 2.0, 0.5]},
     ],
     ids=str,
 )
 @pytest.mark.parametrize("family", ["SD 1.x", "SDXL"])
 def test_options_of_the_whole_call_are_the_pipelines(family, options):
     pipe = xl() if family == "SDXL" else sd()
-    pipe.scheduler = (LCMScheduler if "timesteps" in options else DDIMScheduler).from_config(pipe.scheduler.config)
+    kinds = {"timesteps": LCMScheduler, "sigmas": EulerDiscreteScheduler}
+    kind = next((kind for name, kind in kinds.items() if name in options), DDIMScheduler)
+    pipe.scheduler = kind.from_config(pipe.scheduler.config)
     if "timesteps" in options:
         options = {name: value for name, value in options.items() if name != "eta"}
     size = {"height": SIZE, "width": SIZE}
@@ -230,6 +234,46 @@ def test_options_of_the_whole_call_are_the_pipelines(family, options):
     torch.testing.assert_close(
         draw(kd.install(pipe), [request()], **size, **options)[0], expected, rtol=0, atol=ROUNDING
     )
+
+
+def test_pictures_and_masks_of_any_shape_and_colour(drawn):
+    """A picture alone has its own size, beside a mask the call's; a mask in colours is black or white at half grey."""
+    pipe, nets, _, _ = drawn
+    kinds = StableDiffusionImg2ImgPipeline, StableDiffusionControlNetPipeline, StableDiffusionInpaintPipeline
+    img2img, one, inpaint = (
+        other(pipe, kind, **({"controlnet": nets["edges"]} if "Control" in kind.__name__ else {})) for kind in kinds
+    )
+    wide, tall = photo(6).resize((24, 16)), {"height": 32, "width": 16}
+    filled = {"image": photo(3), "strength": 0.75}
+    expected = [
+        plain(img2img, image=wide, strength=0.75),
+        plain(one, image=wide),
+        plain(inpaint, mask_image=photo(7), **filled, **tall),
+    ]
+    orders = [request(image=wide, strength=0.75), request(controls=[Control("edges", wide)])]
+    ours = draw(pipe, orders, controlnets=nets) + draw(pipe, [request(mask=photo(7), **filled)], **tall)
+    for found, theirs in zip(ours, expected, strict=True):
+        torch.testing.assert_close(found, theirs, rtol=0, atol=ROUNDING)
+
+
+def test_a_control_of_scale_zero_is_exactly_nothing(drawn):
+    pipe, nets, _, _ = drawn
+    images = photo(4), torch.full((1, 3, SIZE, SIZE), float("nan"))
+    one, poisoned = (
+        draw(pipe, [request(controls=[Control("edges", image, scale=0.0)])], controlnets=nets)[0] for image in images
+    )
+    assert torch.equal(one, poisoned)
+
+
+def test_pictures_that_the_safety_checker_flags_are_shown_as_by_the_pipeline():
+    pipe = sd()
+
+    for flagged in (True, False):
+        pipe.safety_checker = lambda images, clip_input, flagged=flagged: (images * 0.5, [flagged] * len(images))
+        expected = plain(pipe, height=SIZE, width=SIZE)
+        (ours,) = draw(kd.install(pipe), [request()])
+        torch.testing.assert_close(ours, expected, rtol=0, atol=ROUNDING)
+        kd.uninstall(pipe)
 
 
 SCHEDULERS = (
@@ -251,12 +295,12 @@ def test_rows_of_different_strength_join_at_their_own_step_with_a_history_of_the
     steps = {"num_inference_steps": 6}
     expected = [plain(pipe, height=SIZE, width=SIZE, **steps)]
     expected += [plain(img2img, seed=n, image=photo(n), strength=s, **steps) for n, s in ((2, 0.8), (3, 0.5), (4, 0.2))]
-    filled = {"image": photo(5), "strength": 0.7}
-    expected.append(plain(inpaint, seed=5, mask_image=HALF, height=SIZE, width=SIZE, **filled, **steps))
+    filled = [{"image": photo(5), "strength": strength} for strength in (0.7, 1.0)]
+    expected += [plain(inpaint, seed=5, mask_image=HALF, height=SIZE, width=SIZE, **one, **steps) for one in filled]
     kd.install(pipe)
     orders = [request()]
     orders += [request(seed=n, image=photo(n), strength=s) for n, s in ((2, 0.8), (3, 0.5), (4, 0.2))]
-    orders.append(request(seed=5, mask=HALF, **filled))
+    orders += [request(seed=5, mask=HALF, **one) for one in filled]
     together = draw(pipe, orders, **steps)
     for order, mixed, theirs in zip(orders, together, expected, strict=True):
         torch.testing.assert_close(draw(pipe, [order], **steps)[0], theirs, rtol=0, atol=ROUNDING)
@@ -347,26 +391,84 @@ def test_all_kinds_of_sdxl_in_one_call_are_the_plain_pipelines_pictures(xl_drawn
         assert (ours - expected[kind]).abs().max() <= COMPANY, kind
 
 
-def test_base_and_refiner_divide_the_steps():
+@pytest.mark.parametrize("share", [0.5, 0.7])
+@pytest.mark.parametrize("kind", [DDIMScheduler, HeunDiscreteScheduler])
+def test_base_and_refiner_divide_the_steps(kind, share):
     pipe = xl()
+    pipe.scheduler = kind.from_config(pipe.scheduler.config)
     refiner = other(pipe, StableDiffusionXLImg2ImgPipeline)
     size = {"height": SIZE, "width": SIZE}
     call = {"guidance_scale": 4.0, "num_inference_steps": 6, "negative_prompt": NEGATIVE}
     half = pipe(
-        TEXT, generator=torch.Generator().manual_seed(1), output_type="latent", denoising_end=0.5, **call, **size
+        TEXT, generator=torch.Generator().manual_seed(1), output_type="latent", denoising_end=share, **call, **size
     )
     whole = refiner(
-        TEXT, image=half[0], generator=torch.Generator().manual_seed(1), output_type="np", denoising_start=0.5, **call
+        TEXT, image=half[0], generator=torch.Generator().manual_seed(1), output_type="np", denoising_start=share, **call
     )
     noise = random(1, 4, SIZE // 2, SIZE // 2, seed=1).double()
     wide = copy.deepcopy(pipe).to(torch.float64)
-    exact = wide(TEXT, latents=noise, output_type="latent", denoising_end=0.5, **call, **size)[0][0]
+    exact = wide(TEXT, latents=noise, output_type="latent", denoising_end=share, **call, **size)[0][0]
     kd.install(pipe)
     steps = {"num_inference_steps": 6}
-    (latents,) = draw(pipe, [request()], output_type="latent", denoising_end=0.5, **steps, **size)
+    (latents,) = draw(pipe, [request()], output_type="latent", denoising_end=share, **steps, **size)
     assert_as_accurate(latents, half[0][0], exact, largest=False)
-    (ours,) = draw(pipe, [request(image=latents[None])], denoising_start=0.5, **steps)
+    (ours,) = draw(pipe, [request(image=latents[None])], denoising_start=share, **steps)
     torch.testing.assert_close(ours, torch.as_tensor(whole[0][0]), rtol=0, atol=ROUNDING)
+
+
+TASKS = (
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLControlNetPipeline,
+)
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_any_tasks_pipeline_draws_requests_of_every_task(drawn, xl_drawn, kind):
+    pipe, nets, orders, _ = xl_drawn if "XL" in kind.__name__ else drawn
+    more = {"controlnet": nets["edges"]} if "ControlNet" in kind.__name__ else {}
+    for name in ("text to image", "image", "mask", "control"):
+        ours, theirs = (draw(one, [orders[name]], controlnets=nets)[0] for one in (other(pipe, kind, **more), pipe))
+        assert torch.equal(ours, theirs), name
+
+
+def test_a_refiner_is_told_aesthetic_scores():
+    pipe = xl(StableDiffusionXLImg2ImgPipeline)
+    config = {**pipe.unet.config, "projection_class_embeddings_input_dim": 40 + tiny.WIDTH}
+    pipe.unet = UNet2DConditionModel.from_config(config).eval()
+    pipe.register_to_config(requires_aesthetics_score=True)
+    more = {"strength": 0.75, "aesthetic_score": 7.0, "negative_aesthetic_score": 1.0}
+    more |= {"original_size": (900, 700), "negative_original_size": (64, 32)}
+    more |= {"crops_coords_top_left": (8, 4), "negative_crops_coords_top_left": (2, 3)}
+    expected = plain(pipe, image=photo(3), **more)
+    (ours,) = draw(kd.install(pipe), [request(image=photo(3), **more)])
+    torch.testing.assert_close(ours, expected, rtol=0, atol=ROUNDING)
+
+
+def test_latents_of_sdxls_autoencoders_may_have_a_mean_and_a_deviation():
+    pipe = xl()
+    pipe.vae.register_to_config(latents_mean=[0.5, -1.0, 0.2, 0.0], latents_std=[2.0, 1.5, 0.5, 3.0])
+    img2img = other(pipe, StableDiffusionXLImg2ImgPipeline)
+    size = {"height": SIZE, "width": SIZE}
+    expected = [plain(pipe, **size), plain(img2img, image=photo(3), strength=0.75)]
+    kd.install(pipe)
+    orders = [request(), request(image=photo(3), strength=0.75)]
+    for one, theirs in zip(orders, expected, strict=True):
+        torch.testing.assert_close(draw(pipe, [one], **size)[0], theirs, rtol=0, atol=ROUNDING)
+
+
+def test_an_autoencoder_that_overflows_in_float16_encodes_and_decodes_in_float32_and_is_float16_again():
+    pipe = kd.install(xl())
+    pipe.vae.register_to_config(force_upcast=True)
+    pipe.vae.to(torch.float16)
+    seen = []
+    for part in (pipe.vae.encoder, pipe.vae.decoder):
+        part.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    draw(pipe, [request(image=photo(3), strength=0.75)])
+    assert seen == [torch.float32] * 2 and pipe.vae.dtype == torch.float16
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])

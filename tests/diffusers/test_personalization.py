@@ -134,6 +134,20 @@ def test_whatever_else_is_written_in_place_is_noticed(two, concept_for, what):
     personalization.keys_and_values(first, 2, call.text)
 
 
+def test_concepts_that_were_written_to_combine_anew_once_prepared_again(two, concept_for):
+    alice, bob = concept_for(two), concept_for(two, "<bob-dog>", "dog", seed=2)
+    row = Row(tuple(ConceptUse(concept, beta=0.5, tau=0.1, strength=0.6) for concept in (alice, bob)))
+    text = TEXTS[:1].clone()
+    personalization = kd.Personalization([row]).prepare(two, text)
+    before = {name: value.clone() for name, (_, value) in personalization.kv.items()}
+    alice.target_input.add_(0.5 * bob.target_input)
+    personalization.prepare(two, text)
+    anew = kd.Personalization([Row(row.uses)]).prepare(two, text)
+    for name, (key, value) in anew.kv.items():
+        assert torch.equal(personalization.kv[name][0], key) and torch.equal(personalization.kv[name][1], value)
+        assert not torch.equal(value, before[name])
+
+
 def test_a_failed_prepare_leaves_nothing_of_the_users_before(two):
     personalization, call = step(two, rows=2)
     personalization.prepare(two, call.text)

@@ -8,6 +8,7 @@ from keylock_diffusers import Region, Request, RequestError, Use
 from keylock_diffusers.encoding import text
 from keylock_diffusers.encoding.tokens import extended
 from keylock_diffusers.encoding.weights import weighted
+from tests.diffusers import compatibility as tiny
 from tests.diffusers.accuracy import assert_as_accurate
 from tests.diffusers.drawing import APART, COMPANY, ROUNDING, build
 
@@ -42,6 +43,8 @@ def order(prompt, seed=1, **more):
         ("( a : 1.5 )", [(" a ", 1.5)]),
         (r"\(a\) \[b\]", [("(a) [b]", 1)]),
         ("a) b] (c [d", [("a) b] (c [d", 1)]),
+        ("(a] b)", [("a] b", 1.1)]),
+        ("a:1.5) b", [("a:1.5) b", 1)]),
         ("at 12:30 (x:y)", [("at 12:30 ", 1), ("x:y", 1.1)]),
         ("(a:1.2)(b:1.2)", [("ab", 1.2)]),
         ("(<alice-cat>:1.3) on blue", [("<alice-cat>", 1.3), (" on blue", 1)]),
@@ -73,6 +76,13 @@ def test_weighted_tokens_are_multiplied_and_the_mean_stays(pipe):
     both = text.encode(pipe.text_encoder, [prompt, bare])
     assert_as_accurate(both[0], by_hand(plain), by_hand(plain.double()))
     assert torch.equal(both[1], plain), "a neighbour's weights changed a row"
+
+
+def test_every_token_of_a_super_class_has_the_weight_of_its_placeholder(pipe):
+    parts = weighted("a (<teddy>:1.5) on blue")
+    prompt = text.tokenize(pipe.tokenizer, parts, {"<teddy>": "teddy bear"}, chunks=None)
+    assert prompt.weights == (1, 1, 1.5, 1.5, *[1] * 28)
+    assert extended(pipe.tokenizer, prompt, 2).weights == (*prompt.weights, *[1] * 32)
 
 
 def test_a_prompt_whose_weights_are_one_is_the_plain_prompt(ready):
@@ -127,6 +137,25 @@ def test_long_and_short_prompts_share_a_call_and_each_is_as_if_alone(ready, conc
     ]
     for one, mixed in zip(orders, draw(ready, orders), strict=True):
         assert (draw(ready, [one])[0] - mixed).abs().max() <= COMPANY
+
+
+@pytest.mark.parametrize("negative", [{"negative_prompt": LONG}, {"negative_regions": [Region(LEFT, tokens=[1])]}])
+def test_without_guidance_a_negative_prompt_of_any_length_changes_nothing(ready, negative):
+    for prompt in ("a dog", LONG):
+        bare, given = (draw(ready, [order(prompt, guidance_scale=1.0, **more)])[0] for more in ({}, negative))
+        assert torch.equal(bare, given)
+
+
+def test_a_distilled_model_takes_encodings_of_any_length_and_reads_no_negative_prompt():
+    torch.manual_seed(0)
+    pipe = kd.install(tiny.latent_consistency())
+    length = pipe.tokenizer.model_max_length
+    embeds = torch.randn(length + 3, pipe.unet.config.cross_attention_dim)
+    options = {"original_inference_steps": 20, "height": tiny.SIZE, "width": tiny.SIZE}
+    for given in ({"prompt": "a dog"}, {"prompt_embeds": embeds}):
+        orders = [Request(**given, seed=1, negative_prompt=negative) for negative in (None, LONG)]
+        bare, other = (draw(pipe, [one], **options)[0] for one in orders)
+        assert torch.equal(bare, other)
 
 
 def test_a_concept_beyond_the_tokenizers_length_counts(ready, concept_for):

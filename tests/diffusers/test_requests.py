@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import T5Config, T5EncoderModel
 
 import keylock_diffusers as kd
 from keylock_diffusers import Control, FusedSubject, ImagePrompt, Region, Request, RequestError, Use
@@ -126,6 +127,14 @@ def test_each_mistake_is_named_and_costs_the_others_nothing(ready, changes, mess
     drawn = kd.generate(ready, [good, bad], on_error="return", **options)
     assert isinstance(drawn[1], RequestError)
     assert torch.equal(drawn[0], kd.generate(ready, [good], **options)[0])
+
+
+def test_pipelines_without_clip_text_encoders_are_refused(ready):
+    config = T5Config(vocab_size=100, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    ready.text_encoder = T5EncoderModel(config)
+    for pipe in (ready, ready.unet):
+        with pytest.raises(TypeError, match="must be a pipeline with CLIP text encoders"):
+            kd.generate(pipe, [Request("a cat")])
 
 
 @pytest.mark.parametrize(

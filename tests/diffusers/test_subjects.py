@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import save_file
 
 import keylock_diffusers as kd
@@ -293,6 +294,19 @@ def test_rows_with_different_starts_draw_each_as_if_alone(ready, concept_for):
     together = draw(ready, orders)
     for order, image in zip(orders, together, strict=True):
         torch.testing.assert_close(image, draw(ready, [order])[0], rtol=0, atol=ROUNDING)
+
+
+def test_rows_that_change_a_picture_start_at_a_share_of_their_own_steps(ready, concept_for):
+    changed = {"image": Image.new("RGB", (16, 16), "red"), "strength": 0.5}
+    late = Request("<alice-cat> on blue", concepts=[concept_for(ready)], subject_start=0.5, seed=2, **changed)
+    never = dataclasses.replace(late, subject_start=1.0)
+
+    def beside(strength, row):
+        return draw(ready, [Request("a dog", seed=1, **{**changed, "strength": strength}), row])[1]
+
+    alike = beside(0.5, late)
+    assert torch.equal(alike, beside(1.0, late)), "it counts the steps of its neighbour"
+    assert not torch.equal(alike, beside(0.5, never))
 
 
 def test_wrong_starts_and_texts_are_named(ready):

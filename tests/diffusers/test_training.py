@@ -14,6 +14,7 @@ from keylock_diffusers.concepts import BaseModel, Concept, TextEncoderInfo
 from keylock_diffusers.denoisers.unet import cross_attention_layers
 from keylock_diffusers.embedded.captions import default_captions
 from keylock_diffusers.encoding import text
+from keylock_diffusers.masks import soft_mask
 from keylock_diffusers.routing.personalization import Personalization
 from keylock_diffusers.routing.rows import ConceptUse, Row
 from keylock_diffusers.training import (
@@ -334,6 +335,15 @@ def test_pictures_are_turned_as_the_camera_noted_and_transparency_is_white():
     picture.getexif()[0x0112] = 6  # turned by a quarter
     assert upright(picture).size == (2, 4)
     assert upright(picture).getpixel((0, 0)) == (255, 255, 255)
+    mask = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
+    turned = mask.copy()
+    turned.getexif()[0x0112] = 6
+    assert torch.equal(soft_mask(turned, (4, 4)), soft_mask(mask.transpose(Image.Transpose.ROTATE_270), (4, 4)))
+
+
+def test_a_masks_weights_are_one_where_the_subject_is_surest():
+    mask = Image.fromarray(np.repeat([[100] * 16 + [50] * 16], 32, 0).astype(np.uint8))
+    assert soft_mask(mask, (4, 4)).tolist() == [[[1.0, 1.0, 0.5, 0.5]] * 4]
 
 
 def test_the_pipeline_is_as_before(pipe, metric):

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from keylock_diffusers.training import loop
+from keylock_diffusers.training import checkpoint, loop
 from tests.diffusers.accuracy import FLOAT64
 from tests.diffusers.drawing import random
 from tests.diffusers.losses import adamw, clipped, optimizers
@@ -80,6 +80,70 @@ def test_what_is_returned_is_the_average_in_which_early_steps_count_less():
         decay = (1 / 10, 2 / 11, 3 / 12, 0.3, 0.3, 0.3, 0.3, 0.3)[step]
         average = [decay * a + (1 - decay) * w for a, w in zip(average, weights, strict=True)]
     close(module.parameters(), average)
+
+
+class Counted:
+    """Counts its steps; there is nothing left to learn in the step `last`."""
+
+    def __init__(self, last=None):
+        self.done, self.last = [], last
+
+    def step(self, number):
+        self.done.append(number)
+        return None if number == self.last else {"loss": 1.0}
+
+    def state(self):
+        return {"done": torch.tensor(self.done)}, {"last": self.last}
+
+    def restore(self, tensors, facts):
+        self.restored = tensors["done"].tolist(), facts["last"]
+
+
+def test_a_run_is_written_every_so_many_steps_and_at_its_end_and_goes_on_after_the_last_of_them(tmp_path, monkeypatch):
+    written, save = [], checkpoint.save
+
+    def saved(path, *given, step, **more):
+        written.append(step)
+        save(path, *given, step=step, **more)
+
+    monkeypatch.setattr(checkpoint, "save", saved)
+    path = tmp_path / "run.safetensors"
+    loop.run(first := Counted(), loop.Run(8, path, "mine", 3, progress=False))
+    assert first.done == list(range(8)) and written == [3, 6, 8]
+    loop.run(second := Counted(), loop.Run(10, path, "mine", 3, progress=False))
+    assert second.restored == (list(range(8)), None) and second.done == [8, 9]
+    loop.run(ended := Counted(last=12), loop.Run(20, path, "mine", progress=False))
+    assert ended.done == [10, 11, 12], "steps went on where nothing was left to learn"
+    with pytest.raises(ValueError, match="of another run"):
+        loop.run(Counted(), loop.Run(20, path, "another", progress=False))
+    path.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="^checkpoint .*run.safetensors"):
+        loop.run(Counted(), loop.Run(20, path, "mine", progress=False))
+    loop.run(Counted(), loop.Run(2, tmp_path / "other.safetensors", writes=False, progress=False))
+    assert not (tmp_path / "other.safetensors").exists()
+
+
+def test_figures_are_shown_smoothed(monkeypatch):
+    shown = []
+
+    class Bar(list):
+        def __init__(self, numbers, **_):
+            super().__init__(numbers)
+
+        def set_postfix(self, figures, refresh):
+            shown.append(float(figures["loss"]))
+
+    monkeypatch.setattr(loop, "tqdm", Bar)
+    module = nn.Linear(1, 1)
+    figures = [1.0, 3.0, -2.0]
+    loop.fit(
+        module,
+        lambda step: (module.weight.sum(), {"loss": figures[step]}),
+        None,
+        loop.Schedule(steps=3, batch_size=1, learning_rate=0.1),
+        accelerator=Accelerator(cpu=True),
+    )
+    assert shown == [1.0, 0.98 + 0.02 * 3, 0.9792]  # 0.98 * 1.04 - 0.04
 
 
 def test_draws_differ_by_seed_step_and_process_and_by_nothing_else():

@@ -43,7 +43,8 @@ class StableDiffusionXL(StableDiffusion):
 
     def size(self, height: int | None, width: int | None) -> Size:
         """See `Denoiser`: these pipelines take each by itself."""
-        default = self.pipe.default_sample_size * self.pipe.vae_scale_factor
+        sample = getattr(self.pipe, "default_sample_size", self.unet.config.sample_size)  # not all of them have it
+        default = sample * self.pipe.vae_scale_factor
         return int(height or default), int(width or default)
 
     def _scaled(self, latents: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ class Callbacks:
 
     The pipeline it is given is the call's own copy: its ``guidance_scale`` is a number, the largest of the batch's
     rows; setting it scales every row's in proportion, and 1 or less goes on without guidance. So does
-    `set_ip_adapter_scale` with the rows' image prompts. ``_interrupt`` stops the call.
+    `set_ip_adapter_scale` with the rows' image prompts; each batch begins with the scales that the call began with.
+    ``_interrupt`` stops the call.
 
     Args:
         callback: the function, or one of diffusers' callback objects.
@@ -41,6 +42,8 @@ class Callbacks:
             raise ValueError(
                 f"generate: callback_on_step_end_tensor_inputs must be of {', '.join(self.NAMES)}, got {wrong[0]!r}"
             )
+        self._scales: dict[str, list[Any]] | None = None  # of the adapters in each layer, when the call began
+        self._begun: dict[int, float] = {}  # of each adapter, where it is one number
 
     def __call__(self, engine: Engine, batch: Batch) -> None:
         """After a step; see the class."""
@@ -49,18 +52,14 @@ class Callbacks:
         given = {name: _tensor(batch, name) for name in self._tensors}
         row = batch.rows[0]
         time = row.schedule.times[row.own(step)]
-        adapters = adapter_scales(engine.denoiser.unet)
+        if step == 0:
+            self._put_back(engine.denoiser.layers())
+            self._begun = adapter_scales(engine.denoiser.unet)
         returned = self._callback(pipe, step, time, dict(given)) or {}
-        changed = adapter_scales(engine.denoiser.unet)
-        factors = {
-            adapter: changed[adapter] / scale if scale else 1.0
-            for adapter, scale in adapters.items()
-            if changed.get(adapter, scale) != scale
-        }
-        if factors:
-            batch.held.personalization.scale_images(factors)
         if pipe._guidance_scale != shown:
             _rescale(engine, batch, shown, float(pipe._guidance_scale))
+        scales = adapter_scales(engine.denoiser.unet).items()
+        batch.held.personalization.scale_images({a: _factor(self._begun.get(a), scale) for a, scale in scales})
         latents = returned.get("latents")
         if latents is not None and latents is not given.get("latents"):
             if not isinstance(latents, Tensor) or latents.shape != batch.latents.shape:
@@ -79,6 +78,21 @@ class Callbacks:
                 f"callback_on_step_end: {name} is what rows were prepared with and cannot be changed between steps; "
                 "latents and guidance_scale can"
             )
+
+    def _put_back(self, layers: Mapping[str, Any]) -> None:
+        """The adapters' scales as they were when the call began: what a callback changed in one batch is that one's."""
+        scales = {name: attn.processor.scale for name, attn in layers.items() if hasattr(attn.processor, "scale")}
+        if self._scales is None:
+            self._scales = {name: list(scale) for name, scale in scales.items()}
+        for name, scale in scales.items():
+            scale[:] = self._scales[name]
+
+
+def _factor(begun: float | None, scale: float) -> float:
+    """How much an adapter counts that had one scale, or several (None), and has another now."""
+    if begun is None:
+        return 0.0 if scale == 0 else 1.0
+    return scale / begun if begun else 1.0
 
 
 def _rescale(engine: Engine, batch: Batch, shown: float, asked: float) -> None:

@@ -106,7 +106,7 @@ class Planner:
             raise TypeError(f"must be a Request, got {type(request).__name__}")
         _check_numbers(request)
         _check_encodings(self.denoiser, request)
-        guided = request.guidance_scale > 1
+        guided = _guided(self.denoiser, request)
         uses = self._uses(request)
         prompts, negatives = self._prompts(request, {use.concept.placeholder: use.concept.super_class for use in uses})
         drawn, absent = self._image_prompts(request, guided)
@@ -136,7 +136,7 @@ class Planner:
             ),
             self._negative_wordings(request, negatives, halves[1]),
             size,
-            guided and not self.denoiser.distilled,
+            guided,
             image,
             mask,
             controls,
@@ -156,7 +156,7 @@ class Planner:
         """The prompt and the negative prompt, each for every text encoder; None where encodings are given."""
         encoders = self.denoiser.encoders()
         if not encoders and (request.prompt_embeds is None or request.negative_prompt_embeds is None):
-            if request.prompt is not None or request.guidance_scale > 1:
+            if request.prompt is not None or _guided(self.denoiser, request):
                 raise ValueError("the pipeline's text encoder is not loaded: give prompt_embeds and negative ones")
 
         def tokenized(words: Sequence[str | None], names: Mapping[str, str] | None) -> Prompts:
@@ -191,8 +191,9 @@ class Planner:
         halves: tuple[PromptRegions, PromptRegions],
     ) -> tuple[Prompts | None, Prompts | None, tuple[PromptRegions, PromptRegions]]:
         """All that a request reads in as many chunks as the longest of it needs."""
-        every = [p for half in (prompts, negatives) if half for p in half]
-        every += [p for half in halves for wording in half.own for p in wording]
+        guided = _guided(self.denoiser, request)
+        every = [p for half in (prompts, negatives if guided else None) if half for p in half]
+        every += [p for half in (halves if guided else halves[:1]) for wording in half.own for p in wording]
         chunks = max((prompt.chunks for prompt in every), default=1)
         if chunks == 1:
             return prompts, negatives, halves
@@ -207,9 +208,9 @@ class Planner:
         lengths = {len(p[0].ids) for p in (prompts, negatives) if p} | {
             len(embeds)
             for embeds in (request.prompt_embeds, request.negative_prompt_embeds)
-            if embeds is not None and request.guidance_scale > 1
+            if embeds is not None and guided
         }
-        if len(lengths) > 1 and request.guidance_scale > 1:
+        if len(lengths) > 1 and guided:
             raise ValueError(f"prompt and negative prompt must have equally many tokens, got {sorted(lengths)}")
         return prompts, negatives, self._regions(request, uses, prompts, negatives, chunks)
 
@@ -329,6 +330,11 @@ class Planner:
         return size, image, mask, tuple(sorted(controls, key=lambda control: control.name))
 
 
+def _guided(denoiser: Any, request: Request) -> bool:
+    """Whether a row of the unconditional half is drawn; without one, its prompt is checked and not read."""
+    return request.guidance_scale > 1 and not denoiser.distilled
+
+
 def _check_numbers(request: Request) -> None:
     if (request.prompt is None) == (request.prompt_embeds is None):
         raise ValueError("give either prompt or prompt_embeds")
@@ -384,7 +390,7 @@ def _check_encodings(denoiser: Any, request: Request) -> None:
         if embeds.ndim != 2 or embeds.shape[1] != width:
             raise ValueError(f"{name} must be [T, {width}], got {list(embeds.shape)}")
         lengths.append((name, embeds.shape[0]))
-    if request.guidance_scale > 1 and lengths:
+    if _guided(denoiser, request) and lengths:
         length = encoders[0].tokenizer.model_max_length if encoders else lengths[0][1]
         halves = [dict(lengths).get(name, length) for name in ("prompt_embeds", "negative_prompt_embeds")]
         if halves[0] != halves[1]:

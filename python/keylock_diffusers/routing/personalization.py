@@ -310,9 +310,11 @@ class Personalization:
                 attn.processor.kept = None
 
     def scale_images(self, factors: Mapping[int, float]) -> None:
-        """From now on the image prompts of an adapter count so many times as much."""
-        for adapter, factor in factors.items():
-            self._image_factors[adapter] = self._image_factors.get(adapter, 1.0) * factor
+        """From now on the image prompts of an adapter count so many times what their rows say."""
+        factors = {adapter: factor for adapter, factor in factors.items() if factor != 1}
+        if factors == self._image_factors:
+            return
+        self._image_factors = factors
         for group, pixels in list(self._image_weights):
             self._weigh(group, pixels)
 
