@@ -44,16 +44,17 @@ help:
 demo: $(VENV)/installed
 	$(BIN)/keylock demo
 
-# Two streams side by side, each on a core of its own, so that no test's time is another's threads. Triton's interpreter
-# is a process of its own, since the mode is fixed on import. What the kernels' stream says follows the other's.
+# Two streams side by side, about as long as each other, each on a core of its own: tests of more threads set their
+# number themselves. Triton's interpreter is a process of its own, since the mode is fixed on import. What the first
+# stream says follows the second's. Ctrl-C ends both.
 test: $(VENV)/installed-test test-csrc
 	@mkdir -p build
-	@export OMP_NUM_THREADS=1; \
-	( TRITON_INTERPRET=1 $(TEST) $(TRITON_TESTS) -k triton && $(TEST) tests/kernels tests/csrc tests/gpu_stub ) \
-	  > build/test-kernels.log 2>&1 & kernels=$$!; \
-	$(TEST) tests/diffusers tests/packaging; pipelines=$$?; \
-	wait $$kernels; kernels=$$?; cat build/test-kernels.log; \
-	exit $$(( pipelines || kernels ))
+	@export OMP_NUM_THREADS=1; trap 'kill 0' INT; \
+	( TRITON_INTERPRET=1 $(TEST) $(TRITON_TESTS) -k triton; interpreted=$$?; \
+	  $(TEST) tests/csrc && exit $$interpreted ) > build/test-first-stream.log 2>&1 & first=$$!; \
+	$(TEST) tests --ignore=tests/csrc; second=$$?; \
+	wait $$first; first=$$?; cat build/test-first-stream.log; \
+	exit $$(( first || second ))
 
 # The C++ kernels' own tests, under sanitizers. Its errors end the program.
 .PHONY: test-csrc

@@ -109,12 +109,16 @@ def compile_launches(call: Callable[[], Any], target: str, case: str) -> list[Co
     from .ops import launching
 
     found: list[Compiled] = []
+    seen: set[tuple[str, int, int]] = set()
 
     def record(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> bool:
         compiled = kernel.warmup(*args, grid=grid, **options)
         warps = options.get("num_warps", 4)
         named: dict[str, Any] = dict(zip(kernel.arg_names, args, strict=False))
         passes = named["per_group"] if "per_group" in named else named.get("per_share", 1)
+        if (compiled.hash, warps, passes) in seen:
+            return True
+        seen.add((compiled.hash, warps, passes))
         facts = (_read_amd if target.startswith("gfx") else _read_nvidia)(compiled, warps, passes)
         resident = _resident(PROCESSORS[target], facts["registers"], facts["shared"], warps, target)
         row = Compiled(case, kernel.fn.__name__, target, 0, warps=warps, resident=resident, **facts)

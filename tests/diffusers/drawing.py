@@ -8,7 +8,12 @@ import keylock_diffusers as kd
 from keylock_diffusers import Request
 from tests.diffusers.compatibility import SIZE, STEPS, Feature, make
 
-ROUNDING = 1 / 255 / 8
+# What pictures, of values from 0 to 1, may differ by. No float64 measures it: most of a pipeline's layers are torch's
+# own, which round with the batch's size, and every step carries that on. So these are what is promised of grey levels.
+ROUNDING = 1 / 255 / 8  # from the plain pipeline's, or drawn alike in another way: an eighth of one
+COMPANY = 2 / 255  # in a batch from alone: two
+# What tells pictures that have to differ from pictures that rounded otherwise; and where the cause is a weak one.
+APART, BARELY_APART = 10 * ROUNDING, 4 * ROUNDING
 TEXT = "a cat on blue"
 
 

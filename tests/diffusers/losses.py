@@ -378,23 +378,6 @@ def adamw(
     return after
 
 
-def assert_as_accurate(ours: Sequence[Tensor], eager: Sequence[Tensor], exact: Sequence[Tensor]) -> None:
-    """Ours err against float64 at most twice what plain torch errs in float32, plus a rounding of every element.
-
-    Errors are in units of a tensor's largest element, and their root mean square over all tensors counts.
-    """
-
-    def error(found: Sequence[Tensor]) -> float:
-        assert [tensor.shape for tensor in found] == [tensor.shape for tensor in exact]
-        parts = [
-            ((tensor.detach().double() - right) / right.abs().max().clamp(min=1e-30)).flatten()
-            for tensor, right in zip(found, exact, strict=True)
-        ]
-        return float(torch.cat(parts).square().mean().sqrt())
-
-    assert error(ours) <= 2 * error(eager) + torch.finfo(torch.float32).eps, (error(ours), error(eager))
-
-
 @contextmanager
 def optimizers() -> Iterator[list[Any]]:
     """Every AdamW that is made meanwhile: what it learns, and at each step its gradients, rates and weights before."""

@@ -1,5 +1,6 @@
 """Attention maps: what the layers computed, per picture and word, and the pictures made of them."""
 
+import copy
 import threading
 
 import numpy as np
@@ -12,7 +13,8 @@ from keylock_diffusers import AttentionMaps, Region, Request
 from keylock_diffusers.denoisers.unet import cross_attention_layers
 from keylock_diffusers.generation import visualize
 from keylock_diffusers.generation.maps import WordMaps
-from tests.diffusers.drawing import ROUNDING, build
+from tests.diffusers.accuracy import assert_as_accurate
+from tests.diffusers.drawing import ROUNDING, build, random
 from tests.diffusers.losses import Keeping
 
 STEPS = 3
@@ -35,21 +37,38 @@ def test_maps_are_the_eager_attentions_columns(pipe):
             lambda attn, _in, _out, name=name, processor=processor: kept[name].append(processor.kept)
         )
     arguments = {"num_inference_steps": STEPS, "guidance_scale": 4.0, "output_type": "latent"}
-    prompts = ["a cat with tears of joy on blue", "a dog"]
-    pipe(prompts, generator=[torch.Generator().manual_seed(n) for n in (1, 2)], **arguments)
+    prompts, noise = ["a cat with tears of joy on blue", "a dog"], random(2, 4, 8, 8)
+    pipe(prompts, latents=noise, **arguments)
+    eager = {name: list(steps) for name, steps in kept.items()}
+    for steps in kept.values():
+        steps.clear()
+    pipe.to(torch.float64)(prompts, latents=noise.double(), **arguments)
+    pipe.to(torch.float32)
     for name, attn in layers.items():
         attn._forward_hooks.clear()
         attn.set_processor(kd.processors.CrossAttnProcessor(name))
     with kd.record_attention(pipe, ["tears of joy", "dog"], every_step=True) as maps:
-        pipe(prompts, generator=[torch.Generator().manual_seed(n) for n in (1, 2)], **arguments)
+        pipe(prompts, latents=noise, **arguments)
     first, second = maps.images
     assert list(first.maps) == ["tears of joy"] and list(second.maps) == ["dog"]
     for recorded, word, row, tokens in ((first, "tears of joy", 2, [4, 5, 6]), (second, "dog", 3, [2])):
         for name in layers:
-            expected = torch.stack([step[row, :, :, tokens].mean(0).sum(-1) for step in kept[name]])
+            sides = (
+                torch.stack([step[row, :, :, tokens].mean(0).sum(-1) for step in side[name]]) for side in (eager, kept)
+            )
             found = recorded.maps[word][name]
             assert found.shape[0] == STEPS
-            torch.testing.assert_close(found.flatten(1), expected, rtol=1e-3, atol=1e-5)
+            assert_as_accurate(found.flatten(1), *sides, largest=False)
+
+
+def alone_and_exact(pipe, orders, words, *, every_step=False, **options):
+    """The maps of orders drawn by themselves, in float32 and in float64."""
+    found = []
+    for one in (pipe, kd.install(copy.deepcopy(pipe).to(torch.float64))):
+        maps = AttentionMaps(words, every_step=every_step)
+        draw(one, orders, record=maps, **options)
+        found.append(maps.images)
+    return found
 
 
 def test_in_a_mixed_batch_each_picture_has_its_own_and_stays_the_same(ready, concept_for):
@@ -68,10 +87,9 @@ def test_in_a_mixed_batch_each_picture_has_its_own_and_stays_the_same(ready, con
             torch.testing.assert_close(a, b, rtol=0, atol=ROUNDING)
     assert [list(m.maps) for m in maps.images] == [["<alice-cat>"], ["<alice-cat>"], ["house"], ["cat"], ["cat"]]
     assert [m.prompt for m in maps.images] == [orders[n].prompt for n in (0, 0, 1, 2, 3)]
-    alone = AttentionMaps(["cat"])
-    draw(ready, [orders[3]], record=alone)
+    (alone,), (exact,) = alone_and_exact(ready, [orders[3]], ["cat"])
     for layer, found in maps.images[4].maps["cat"].items():
-        torch.testing.assert_close(found, alone.images[0].maps["cat"][layer], rtol=1e-3, atol=1e-5)
+        assert_as_accurate(found, alone.maps["cat"][layer], exact.maps["cat"][layer], largest=False)
 
 
 def test_the_pictures_bits_do_not_change(ready):
@@ -91,7 +109,7 @@ def test_means_over_steps_and_layers_are_the_steps_own(ready):
     for layer in layers:
         steps, one = each.images[0].maps["cat"][layer], mean.images[0].maps["cat"][layer]
         assert len(steps) == STEPS and len(one) == 1
-        torch.testing.assert_close(steps.mean(0), one[0])
+        assert_as_accurate(one[0], steps.mean(0), steps.double().mean(0))
     finest = max(m.shape[-2:] for m in mean.images[0].maps["cat"].values())
     assert mean.images[0].mean("cat").shape == finest
     assert mean.images[0].mean("cat", (5, 9), layers[:1]).shape == (5, 9)
@@ -238,11 +256,13 @@ def test_starts_ends_image_prompts_and_several_words_together():
     assert list(found) == [*words[:6], "cat + dog", "image prompt 0", "image prompt 1"]
     assert list(other) == ["<|startoftext|>", "a", "cat", "<|endoftext|>", "cat + dog"]
     for layer, both in found["cat + dog"].items():
-        torch.testing.assert_close(both, found["cat"][layer] + found["dog"][layer], rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(other["cat + dog"][layer], other["cat"][layer], rtol=1e-5, atol=1e-6)
+        cat, dog = found["cat"][layer], found["dog"][layer]
+        assert_as_accurate(both, cat + dog, cat.double() + dog.double())
+        assert torch.equal(other["cat + dog"][layer], other["cat"][layer])
         whole = sum(found[word][layer] for word in words[:6])
+        eager = random(*whole.shape, len(words)).softmax(-1).sum(-1)
         for total in (whole, found["image prompt 0"][layer], found["image prompt 1"][layer]):
-            torch.testing.assert_close(total, torch.ones_like(total), rtol=1e-4, atol=1e-5)
+            assert_as_accurate(total, eager, torch.ones_like(total))
     named = AttentionMaps({"animals": ("cat", "dog"), "picture": 0})
     draw(pipe, orders[:1], record=named, height=16, width=16)
     assert list(named.images[0].maps) == ["animals", "picture"]
@@ -257,12 +277,12 @@ def test_a_picture_that_joins_late_has_maps_of_its_own_steps(ready):
     photo = Image.fromarray(np.zeros((16, 16, 3), np.uint8))
     orders = [Request("a cat", seed=1), Request("a cat", seed=2, image=photo, strength=0.7)]
     for every in (True, False):
-        together, alone = AttentionMaps(["cat"], every_step=every), AttentionMaps(["cat"], every_step=every)
+        together = AttentionMaps(["cat"], every_step=every)
         draw(ready, orders, record=together, height=16, width=16)
-        draw(ready, orders[1:], record=alone, height=16, width=16)
+        (alone,), (exact,) = alone_and_exact(ready, orders[1:], ["cat"], every_step=every, height=16, width=16)
         for layer, found in together.images[1].maps["cat"].items():
             assert len(found) == (2 if every else 1) and len(together.images[0].maps["cat"][layer]) >= len(found)
-            torch.testing.assert_close(found, alone.images[0].maps["cat"][layer], rtol=1e-3, atol=1e-5)
+            assert_as_accurate(found, alone.maps["cat"][layer], exact.maps["cat"][layer], largest=False)
 
 
 def test_a_pipeline_without_our_processors_is_refused(pipe):

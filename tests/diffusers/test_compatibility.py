@@ -7,6 +7,7 @@ from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 import keylock_diffusers as kd
 from keylock_diffusers.testing import random_ip_adapter, random_unet, shadow
 from tests.diffusers.compatibility import cases, make, masks
+from tests.diffusers.drawing import ROUNDING
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -25,7 +26,7 @@ def test_every_call_errs_no_more_than_diffusers(family, feature, dtype):
         kd.install(pipe)
         ours = call()
         assert list(pipe.unet.state_dict()) == before
-        torch.testing.assert_close(ours, stock, rtol=0, atol=1 / 255 / 8)
+        torch.testing.assert_close(ours, stock, rtol=0, atol=ROUNDING)
         kd.uninstall(pipe)
         assert torch.equal(call(), stock)
 

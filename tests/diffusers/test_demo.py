@@ -10,6 +10,9 @@ from PIL import Image
 from keylock_diffusers import Concept
 from keylock_diffusers.demo import pictures, regions, story
 from keylock_diffusers.embedded import render
+from tests.diffusers.drawing import COMPANY
+
+OTHER_FREETYPE = 8  # grey levels, of a pixel at an edge: FreeType's versions may round it differently
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,7 @@ def test_neighbours_change_nothing_and_company_only_rounding(report):
     _, measured = report
     assert measured["pictures_in_batch"] == 16
     assert measured["largest_difference_beside_others"] == 0
-    assert measured["largest_difference_alone"] <= 2
+    assert measured["largest_difference_alone"] <= COMPANY * 255
     assert measured["regions"] == {"pictures_in_batch": 5, "largest_difference_beside_others": 0}
 
 
@@ -78,9 +81,8 @@ def test_the_second_batch_has_a_concept_an_image_prompt_both_two_regions_and_not
 @pytest.mark.skipif(not render.FONT.exists(), reason="drawing the users' pictures needs fonts-noto-color-emoji")
 def test_the_shipped_pictures_are_what_the_script_draws():
     drawn, shipped = pictures.draw_image_prompt(), pictures.image_prompt()
-    assert np.abs(np.asarray(drawn, int) - np.asarray(shipped, int)).max() <= 8
+    assert np.abs(np.asarray(drawn, int) - np.asarray(shipped, int)).max() <= OTHER_FREETYPE
     for user in pictures.USERS:
         for (image, mask), shipped, cut in zip(pictures.draw(user), *pictures.load(user), strict=True):
-            # FreeType's versions may round a pixel differently.
-            assert np.abs(np.asarray(image, int) - np.asarray(shipped, int)).max() <= 8
-            assert np.abs(np.asarray(mask, int) - np.asarray(cut, int)).max() <= 8
+            assert np.abs(np.asarray(image, int) - np.asarray(shipped, int)).max() <= OTHER_FREETYPE
+            assert np.abs(np.asarray(mask, int) - np.asarray(cut, int)).max() <= OTHER_FREETYPE

@@ -14,7 +14,7 @@ from keylock_diffusers.routing import edits
 from keylock_diffusers.routing.personalization import Personalization
 from keylock_diffusers.routing.rows import ConceptUse, Row
 from keylock_kernels.testing import rome_weight
-from tests.diffusers.losses import assert_as_accurate
+from tests.diffusers.accuracy import assert_as_accurate, solved_exactly
 
 
 @pytest.fixture
@@ -49,18 +49,20 @@ def test_the_gram_route_is_the_papers_cholesky_and_qr(metric):
     q, r = torch.linalg.qr(torch.linalg.solve_triangular(lower, targets.T, upper=False))
     whitened = torch.linalg.solve_triangular(lower, text.reshape(-1, 12).T, upper=False)
     paper = torch.linalg.solve_triangular(r, q.T @ whitened, upper=True).T.reshape(2, 5, 3)
-    assert (ours - paper).abs().max() < 1e-10
+    solved = solved_exactly(covariance, targets.T)
+    exact = solved_exactly(targets @ solved, solved.T @ text.reshape(-1, 12).T).T.reshape(2, 5, 3)
+    assert_as_accurate(ours, paper, exact)
 
 
 def test_rescaling_the_covariance_changes_nothing(metric):
     covariance, targets, directions, energies = metric
-    solved = torch.linalg.solve(7.5 * covariance, targets.T).T
+    solved = torch.linalg.solve(8 * covariance, targets.T).T  # a power of two rounds nothing
     scaled = (targets * solved).sum(-1)
-    assert torch.allclose(solved / scaled[:, None], directions, rtol=1e-12)
+    assert torch.equal(solved / scaled[:, None], directions)
     strength = torch.tensor([1.0, 0.4, 0.7], dtype=torch.float64)
     one = edits.combination(edits.gram(targets, directions, energies), strength)
     other = edits.combination(edits.gram(targets, directions, scaled), strength)
-    assert (one - other).abs().max() < 1e-12
+    assert torch.equal(8 * scaled, energies) and torch.equal(one, other)
 
 
 def test_strength_zero_is_exactly_absent(metric):
@@ -69,8 +71,10 @@ def test_strength_zero_is_exactly_absent(metric):
     all_three = edits.combination(gram, torch.tensor([1.0, 0.0, 0.6], dtype=torch.float64))
     without = edits.combination(gram[[0, 2]][:, [0, 2]], torch.tensor([1.0, 0.6], dtype=torch.float64))
     assert torch.equal(all_three[1], torch.zeros(3, dtype=torch.float64))
-    assert (all_three[[0, 2]][:, [0, 2]] - without).abs().max() < 1e-12
-    assert all_three[[0, 2], 1].abs().max() < 1e-12
+    diagonal, scale = torch.diag(gram.diagonal())[[0, 2]][:, [0, 2]], torch.diag(torch.tensor([1.0, 0.6]).double())
+    system = scale @ gram[[0, 2]][:, [0, 2]] + (torch.eye(2) - scale) @ diagonal
+    assert_as_accurate(all_three[[0, 2]][:, [0, 2]], without, solved_exactly(system, scale @ diagonal))
+    assert torch.equal(all_three[[0, 2], 1], torch.zeros(2, dtype=torch.float64))
 
 
 def test_one_concept_is_mixed_by_its_strength(metric):
@@ -78,7 +82,7 @@ def test_one_concept_is_mixed_by_its_strength(metric):
     gram = edits.gram(targets[:1], directions[:1], energies[:1])
     for strength in (0.0, 0.3, 1.0, -0.5, 2.0):
         mixed = edits.combination(gram, torch.tensor([strength], dtype=torch.float64))
-        assert mixed.item() == pytest.approx(strength, abs=1e-14)
+        assert mixed.item() == strength
 
 
 def test_with_the_similarity_as_gate_the_edit_is_rome(metric):
@@ -101,12 +105,15 @@ def test_with_the_similarity_as_gate_the_edit_is_rome(metric):
         key, value = keys_and_values(layers["layer"], "layer", (text, text), updates)
         locked = attn["to_k"].weight @ targets[1]
         for ours, weight, goal in ((key, attn["to_k"].weight, locked), (value, attn["to_v"].weight, output[0])):
-            rome = text @ rome_weight(weight, targets[0], goal, covariance).T
-            assert (ours - rome).abs().max() < 1e-5  # a concept's vectors are float32
+            given = text, weight, targets[0], goal, covariance
+            exact, eager = (
+                words @ rome_weight(*vectors).T for words, *vectors in (given, [tensor.float() for tensor in given])
+            )
+            assert_as_accurate(ours, eager, exact)  # a concept's vectors are float32
 
 
 def test_a_layers_projection_is_perfusions_formula(pipe, concept_for):
-    """Keys and values of one layer, through prepare, against the formula written out in float64."""
+    """Keys and values of one layer, through prepare, against the formula written out in float64, and in float32."""
     concept = concept_for(pipe, beta=0.6, tau=0.2)
     pipe.unet.double()
     text = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
@@ -114,14 +121,15 @@ def test_a_layers_projection_is_perfusions_formula(pipe, concept_for):
     prepared = Personalization([Row((use,))]).prepare(pipe, text)
     for name, value in concept.values_per_layer().items():
         attn = pipe.unet.get_submodule(name)
-        target = concept.target_input.double()
-        outputs = (attn.to_k.weight @ concept.super_class_encoding.double(), value.double())
-        for projection, output, ours in zip((attn.to_k, attn.to_v), outputs, prepared.kv[name], strict=True):
-            similarity = text @ concept.direction.double()
+        sides = []
+        for dtype in (torch.float32, torch.float64):  # the vectors of a concept are float32 whatever the model is
+            words, target, direction = (t.to(dtype) for t in (text, concept.target_input, concept.direction))
+            key, val = (projection.weight.to(dtype) for projection in (attn.to_k, attn.to_v))
+            similarity = (words @ direction)[..., None]
             gate = torch.sigmoid((similarity - 0.6) / 0.2)
-            expected = text @ projection.weight.T - similarity[..., None] * (projection.weight @ target)
-            expected = expected + gate[..., None] * output
-            assert (ours - expected).abs().max() < 1e-5  # the vectors of a concept are float32
+            outputs = (key, key @ concept.super_class_encoding.to(dtype)), (val, value.to(dtype))
+            sides.append([words @ w.T - similarity * (w @ target) + gate * output for w, output in outputs])
+        assert_as_accurate(prepared.kv[name], *sides)
 
 
 def test_the_same_concept_twice_is_an_error_that_names_it(pipe, concept_for):
@@ -205,7 +213,10 @@ def test_a_wrapped_projection_is_called_rather_than_read(pipe, concept_for):
         attn.to_k = Doubling(attn.to_k)
     wrapped = Personalization([Row((use,))]).prepare(pipe, text).kv
     for name in plain:
-        torch.testing.assert_close(wrapped[name][0], 2 * plain[name][0], rtol=1e-5, atol=1e-5)
+        layer, learned = pipe.unet.get_submodule(name), use.concept.values_per_layer()[name][None]
+        layer = SimpleNamespace(to_k=layer.to_k.base_layer, to_v=layer.to_v)
+        (eager, _), (exact, _) = (written_out(layer, text, [use], learned, t) for t in (torch.float32, torch.float64))
+        assert_as_accurate(wrapped[name][0], 2 * eager, 2 * exact)
         assert torch.equal(wrapped[name][1], plain[name][1])
 
 

@@ -30,6 +30,7 @@ from keylock_diffusers.embedded import (
 from keylock_diffusers.embedded.diffusion import build_tokenizer
 from keylock_diffusers.encoding import text
 from keylock_diffusers.generation.maps import AttentionMaps
+from tests.diffusers.accuracy import assert_as_accurate
 
 MIB = 2**20
 
@@ -193,9 +194,10 @@ def test_the_adapter_loads_through_diffusers_own_loader_in_half_precision_files(
 def test_the_image_encoder_sees_pictures_as_it_did_in_training(adapted):
     """What diffusers' feature extractor makes of a picture is what the encoder was trained on."""
     _, pictures, _ = held_out()
-    ours = image_encoder.normalised(autoencoder.pixels(pictures))
+    pixels = autoencoder.pixels(pictures)
+    ours, exact = image_encoder.normalised(pixels), image_encoder.normalised(pixels.double())
     theirs = adapted.feature_extractor([Image.fromarray(p) for p in pictures], return_tensors="pt").pixel_values
-    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
+    assert_as_accurate(theirs, ours, exact)
 
 
 def test_an_image_prompt_alone_gives_its_subject_and_words_rule_the_background(adapted):

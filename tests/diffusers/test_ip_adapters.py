@@ -14,7 +14,9 @@ from keylock_diffusers.masks import resize_masks
 from keylock_diffusers.processors import IPAdapterCrossAttnProcessor
 from keylock_diffusers.processors.images import adapter_streams
 from keylock_diffusers.testing import patch, random_ip_adapter, shadow
+from tests.diffusers.accuracy import assert_as_accurate, widened
 from tests.diffusers.compatibility import SIZE, WIDTH, Feature, make, masks, unet
+from tests.diffusers.drawing import APART, ROUNDING
 
 TWO_MASKED = "three masked images, a scale each"
 
@@ -33,6 +35,13 @@ def random(*shape, seed=0):
 def ours(attn):
     attn.set_processor(IPAdapterCrossAttnProcessor("layer", attn.processor))
     return attn
+
+
+def assert_ours_as_accurate(attn, *given):
+    """Of a layer with diffusers' processor, which ours replaces for good."""
+    with torch.no_grad():
+        exact, eager = widened(attn)(*widened(given)), attn(*given)
+        assert_as_accurate(ours(attn)(*given), eager, exact)
 
 
 def load(pipe, *kinds):
@@ -74,7 +83,7 @@ def test_patched_classes_of_diffusers_compute_with_ours_and_come_back():
     with patch(), Count():
         patched = call()
     assert used.count(op) == 2 * len(cross_attention_layers(pipe.unet))  # of two steps
-    torch.testing.assert_close(patched, expected, rtol=0, atol=1 / 255 / 8)
+    torch.testing.assert_close(patched, expected, rtol=0, atol=ROUNDING)
     assert (AttnProcessor2_0.__call__, IPAdapterAttnProcessor2_0.__call__) == stock
 
 
@@ -100,7 +109,7 @@ def test_load_install_set_scale_and_unload_in_any_order():
             ).images
             for p in (pipe, reference)
         ]
-        torch.testing.assert_close(*(torch.as_tensor(g) for g in given), rtol=0, atol=1 / 255 / 8)
+        torch.testing.assert_close(*(torch.as_tensor(g) for g in given), rtol=0, atol=ROUNDING)
 
     before = list(pipe.unet.state_dict())
     kd.install(pipe)
@@ -167,7 +176,7 @@ def test_offloading_hooks_are_honoured(monkeypatch, feature, offload):
         add_hook_to_module(pipe.unet, CpuOffload("cpu"))
     # The pipeline asks its U-Net for a device, which offloaded weights do not have.
     monkeypatch.setattr(type(pipe), "_execution_device", torch.device("cpu"))
-    torch.testing.assert_close(call(), expected, rtol=0, atol=1 / 255 / 8)
+    torch.testing.assert_close(call(), expected, rtol=0, atol=ROUNDING)
 
 
 def test_layerwise_casting_is_honoured():
@@ -177,7 +186,7 @@ def test_layerwise_casting_is_honoured():
     assert any(p.dtype == torch.float8_e4m3fn for p in pipe.unet.parameters())
     expected = call()
     kd.install(pipe)
-    torch.testing.assert_close(call(), expected, rtol=0, atol=1 / 255 / 8)
+    torch.testing.assert_close(call(), expected, rtol=0, atol=ROUNDING)
 
 
 def test_a_unet_is_saved_as_without_ours(tmp_path):
@@ -196,13 +205,14 @@ def test_kolors_way_of_projecting_text_is_left_to_the_unet():
     text, latents = random(2, 7, 24, seed=1), random(2, 4, 8, 8)
     model._load_ip_adapter_weights([random_ip_adapter(model, width=WIDTH)])
 
-    def picture():
+    def picture(model=model, like=lambda given: given):
+        added = {"image_embeds": [random(2, 2, WIDTH, seed=2)]}
         with torch.no_grad():
-            return model(latents, 3, text, added_cond_kwargs={"image_embeds": [random(2, 2, WIDTH, seed=2)]}).sample
+            return model(like(latents), 3, like(text), added_cond_kwargs=like(added)).sample
 
-    stock = picture()
+    stock, exact = picture(), picture(widened(model), widened)
     kd.install(model)
-    torch.testing.assert_close(picture(), stock, rtol=1e-4, atol=1e-5)
+    assert_as_accurate(picture(), stock, exact, largest=False)
 
 
 def test_what_diffusers_refuses_to_reset_comes_back_after_uninstall():
@@ -222,28 +232,28 @@ def test_gradients_with_checkpointing_match_diffusers():
     for parameter in learned.values():
         parameter.requires_grad_(True)
 
-    def gradients():
+    def gradients(unet=unet, like=lambda given: given):
         unet.zero_grad()
+        embeds = [random(2, 2, WIDTH, seed=2), random(2, 1, 5, WIDTH, seed=3)]
         sample = unet(
-            random(2, 4, 8, 8),
+            like(random(2, 4, 8, 8)),
             torch.tensor([10, 500]),
-            random(2, 7, WIDTH, seed=1),
-            added_cond_kwargs={"image_embeds": [random(2, 2, WIDTH, seed=2), random(2, 1, 5, WIDTH, seed=3)]},
+            like(random(2, 7, WIDTH, seed=1)),
+            added_cond_kwargs={"image_embeds": like(embeds)},
             cross_attention_kwargs={"ip_adapter_masks": [masks(2), None]},
         ).sample
         sample.square().sum().backward()
-        return {name: p.grad.clone() for name, p in learned.items()}
+        return {name: p.grad.clone() for name, p in unet.named_parameters() if name in learned}
 
-    stock = gradients()
+    stock, exact = gradients(), gradients(widened(unet), widened)
     kd.install(pipe)
     plain = gradients()
     unet.enable_gradient_checkpointing()
     again = gradients()
     assert any(g.abs().max() > 0 for g in stock.values())
-    for name in stock:
-        scale = stock[name].abs().max()
-        torch.testing.assert_close(plain[name], stock[name], rtol=1e-3, atol=float(1e-4 * scale))
-        torch.testing.assert_close(again[name], plain[name], rtol=1e-4, atol=float(1e-5 * scale))
+    assert stock.keys() == exact.keys() == learned.keys()
+    assert all(torch.equal(again[name], plain[name]) for name in stock)
+    assert_as_accurate(*([found[name] for name in stock] for found in (plain, stock, exact)), largest=False)
 
 
 def test_two_users_embeddings_in_one_call_raise_where_diffusers_mixes_them():
@@ -287,15 +297,12 @@ def test_masks_of_any_dtype(dtype):
         with torch.no_grad():
             return attn(random(2, 64, 16), (text, [state]), ip_adapter_masks=[mask])
 
-    torch.testing.assert_close(out(mask.to(dtype)), out(mask), rtol=1e-5, atol=1e-6)
+    assert torch.equal(out(mask.to(dtype)), out(mask))
 
 
 def test_the_last_tokens_of_a_plain_tensor_are_the_images_as_they_once_were():
     attn = layer()
-    hidden, together = random(2, 9, 16), random(2, 7 + 4, 12, seed=1)
-    with torch.no_grad():
-        stock = attn(hidden, together)
-        torch.testing.assert_close(ours(attn)(hidden, together), stock, rtol=1e-4, atol=1e-5)
+    assert_ours_as_accurate(attn, random(2, 9, 16), random(2, 7 + 4, 12, seed=1))
 
 
 def test_a_text_mask_over_queries_is_left_to_diffusers():
@@ -314,10 +321,7 @@ def test_switches_that_diffusers_adapters_ignore_are_ignored(options):
     torch.manual_seed(0)
     attn = Attention(query_dim=16, cross_attention_dim=12, heads=2, dim_head=8, **options).eval()
     attn.set_processor(IPAdapterAttnProcessor2_0(16, 12, scale=[0.7]))
-    given = random(2, 9, 16), (random(2, 7, 12, seed=1), [random(2, 1, 4, 12, seed=2)])
-    with torch.no_grad():
-        stock = attn(*given)
-        torch.testing.assert_close(ours(attn)(*given), stock, rtol=1e-4, atol=1e-5)
+    assert_ours_as_accurate(attn, random(2, 9, 16), (random(2, 7, 12, seed=1), [random(2, 1, 4, 12, seed=2)]))
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
@@ -325,30 +329,29 @@ def test_a_unets_text_mask_beside_images(dtype):
     pipe, _ = make("SD 1.x", "two adapters, None among masks")
     mask = torch.tensor([[1, 1, 1, 0, 0, 1, 0], [1, 0, 1, 1, 1, 1, 1]]).to(dtype)
 
-    def call(**more):
+    def call(unet=pipe.unet, like=lambda given: given, **more):
+        embeds = [random(2, 2, WIDTH, seed=2), random(2, 1, 5, WIDTH, seed=3)]
         with torch.no_grad():
-            return pipe.unet(
-                random(2, 4, 8, 8),
+            return unet(
+                like(random(2, 4, 8, 8)),
                 10,
-                random(2, 7, WIDTH, seed=1),
-                added_cond_kwargs={"image_embeds": [random(2, 2, WIDTH, seed=2), random(2, 1, 5, WIDTH, seed=3)]},
+                like(random(2, 7, WIDTH, seed=1)),
+                added_cond_kwargs={"image_embeds": like(embeds)},
                 cross_attention_kwargs={"ip_adapter_masks": [masks(2), None]},
                 **more,
             ).sample
 
+    exact = call(widened(pipe.unet), widened, encoder_attention_mask=mask)
     with shadow(pipe):
         stock = call(encoder_attention_mask=mask)
     kd.install(pipe)
-    torch.testing.assert_close(call(encoder_attention_mask=mask), stock, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(call(), stock, atol=1e-3)
+    assert_as_accurate(call(encoder_attention_mask=mask), stock, exact, largest=False)
+    assert (call() - stock).abs().max() > APART
 
 
 def test_scales_that_are_all_0_need_no_masks():
     attn = layer(scale=[0.0, 0.0])
-    given = random(2, 9, 16), (random(2, 7, 12, seed=1), [random(2, 2, 4, 12, seed=2)])
-    with torch.no_grad():
-        stock = attn(*given)
-        torch.testing.assert_close(ours(attn)(*given), stock, rtol=1e-4, atol=1e-5)
+    assert_ours_as_accurate(attn, random(2, 9, 16), (random(2, 7, 12, seed=1), [random(2, 2, 4, 12, seed=2)]))
 
 
 def test_scale_0_is_the_text_alone_to_the_bit():
@@ -358,7 +361,7 @@ def test_scale_0_is_the_text_alone_to_the_bit():
         without = attn(hidden, (text, [state * float("nan")]))
         assert torch.equal(without, attn(hidden, (text, [state])))
         attn.set_processor(AttnProcessor2_0())
-        torch.testing.assert_close(without, attn(hidden, text), rtol=1e-4, atol=1e-5)
+        assert_as_accurate(without, attn(hidden, text), widened(attn)(*widened((hidden, text))))
 
 
 @pytest.mark.parametrize(
@@ -387,14 +390,17 @@ def test_each_mistake_is_named(arguments, error, message):
 
 
 def test_one_mask_per_row_is_each_rows_own():
-    attn = ours(layer())
+    stock, attn = layer(), ours(layer())
     hidden, text, state = random(2, 64, 16), random(2, 7, 12, seed=1), random(2, 1, 4, 12, seed=2)
     both = torch.cat([masks(2)[:, :1], masks(2)[:, 1:]])  # [2, 1, height, width]
     with torch.no_grad():
         together = attn(hidden, (text, [state]), ip_adapter_masks=[both])
         for row in range(2):
-            alone = attn(hidden[[row]], (text[[row]], [state[[row]]]), ip_adapter_masks=[both[[row]]])
-            torch.testing.assert_close(together[[row]], alone, rtol=1e-5, atol=1e-6)
+            given = hidden[[row]], (text[[row]], [state[[row]]])
+            mask = {"ip_adapter_masks": [both[[row]]]}
+            eager, exact = stock(*given, **mask), widened(stock)(*widened(given), **mask)
+            assert_as_accurate(together[[row]], eager, exact)
+            assert_as_accurate(attn(*given, **mask), eager, exact)
 
 
 def test_image_tokens_without_an_adapters_processor_say_what_to_call(pipe):

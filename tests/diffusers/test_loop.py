@@ -17,7 +17,7 @@ from keylock_diffusers.generation.batch import Picture
 from keylock_diffusers.generation.engine import Engine, Settings
 from keylock_diffusers.routing import edits
 from tests.diffusers import compatibility as tiny
-from tests.diffusers.drawing import ROUNDING, build, picture
+from tests.diffusers.drawing import APART, COMPANY, ROUNDING, build, picture
 
 STEPS = 5
 TEXT = "a cat on blue"
@@ -179,7 +179,7 @@ def test_a_callbacks_guidance_scales_every_row_in_proportion(ready):
     orders = [order(1, guidance_scale=8.0), order(2, guidance_scale=4.0)]
     together = draw(ready, orders, callback_on_step_end=halve)
     for one, mixed in zip(orders, together, strict=True):
-        assert (draw(ready, [one], callback_on_step_end=halve)[0] - mixed).abs().max() <= 2 / 255
+        assert (draw(ready, [one], callback_on_step_end=halve)[0] - mixed).abs().max() <= COMPANY
 
 
 @pytest.mark.parametrize("family", ["SD 1.x", "SDXL"])
@@ -208,7 +208,7 @@ def test_the_cutoff_of_guidance_beside_an_ip_adapter_concepts_and_regions(concep
     handle.remove()
     assert rows == [6, 6, 6, 3, 3]
     for one, mixed in zip(orders, together, strict=True):
-        assert (draw(pipe, [one], **options)[0] - mixed).abs().max() <= 2 / 255
+        assert (draw(pipe, [one], **options)[0] - mixed).abs().max() <= COMPANY
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -342,6 +342,11 @@ def test_every_scheduler_that_draws_noise_is_among_them():
     assert found - OTHERS - tested == set()
 
 
+# What latents of a batch may differ by from those drawn alone, of the largest: they are no grey levels, and no float64
+# measures them, whose noise the pipelines draw otherwise.
+LATENTS = 1e-3
+
+
 @pytest.mark.parametrize(("name", "changes"), schedulers())
 def test_noise_comes_from_each_rows_own_generator(ready, name, changes):
     changes = dict(changes)
@@ -356,7 +361,8 @@ def test_noise_comes_from_each_rows_own_generator(ready, name, changes):
     assert torch.equal(one, again), "the same seed drew another picture"
     first, second = draw(ready, [order(9), order(5)], **options)
     scale = float(one.abs().max())
-    assert (second - one).abs().max() <= 1e-3 * scale and not torch.allclose(first, second, atol=1e-2 * scale)
+    assert (second - one).abs().max() <= LATENTS * scale
+    assert ((first - second).abs() > 10 * LATENTS * scale + 1e-5 * second.abs()).any()
     swapped = draw(ready, [order(5), order(9)], **options)
     assert torch.equal(swapped[0], second) and torch.equal(swapped[1], first)
 
@@ -448,7 +454,7 @@ def test_overlapping_calls_have_lora_scales_of_their_own(build_tiny):
         thread.join()
     for number, expected in enumerate(alone):
         assert all(torch.equal(image, expected) for image in found[number])
-    assert not torch.allclose(alone[0], alone[2], atol=1e-3)
+    assert (alone[0] - alone[2]).abs().max() > APART
 
 
 # Compiled steps

@@ -9,6 +9,7 @@ import keylock_diffusers as kd
 from keylock_diffusers import ImagePrompt, Request
 from keylock_diffusers.routing.rows import ImageUse
 from tests.diffusers.compatibility import SIZE, STEPS, WIDTH, Feature, make, masks
+from tests.diffusers.drawing import ROUNDING
 
 FAMILIES = ("SD 1.x", "SDXL")
 ROOM = [[4, 4], [16]]
@@ -66,7 +67,7 @@ def test_other_users_never_recompile_a_step(pipe, concept_for):
     pipe.unet = torch.compile(plain, backend=counter, fullgraph=True)
     for orders, pictures in zip(batches, expected, strict=True):
         for ours, theirs in zip(draw(pipe, orders), pictures, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=0, atol=1 / 255 / 8)
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=ROUNDING)
         assert counter.frame_count == 1, "a step was compiled again"
 
 
@@ -94,7 +95,7 @@ def test_other_users_regions_never_recompile_a_step(pipe, concept_for):
     pipe.unet = torch.compile(pipe.unet, backend=counter, fullgraph=True)
     for ours, theirs in zip(draw_all(), expected, strict=True):
         for a, b in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), rtol=0, atol=1 / 255 / 8)
+            torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), rtol=0, atol=ROUNDING)
     assert counter.frame_count == 1, "a step was compiled again"
 
 
@@ -105,7 +106,7 @@ def test_a_compiled_step_is_recorded(pipe):
     pipe.unet = torch.compile(pipe.unet, backend="eager", fullgraph=True)
     draw(pipe, orders, record=maps)
     for layer, found in maps.images[0].maps["cat"].items():
-        torch.testing.assert_close(found, expected.images[0].maps["cat"][layer])
+        assert torch.equal(found, expected.images[0].maps["cat"][layer])
 
 
 def test_a_default_device_does_not_break_the_graph(pipe, concept_for):
@@ -119,7 +120,7 @@ def test_a_default_device_does_not_break_the_graph(pipe, concept_for):
     finally:
         torch.set_default_device(None)
     for a, b in zip(ours, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1 / 255 / 8)
+        torch.testing.assert_close(a, b, rtol=0, atol=ROUNDING)
 
 
 def test_the_compiled_code_computes_the_same(pipe, concept_for):
@@ -129,7 +130,7 @@ def test_the_compiled_code_computes_the_same(pipe, concept_for):
     expected = draw(pipe, orders)
     pipe.unet = torch.compile(pipe.unet, fullgraph=True)
     for ours, theirs in zip(draw(pipe, orders), expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1 / 255)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=ROUNDING)
 
 
 def test_the_plain_api_compiles_without_a_graph_break():
@@ -139,7 +140,7 @@ def test_the_plain_api_compiles_without_a_graph_break():
     expected = call()
     counter = CompileCounter()
     pipe.unet = torch.compile(pipe.unet, backend=counter, fullgraph=True)
-    torch.testing.assert_close(call(), expected, rtol=0, atol=1 / 255 / 8)
+    torch.testing.assert_close(call(), expected, rtol=0, atol=ROUNDING)
     assert counter.frame_count == 1
     torch.compiler.reset()
 
@@ -156,7 +157,7 @@ def test_regions_that_were_not_prepared_are_refused_inside_a_compiled_step(pipe)
         compiled(random(1, pixels, attn.query_dim), text, personalization=personalization)
     personalization.prepare(pipe, text, latent_size=(8, 8))
     ours = compiled(random(1, pixels, attn.query_dim), text, personalization=personalization)
-    torch.testing.assert_close(ours, attn(random(1, pixels, attn.query_dim), text, personalization=personalization))
+    assert torch.equal(ours, attn(random(1, pixels, attn.query_dim), text, personalization=personalization))
 
 
 def launches(pipe, images):

@@ -13,6 +13,7 @@ from keylock_diffusers import FusedSubject, Region, Request, RequestError, Subje
 from keylock_diffusers.encoding.fusion import FusionUse, fuse
 from keylock_diffusers.routing.personalization import Personalization
 from keylock_diffusers.routing.rows import ConceptUse, Row
+from tests.diffusers.accuracy import assert_as_accurate
 from tests.diffusers.compatibility import WIDTH, image_encoder
 from tests.diffusers.drawing import ROUNDING, picture, random
 
@@ -60,16 +61,18 @@ def test_it_computes_fastcomposers_fusion_from_the_published_names():
     words, images = random(3, 32, seed=50), random(3, 32, seed=51)
 
     def mlp(name, x):
-        part = {key.removeprefix(f"{name}."): t.double() for key, t in weights.items() if key.startswith(name)}
+        part = {key.removeprefix(f"{name}."): t.to(x) for key, t in weights.items() if key.startswith(name)}
         x = F.layer_norm(x, x.shape[-1:], part["layernorm.weight"], part["layernorm.bias"])
         x = F.gelu(F.linear(x, part["fc1.weight"], part["fc1.bias"]))
         return F.linear(x, part["fc2.weight"], part["fc2.bias"])
 
-    w, i = words.double(), images.double()
-    hidden = mlp("mlp1", torch.cat([w, i], -1)) + w
-    hidden = mlp("mlp2", hidden) + hidden
-    expected = F.layer_norm(hidden, (32,), weights["layer_norm.weight"].double(), weights["layer_norm.bias"].double())
-    torch.testing.assert_close(SubjectFusion.load(weights)(words, images).double(), expected, rtol=1e-5, atol=1e-5)
+    def fused(w, i):
+        hidden = mlp("mlp1", torch.cat([w, i], -1)) + w
+        hidden = mlp("mlp2", hidden) + hidden
+        return F.layer_norm(hidden, (32,), *(weights[f"layer_norm.{name}"].to(w) for name in ("weight", "bias")))
+
+    eager, exact = fused(words, images), fused(words.double(), images.double())
+    assert_as_accurate(SubjectFusion.load(weights)(words, images), eager, exact)
 
 
 @pytest.mark.parametrize("prefix", ["", "postfuse_module."])

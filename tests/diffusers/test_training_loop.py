@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from keylock_diffusers.training import checkpoint, loop
+from tests.diffusers.accuracy import FLOAT64
 from tests.diffusers.drawing import random
 from tests.diffusers.losses import adamw, clipped, optimizers
 
@@ -31,9 +32,9 @@ SCHEDULE = loop.Schedule(steps=8, batch_size=1, learning_rate=0.5, warmup=4, wei
     ],
 )
 def test_the_rate_warms_up_and_falls_as_a_cosine_to_a_fiftieth(step, warm, cosine):
-    assert loop.rate(SCHEDULE, step) == pytest.approx(0.5 * warm * (0.02 + 0.98 * cosine), rel=1e-12)
+    assert loop.rate(SCHEDULE, step) == pytest.approx(0.5 * warm * (0.02 + 0.98 * cosine), rel=FLOAT64)
     cold = dataclasses.replace(SCHEDULE, warmup=0)
-    assert loop.rate(cold, step) == pytest.approx(0.5 * (0.02 + 0.98 * cosine), rel=1e-12)
+    assert loop.rate(cold, step) == pytest.approx(0.5 * (0.02 + 0.98 * cosine), rel=FLOAT64)
 
 
 def fit(schedule, *, scale=1.0):
@@ -54,7 +55,7 @@ def fit(schedule, *, scale=1.0):
 
 def close(found, expected):
     for ours, right in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours.detach(), right, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(ours.detach(), right, rtol=FLOAT64, atol=FLOAT64 / 100)
 
 
 @pytest.mark.parametrize("scale", [0.05, 10.0])

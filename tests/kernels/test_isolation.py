@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -29,6 +31,15 @@ ATTENTION_SIZES = ((13, 7, 3, 5), (64, 77, 2, 40))[: 1 if INTERPRETED else 2]
 REPEATED_SIZES = ATTENTION_SIZES[-1]
 
 
+@pytest.fixture(autouse=True)
+def two_threads():
+    """Whatever OMP_NUM_THREADS says: with one thread there is no order of theirs to depend on."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if INTERPRETED else 2)
+    yield
+    torch.set_num_threads(before)
+
+
 def rank_one_rows(sizes, gate, dtype):
     """Each row has two updates of its own, and one slot that is -1."""
     inputs = rank_one_inputs(ROWS, *sizes, 2 * ROWS, 3, gate=gate, dtype=dtype)
@@ -41,13 +52,28 @@ def update_on_given_base(x, u, v, slots, backend, **gate):
     return rank_one_update(base, u, slots, rank_one_coefficients(x, v, slots, **gate), backend=backend)
 
 
-def upstream_for(op, inputs, options):
-    results = op(**inputs, **options)
-    return [g.to(r.dtype) for g, r in zip(gradients_like(list(_listed(results))), _listed(results), strict=True)]
+def undisturbed(op, sizes, option, dtype, backend):
+    """Inputs, gradients of results, results and gradients of inputs that several tests compare with."""
+    inputs, upstream, results, grads = _undisturbed(op, sizes, option, dtype, backend)
+    return dict(inputs), [g.clone() for g in upstream], results, grads
 
 
-def _listed(results):
-    return results if isinstance(results, tuple) else (results,)
+@functools.cache
+def _undisturbed(op, sizes, option, dtype, backend):
+    if op is localized_attention:
+        inputs = attention_inputs(ROWS, *sizes, dtype=dtype, **ATTENTION_CASES[option])
+    else:
+        inputs = rank_one_rows(sizes, option, dtype)
+    if op is update_on_given_base:
+        inputs = {k: v for k, v in inputs.items() if k not in ("weight", "bias")}
+    results, grads = run(op, inputs, wanted=of_rows(inputs), backend=backend)
+    upstream = [g.to(r.dtype) for g, r in zip(gradients_like(results), results, strict=True)]
+    return inputs, upstream, results, grads
+
+
+def of_rows(inputs):
+    """What has a gradient of its own in every row."""
+    return [name for name in floating(inputs) if name not in ("weight", "bias")]
 
 
 def equal(a, b):
@@ -61,12 +87,8 @@ def equal(a, b):
 @pytest.mark.parametrize("sizes", RANK_ONE_SIZES, ids=str)
 @pytest.mark.parametrize("op", [rank_one_linear, update_on_given_base])
 def test_a_neighbours_concept_and_gradient_do_not_reach_a_row(op, sizes, gate, backend, dtype, dirt):
-    inputs = rank_one_rows(sizes, gate, dtype)
-    if op is update_on_given_base:
-        inputs = {k: v for k, v in inputs.items() if k not in ("weight", "bias")}
-    upstream = upstream_for(op, inputs, {"backend": backend})
-    wanted = [name for name in floating(inputs) if name not in ("weight", "bias")]
-    clean, clean_grads = run(op, inputs, wanted=wanted, upstream=upstream, backend=backend)
+    inputs, upstream, clean, clean_grads = undisturbed(op, sizes, gate, dtype, backend)
+    wanted = of_rows(inputs)
     others = [b for b in range(ROWS) if b != 2]
     slots = [s for b in others for s in (2 * b, 2 * b + 1)]
     for name in wanted:
@@ -87,9 +109,7 @@ def test_a_neighbours_concept_and_gradient_do_not_reach_a_row(op, sizes, gate, b
 @pytest.mark.parametrize("sizes", ATTENTION_SIZES, ids=str)
 @pytest.mark.parametrize("case", ATTENTION_CASES)
 def test_a_neighbours_images_masks_and_gradient_do_not_reach_a_row(case, sizes, backend, dtype, dirt):
-    inputs = attention_inputs(ROWS, *sizes, dtype=dtype, **ATTENTION_CASES[case])
-    upstream = upstream_for(localized_attention, inputs, {"backend": backend})
-    clean, clean_grads = run(localized_attention, inputs, upstream=upstream, backend=backend)
+    inputs, upstream, clean, clean_grads = undisturbed(localized_attention, sizes, case, dtype, backend)
     others = [b for b in range(ROWS) if b != 2]
     for name in floating(inputs):
         inputs[name] = inputs[name].clone()
@@ -108,10 +128,8 @@ def test_a_neighbours_images_masks_and_gradient_do_not_reach_a_row(case, sizes, 
 @pytest.mark.parametrize("gate", ["table", "row"])
 @pytest.mark.parametrize("sizes", RANK_ONE_SIZES, ids=str)
 def test_permuting_rows_permutes_the_layer_bit_for_bit(sizes, gate, backend, dtype):
-    inputs = rank_one_rows(sizes, gate, dtype)
-    upstream = upstream_for(rank_one_linear, inputs, {"backend": backend})
-    wanted = [name for name in floating(inputs) if name not in ("weight", "bias")]
-    results, grads = run(rank_one_linear, inputs, wanted=wanted, upstream=upstream, backend=backend)
+    inputs, upstream, results, grads = undisturbed(rank_one_linear, sizes, gate, dtype, backend)
+    wanted = of_rows(inputs)
     order = torch.tensor([3, 0, 4, 1, 2])
     local = [k for k, t in inputs.items() if t.shape[0] == ROWS]
     moved = {**inputs, **{k: inputs[k][order] for k in local}}
@@ -128,9 +146,7 @@ def test_permuting_rows_permutes_the_layer_bit_for_bit(sizes, gate, backend, dty
 @pytest.mark.parametrize("sizes", ((1, 1, 1, 1), (1, 16, 2, 64), *ATTENTION_SIZES), ids=str)
 @pytest.mark.parametrize("case", ATTENTION_CASES)
 def test_permuting_rows_permutes_attention_bit_for_bit(case, sizes, backend, dtype):
-    inputs = attention_inputs(ROWS, *sizes, dtype=dtype, **ATTENTION_CASES[case])
-    upstream = upstream_for(localized_attention, inputs, {"backend": backend})
-    results, grads = run(localized_attention, inputs, upstream=upstream, backend=backend)
+    inputs, upstream, results, grads = undisturbed(localized_attention, sizes, case, dtype, backend)
     order = torch.tensor([3, 0, 4, 1, 2])
     moved = {k: v[order] if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
     moved_results, moved_grads = run(localized_attention, moved, upstream=[g[order] for g in upstream], backend=backend)

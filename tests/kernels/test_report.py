@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,7 @@ from keylock_kernels.machine_code import TARGETS, Compiled, compile_launches
 from tests.kernels.helpers import INTERPRETED
 
 pytest.importorskip("triton")
+ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter and the compiler exclude each other")
 ROW = Compiled(
     "case", "localized_attention_fwd_kernel", "sm_90", 0, registers=128, stack=0, spills=0, shared=1024, warps=4,
@@ -23,9 +25,10 @@ CASE = report.Case("case", lambda: None, padding=1.2, allowed=1.25, moved=1 << 1
 
 
 @pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory):
+def own_cache():
+    """Triton finds what it has compiled by its source, options and version, so it is kept from run to run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        patch.setenv("TRITON_CACHE_DIR", str(ROOT / "build" / "triton"))
         patch.setitem(os.environ, "TRITON_DEFAULT_FP_FUSION", "1")
         yield
 

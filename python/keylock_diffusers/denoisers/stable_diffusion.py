@@ -19,7 +19,8 @@ from keylock_diffusers.denoisers.base import RowLayout, Schedule, Size
 from keylock_diffusers.denoisers.unet import (
     TextEncoder,
     adapters,
-    blocks_are_compiled,
+    are_compiled,
+    blocks_of,
     cross_attention_layers,
     lock_of,
     lora_scale,
@@ -89,6 +90,10 @@ class StableDiffusion:
     def _layers(self) -> dict[str, Any]:
         return cross_attention_layers(self.unet)
 
+    @cached_property
+    def _blocks(self) -> list[Any]:
+        return blocks_of(self.unet, self._layers)
+
     def layers(self) -> dict[str, Any]:
         """See `Denoiser`."""
         return self._layers
@@ -103,7 +108,7 @@ class StableDiffusion:
         with ExitStack() as held:
             held.enter_context(self.scaled())
             held.enter_context(perturbed_attention(self.pipe, "perturbed" in layout.parts, layout.guided))
-            if blocks_are_compiled(self.unet, self.layers()):
+            if are_compiled(self._blocks):
                 if "readout" in options:
                     raise ValueError("generate: record must be None where blocks are compiled one by one")
                 held.enter_context(lock_of(self.unet))

@@ -159,32 +159,40 @@ def lora_scale(modules: Sequence[nn.Module], scale: float | None) -> Iterator[No
 class ProjectionState:
     """What the key and value projections of layers compute with, to notice whoever changes it.
 
+    It is asked in every step: a look at what was there, not a list made anew.
+
     Args:
         layers: the layers.
     """
 
     def __init__(self, layers: Mapping[str, Attention]) -> None:
+        self._projections = [(attn, side, getattr(attn, side)) for attn in layers.values() for side in ("to_k", "to_v")]
+        modules = [module for *_, projection in self._projections for module in projection.modules()]
         # The parameters themselves: an address, or an id, is given to another tensor once they are gone.
-        self._parameters: list[Any] = []
-        self._facts: list[Any] = []
-        for attn in layers.values():
-            for projection in (attn.to_k, attn.to_v):
-                held = [p for p in projection.parameters() if p.device.type != "meta"]  # offloading makes those anew
-                self._parameters += held
-                self._facts += [None if p.is_inference() else p._version for p in held]
-                for layer in projection.modules() if hasattr(projection, "base_layer") else ():
-                    scaling = getattr(layer, "scaling", None)
-                    if isinstance(scaling, dict):
-                        self._facts += [dict(scaling), layer.disable_adapters]
-                        self._facts += [list(layer.active_adapters), list(layer.merged_adapters)]
+        self._parameters = [
+            (module._parameters, name, p, None if p.is_inference() else p._version)
+            for module in modules
+            for name, p in module._parameters.items()
+            if p is not None and p.device.type != "meta"  # offloading makes those anew
+        ]
+        tuners: list[Any] = [module for module in modules if isinstance(getattr(module, "scaling", None), dict)]
+        self._tuners = [(tuner, _adapters_of(tuner)) for tuner in tuners]
 
-    def same(self, other: ProjectionState) -> bool:
-        """Whether nothing was changed between the two."""
+    def changed(self) -> bool:
+        """Whether anything was changed since."""
         return (
-            self._facts == other._facts
-            and len(self._parameters) == len(other._parameters)
-            and all(mine is theirs for mine, theirs in zip(self._parameters, other._parameters, strict=True))
+            any(getattr(attn, side) is not projection for attn, side, projection in self._projections)
+            or any(
+                held.get(name) is not p or (version is not None and p._version != version)
+                for held, name, p, version in self._parameters
+            )
+            or any(_adapters_of(tuner) != before for tuner, before in self._tuners)
         )
+
+
+def _adapters_of(tuner: Any) -> list[Any]:
+    """Which of a PEFT layer's adapters count, and how much."""
+    return [dict(tuner.scaling), tuner.disable_adapters, list(tuner.active_adapters), list(tuner.merged_adapters)]
 
 
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
@@ -201,10 +209,14 @@ def _tuner_layers(module: nn.Module) -> list[Any]:
     return [m for m in module.modules() if hasattr(m, "scale_layer") and isinstance(getattr(m, "scaling", None), dict)]
 
 
-def blocks_are_compiled(unet: nn.Module, layers: Iterable[str]) -> bool:
-    """Whether the layers' blocks are compiled one by one, as `compile_repeated_blocks` does."""
-    blocks = {name.rpartition(".")[0] for name in layers}
-    return any(getattr(unet.get_submodule(block), "_compiled_call_impl", None) is not None for block in blocks)
+def blocks_of(unet: nn.Module, layers: Iterable[str]) -> list[nn.Module]:
+    """The blocks that layers lie in, each once."""
+    return [unet.get_submodule(name) for name in dict.fromkeys(layer.rpartition(".")[0] for layer in layers)]
+
+
+def are_compiled(blocks: Iterable[nn.Module]) -> bool:
+    """Whether blocks are compiled one by one, as `compile_repeated_blocks` does."""
+    return any(getattr(block, "_compiled_call_impl", None) is not None for block in blocks)
 
 
 def adapter_scales(unet: Any) -> dict[int, float]:

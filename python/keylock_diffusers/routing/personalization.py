@@ -58,7 +58,6 @@ class Personalization:
         self._seen: tuple[Any, int | None] | None = None  # the text a layer was given last, and its version
         self._steps: list[tuple[int, int]] = []  # per row, its step and of how many
         self._text: Tensor | None = None
-        self._layers: Mapping[str, Any] = {}
         self._made_with: ProjectionState | None = None  # what keys and values were made with
         self._again: tuple[Tensor, dict[str, Any]] | None = None  # what `prepare` was given
         self.assign(rows)
@@ -139,7 +138,7 @@ class Personalization:
         if type(hook).__name__ == "CpuOffload":  # whole-model offloading moves the U-Net in when it is called, or here
             hook.pre_forward(unet)
         layers = cross_attention_layers(unet)
-        self._layers, self._made_with = layers, ProjectionState(layers)
+        self._made_with = ProjectionState(layers)
         options = {"read_text": read_text, "key_text": key_text, "early_text": early_text, "latent_size": latent_size}
         self._again = text, options
         self._tokens = text.shape[1]
@@ -203,7 +202,7 @@ class Personalization:
 
     def outdated(self) -> bool:
         """Whether somebody changed the projections' weights or scales since keys and values were made."""
-        return self._made_with is not None and not self._made_with.same(ProjectionState(self._layers))
+        return self._made_with is not None and self._made_with.changed()
 
     def remake(self, pipe: Any) -> None:
         """Makes keys and values again, of the same text, with the projections as they are now."""
