@@ -468,7 +468,8 @@ def test_repeated_blocks_share_one_compiled_graph(layers, concept_for):
     alice = concept_for(pipe)
     orders = [Request("<alice-cat> on blue", concepts=[alice], seed=1), order(2)]
     options = {"height": 16, "width": 16}
-    expected = draw(pipe, orders, **options)
+    bounded = [order(5, "a cat and a dog", regions=[Region(LEFT, "cat"), Region(1 - LEFT, "dog")])]
+    expected, within = draw(pipe, orders, **options), draw(pipe, bounded, **options)
     counter = CompileCounter()
     pipe.unet.compile_repeated_blocks(backend=counter, fullgraph=True)
     for ours, theirs in zip(draw(pipe, orders, **options), expected, strict=True):
@@ -477,6 +478,7 @@ def test_repeated_blocks_share_one_compiled_graph(layers, concept_for):
     graphs = counter.frame_count
     draw(pipe, [order(3), order(4)], **options)
     assert graphs <= 4 and counter.frame_count == graphs, "a graph for every block, or for every user"
+    torch.testing.assert_close(draw(pipe, bounded, **options), within, rtol=0, atol=ROUNDING)
     with pytest.raises(ValueError, match="record must be None where blocks are compiled one by one"):
         draw(pipe, [order(3)], record=kd.AttentionMaps(["cat"]), **options)
     torch.compiler.reset()
