@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import keylock_diffusers as kd
 from keylock_diffusers import cli
+from keylock_diffusers.cli import common
 from keylock_diffusers.demo import pictures
 from tests.diffusers.compatibility import image_encoder, save_adapter
 from tests.diffusers.test_oracles import controlnet
@@ -21,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def tiny_model(monkeypatch, pipe):
-    monkeypatch.setattr(cli, "_load", lambda model: pipe)
+    monkeypatch.setattr(common, "load", lambda model: pipe)
     return pipe
 
 

@@ -58,7 +58,7 @@ def test_every_room_has_its_storey():
     assert {name.split(".")[0] for name in MODULES} <= {*STOREY}
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if name not in ("__init__", "cli")])
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "__init__" and name.split(".")[0] != "cli"])
 def test_no_arrow_points_up(name):
     own = STOREY[name.split(".")[0]]
     up = sorted(other for other in ARROWS[name] if STOREY[other.split(".")[0]] > own)
@@ -106,7 +106,7 @@ def test_no_signature_is_wider_than_eight():
     for name, node in functions():
         given = node.args
         count = len([a for a in (*given.posonlyargs, *given.args, *given.kwonlyargs) if a.arg not in ("self", "cls")])
-        if count > 8 and node.name not in WIDE and name != "cli":
+        if count > 8 and node.name not in WIDE and name.split(".")[0] != "cli":
             wide.append(f"{name}.{node.name}: {count}")
     assert not wide
 

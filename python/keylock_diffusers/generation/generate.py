@@ -45,6 +45,7 @@ def generate(
     record: AttentionMaps | None = None,
     callback_on_step_end: Callable[..., Any] | None = None,
     callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
+    callback_on_image: Callable[[int, int, Any], None] | None = None,
     on_error: str = "raise",
     output_type: str = "pil",
     image_lengths: Sequence[Sequence[int]] | None = None,
@@ -74,6 +75,8 @@ def generate(
         record: where words' attention is recorded.
         callback_on_step_end: the pipelines' own: see `Callbacks` for what it may change.
         callback_on_step_end_tensor_inputs: what it is given.
+        callback_on_image: called with a request's index, the number of its picture and the picture, batch by batch as
+            they are decoded, so that what was drawn is kept whatever becomes of the rest.
         on_error: "raise": a request that cannot be drawn raises before any step; "return": the others are drawn and
             its place in the result holds the RequestError.
         output_type: the pipelines' own: "pil", "np", "pt" or "latent".
@@ -124,12 +127,18 @@ def generate(
         most = max(len(picture.plan.row.images) for picture in pictures)
         check_words(record, engine.denoiser.encoders()[0].tokenizer, prompts, most)
     recorded: dict[tuple[int, int], WordMaps] = {}
-    for members in _batches(pictures, max_batch):
+    batches = list(_batches(pictures, max_batch))
+    shown = dict(getattr(pipe, "_progress_bar_config", {}))
+    for number, members in enumerate(batches, 1):
         if engine.stopped:
             break
+        if len(batches) > 1:
+            engine.pipe.set_progress_bar_config(**{"desc": f"batch {number} of {len(batches)}", **shown})
         batch = engine.load(members)
         for picture, image in zip(members, engine.draw(batch, callbacks), strict=True):
             results[picture.request][picture.image] = image
+            if callback_on_image is not None and image is not None:
+                callback_on_image(picture.request, picture.image, image)
         if batch.readout is not None and batch.position == batch.steps:
             for row, picture in enumerate(members):
                 recorded[picture.request, picture.image] = batch.readout.picture(row, str(picture.plan.request.prompt))

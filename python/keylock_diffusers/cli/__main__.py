@@ -1,0 +1,5 @@
+"""Runs the command line: ``python -m keylock_diffusers.cli``."""
+
+from keylock_diffusers.cli import main
+
+main()

@@ -1,0 +1,57 @@
+"""``keylock demo``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from keylock_diffusers.cli import common
+from keylock_diffusers.cli.common import console
+
+
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for the grid, the report and the concepts.")] = Path(
+        "outputs/demo"
+    ),
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps per picture.")] = 25,
+    training_steps: Annotated[int | None, typer.Option(min=1, help="Training steps; default the demo's own.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the pictures.")] = 0,
+) -> None:
+    """Teach three people's cats together on the embedded model and draw two mixed batches."""
+    from dataclasses import replace
+
+    common.quiet()
+    from keylock_diffusers.demo import story
+
+    training = story.TRAINING if training_steps is None else replace(story.TRAINING, steps=training_steps)
+    _print_report(story.run(output, steps=steps, training=training, seed=seed))
+    console.print(f"{output / 'grid.png'}\n{output / 'regions.png'}\n{output / 'report.json'}")
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    table = Table("what", "measured", title="One batch, four people", show_lines=False)
+    for name, size in report["concepts"].items():
+        table.add_row(f"{name}'s concept file", f"{size:,} bytes")
+    table.add_row("training the three together", f"{report['training_seconds']} s")
+    table.add_row(
+        f"drawing {report['pictures_in_batch']} pictures in one batch / one by one",
+        f"{report['batch_seconds']} s / {report['one_by_one_seconds']} s",
+    )
+    table.add_row(
+        "largest difference beside other neighbours", f"{report['largest_difference_beside_others']:g} of 255"
+    )
+    table.add_row("largest difference drawn alone", f"{report['largest_difference_alone']:g} of 255")
+    for scene, found in report["coats"].items():
+        without = report["coats_without_learned_values"][scene]
+        table.add_row(f"own coat: {scene}", f"{found} (without learned values {without})")
+    for scene, found in report["expressions"].items():
+        table.add_row(f"named by the classifier: {scene}", found)
+    table.add_row(
+        f"{report['regions']['pictures_in_batch']} pictures with concepts, image prompts and regions: largest "
+        "difference beside other neighbours",
+        f"{report['regions']['largest_difference_beside_others']:g} of 255",
+    )
+    console.print(table)
