@@ -18,12 +18,12 @@ def demo(
     ),
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps per picture.")] = 25,
     training_steps: Annotated[int | None, typer.Option(min=1, help="Training steps; default the demo's own.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the pictures.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the pictures.")] = 0,
 ) -> None:
     """Teach three people's cats together on the embedded model and draw two mixed batches."""
     from dataclasses import replace
 
-    common.quiet()
+    common.without_loading_bars()
     from keylock_diffusers.demo import story
 
     training = story.TRAINING if training_steps is None else replace(story.TRAINING, steps=training_steps)
