@@ -23,7 +23,10 @@ def generate(
     output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("outputs"),
     resume: Annotated[
         bool,
-        typer.Option(help="Draw only what the folder does not hold yet: no picture of a request that is unchanged."),
+        typer.Option("--resume", help="Keep the folder's pictures of requests that are unchanged; draw the rest."),
+    ] = False,
+    outside: Annotated[
+        bool, typer.Option("--outside", help="Let requests name pictures outside of their file's folder.")
     ] = False,
     model: Model = "embedded",
     dtype: Dtype = None,
@@ -57,7 +60,7 @@ def generate(
     import keylock_diffusers as kd
     from keylock_diffusers.cli import drawn, orders, work
 
-    listed, concepts = orders.read(requests), kd.ConceptBank(bank)
+    listed, concepts = orders.read(requests, outside=outside), kd.ConceptBank(bank)
     drawn.prepare(output)
     loading = {"dtype": dtype, "variant": variant, "scheduler": scheduler}
     files = {"controlnet": controlnet, "ip_adapter": ip_adapter, "image_encoder": image_encoder, "fusion": fusion}

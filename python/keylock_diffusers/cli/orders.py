@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from keylock_diffusers.checks import reason_of, shown, whole
 from keylock_diffusers.concepts import Concept
 from keylock_diffusers.files import strict_json
-from keylock_diffusers.requests import _PICTURES, Request, RequestError, Use
+from keylock_diffusers.requests import _PICTURES, Request, RequestLimits, Use
 
 # What an order may change without any of its pictures changing.
 _NAMES = ("id", "num_images")
@@ -26,8 +27,12 @@ class Order:
     request: Request
 
 
-def read(path: Path) -> list[Order]:
+def read(path: Path, *, outside: bool = False) -> list[Order]:
     """The requests of a JSON file; its pictures are files beside it.
+
+    Args:
+        path: the file.
+        outside: whether its pictures may be elsewhere.
 
     Raises:
         ValueError: naming the file, and the request where one of them is wrong.
@@ -42,9 +47,9 @@ def read(path: Path) -> list[Order]:
     orders = []
     for index, said in enumerate(listed):
         try:
-            orders.append(Order(index, said, _counted(Request.from_json(said, path.parent))))
+            orders.append(Order(index, said, _counted(Request.from_json(said, path.parent, outside=outside))))
         except (ValueError, TypeError, OSError) as error:
-            raise ValueError(f"{path}: {RequestError(index, _name(said), str(error))}") from error
+            raise ValueError(f"{path}: request {index} ({_name(said)}): {reason_of(error)}") from error
     return orders
 
 
@@ -83,11 +88,10 @@ class Identity:
 
 
 def _counted(request: Request) -> Request:
-    """A request whose pictures have numbers."""
-    seed = 0 if request.seed is None else request.seed
-    for name, number, least, most in (("num_images", request.num_images, 1, 10_000), ("seed", seed, 0, 1 << 62)):
-        if isinstance(number, bool) or not isinstance(number, int) or not least <= number <= most:
-            raise ValueError(f"{name} must be a whole number from {least} to {most}, got {number!r:.80}")
+    """A request whose pictures have numbers, and seeds of their own."""
+    count = whole(request.num_images, "num_images", 1, RequestLimits().num_images)
+    if request.seed is not None:
+        whole(request.seed, "seed", 0, 2**63 - 1 - count)
     return request
 
 
@@ -105,9 +109,9 @@ def _text(path: Path) -> str:
 def _name(said: Any) -> str:
     """What an error calls a request that could not be read."""
     if not isinstance(said, Mapping):
-        return f"{said!r:.80}"
-    name, prompt = said.get("id"), f"{said.get('prompt')!r:.80}"
-    return prompt if name is None else f"{name!s:.80}: {prompt}"
+        return shown(said)
+    name, prompt = said.get("id"), shown(said.get("prompt"))
+    return prompt if name is None else f"{shown(name)}: {prompt}"
 
 
 def _files(said: Any) -> Iterator[str]:
