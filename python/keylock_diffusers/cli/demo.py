@@ -27,8 +27,12 @@ def demo(
     from keylock_diffusers.demo import story
 
     training = story.TRAINING if training_steps is None else replace(story.TRAINING, steps=training_steps)
-    _print_report(story.run(output, steps=steps, training=training, seed=seed))
-    console.print(f"{output / 'grid.png'}\n{output / 'regions.png'}\n{output / 'report.json'}")
+    report = story.run(output, steps=steps, training=training, seed=seed)
+    _print_report(report)
+    for label in report["regions"]["left_out"]:
+        print(f"left out of regions.png: {label}; its concepts cannot be combined after so few training steps")
+    for name in ("grid.png", "regions.png", "report.json"):
+        print(output / name)
 
 
 def _print_report(report: dict[str, Any]) -> None:

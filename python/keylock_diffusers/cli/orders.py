@@ -41,7 +41,7 @@ def read(path: Path, *, outside: bool = False) -> list[Order]:
     try:
         listed = strict_json(_text(path))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: this is no JSON: {error}") from None
+        raise ValueError(f"{path}: must be a list of requests in JSON: {error}") from None
     if not isinstance(listed, list):
         raise ValueError(f"{path}: must be a list of requests, got {type(listed).__name__}")
     orders = []
