@@ -60,7 +60,7 @@ def versions(order: Order, bank: Mapping[str, Concept]) -> dict[str, str | None]
         name = use.concept if isinstance(use, Use) else use
         try:
             found[str(name)] = bank[name].digest
-        except (KeyError, ValueError, OSError):  # planning the request says what is wrong with it
+        except Exception:  # planning the request says what is wrong with it
             found[str(name)] = None
     return found
 
