@@ -57,7 +57,7 @@ def load(
     Raises:
         ValueError: an option is not what its help says, or there is no such model; the message names the option.
     """
-    options = {"torch_dtype": _dtype(dtype), "variant": variant}
+    options = {"dtype": _dtype(dtype), "variant": variant}
     place, kind = _device(device), _scheduler(scheduler)
     without_loading_bars()
     pipe = _loaded(model, {name: value for name, value in options.items() if value is not None})

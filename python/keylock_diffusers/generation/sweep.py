@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from PIL import Image, ImageDraw
 
+from keylock_diffusers.checks import listed, shown, whole
 from keylock_diffusers.concepts import Concept
 from keylock_diffusers.generation.generate import generate
-from keylock_diffusers.requests import Request, Use
+from keylock_diffusers.requests import Request, RequestLimits, Use
 
 _OF_USE = ("beta", "tau", "strength", "lock")
 DIALS = (*_OF_USE, "guidance_scale")
@@ -88,16 +89,23 @@ def _dials(request: Any, over: Any) -> list[tuple[str, list[Any]]]:
     """The dials with their values."""
     if not isinstance(request, Request):
         raise TypeError(f"sweep: request must be a Request, got {type(request).__name__}")
-    known = isinstance(over, Mapping) and len(over) in (1, 2) and all(name in DIALS for name in over)
-    if not known or any(isinstance(values, str) or not len(values) for values in over.values()):
+    right = isinstance(over, Mapping) and len(over) in (1, 2) and all(name in DIALS for name in over)
+    dials = [(name, _listed(values)) for name, values in over.items()] if right else []
+    if not dials or not all(values for _, values in dials):
         raise ValueError(
-            f"sweep: over must give the values of one or two of {', '.join(DIALS)}, each in a list, got {over!r:.80}"
+            f"sweep: over must give the values of one or two of {', '.join(DIALS)}, each in a list, got {shown(over)}"
         )
-    if not request.concepts and any(name in _OF_USE for name in over):
+    if not listed(request.concepts, "sweep: concepts of the request") and any(name in _OF_USE for name in over):
         raise ValueError(f"sweep: request must have concepts for {' and '.join(over)} to act on, got none")
-    if len(over) == 2 and request.num_images != 1:
-        raise ValueError(f"sweep: num_images of the request must be 1 over two dials, got {request.num_images!r:.80}")
-    return [(name, list(values)) for name, values in over.items()]
+    count = whole(request.num_images, "sweep: num_images of the request", 1, RequestLimits().num_images)
+    if len(dials) == 2 and count != 1:
+        raise ValueError(f"sweep: num_images of the request must be 1 over two dials, got {count}")
+    return dials
+
+
+def _listed(values: Any) -> list[Any]:
+    """Values in a list or an array, as a list; none of something else."""
+    return list(values) if isinstance(values, Iterable) and not isinstance(values, str | Mapping) else []
 
 
 def _turned(request: Request, dials: Mapping[str, Any]) -> Request:
