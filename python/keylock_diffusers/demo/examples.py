@@ -26,8 +26,7 @@ REQUESTS: list[dict[str, Any]] = [
     },
     {
         "id": "a concept in its place, and one in two pictures",
-        "prompt": f"{USER.placeholder} next to a house on white",
-        "negative_prompt": "a dog",
+        "prompt": f"{USER.placeholder} next to a house on pink",
         "concepts": [
             {"concept": CONCEPT, "beta": 0.6, "tau": 0.15, "strength": 1.0, "lock": "local", "region": "left.png"}
         ],
@@ -66,13 +65,20 @@ REQUESTS: list[dict[str, Any]] = [
         "guidance_scale": 4.0,
         "seed": 4,
     },
-    {"id": "nothing but a prompt, new each time", "prompt": "a rocket on purple", "seed": None},
+    {
+        "id": "nothing but words, new each time",
+        "prompt": "a rocket on purple",
+        "negative_prompt": "a car",
+        "guidance_scale": 4.0,
+        "seed": None,
+    },
 ]
 
 
 def requests_json() -> str:
-    """The file of requests."""
-    return json.dumps(REQUESTS, indent=2) + "\n"
+    """The file of requests, a field a line."""
+    orders = [[f"    {json.dumps(name)}: {json.dumps(value)}" for name, value in one.items()] for one in REQUESTS]
+    return "[\n" + ",\n".join("  {\n" + ",\n".join(fields) + "\n  }" for fields in orders) + "\n]\n"
 
 
 def write(folder: Path) -> None:
