@@ -96,13 +96,13 @@ def test_what_was_drawn_stays_and_resume_draws_the_rest(place, monkeypatch, caps
     assert "2 of 4 pictures are in outputs" in message and "--resume" in message
     before = pictures()
     assert len(before) == 2
-    assert "2 pictures of unchanged requests are kept" in generate("--resume")
+    assert "kept, since their requests are unchanged: 2" in generate("--resume")
     after = pictures()
     assert list(after) == list(pictures("whole"))
     assert all(after[name] == data for name, data in before.items())
     with Image.open("outputs/000.png") as ours, Image.open("whole/000.png") as whole:
         assert ours.tobytes() == whole.tobytes()
-    assert "4 pictures of unchanged requests are kept" in generate("--resume")
+    assert "kept, since their requests are unchanged: 4" in generate("--resume")
     assert pictures() == after
 
 
@@ -168,7 +168,14 @@ def test_pictures_follow_their_orders_to_other_places_in_the_file(place):
     assert (after["001.png"], after["002-1.png"], after["003.png"]) == tuple(
         before[name] for name in ("002.png", "001-1.png", "000.png")
     )
-    assert "4 pictures" in said and set(after) == {"000.png", "001.png", "002-0.png", "002-1.png", "003.png", "004.png"}
+    assert "unchanged: 4" in said and set(after) == {
+        "000.png",
+        "001.png",
+        "002-0.png",
+        "002-1.png",
+        "003.png",
+        "004.png",
+    }
     with Image.open("outputs/004.png") as twin, Image.open("outputs/003.png") as one:
         assert twin.tobytes() == one.tobytes()  # of two equal orders each has its own
 
@@ -178,7 +185,7 @@ def test_a_picture_that_was_cut_is_drawn_again(place):
     data = pictures()["002.png"]
     (place / "outputs" / "002.png").write_bytes(data[: len(data) // 2])
     (place / "outputs" / "000.png").write_bytes(b"")
-    assert "2 pictures of unchanged" in generate("--resume")
+    assert "unchanged: 2" in generate("--resume")
     assert pictures()["002.png"] == data
 
 
@@ -279,3 +286,26 @@ def test_pictures_elsewhere_are_read_only_when_asked_for(place, monkeypatch, cap
     assert "must be a file inside below" in error
     run("generate", "below/orders.json", "--steps", 2, "--outside")
     assert list(pictures()) == ["000.png"]
+
+
+def test_what_a_picture_says_is_of_before_it_was_drawn(place, monkeypatch):
+    """Somebody who changes a picture while it is drawn from is not told that the new one was drawn."""
+    real = work.generate
+
+    def generate_and_change(*given, **options):
+        Image.new("RGB", (16, 16), "blue").save("photo.png")
+        return real(*given, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(work, "generate", generate_and_change)
+        generate()
+    before = pictures()
+    generate("--resume")
+    assert {name for name, data in pictures().items() if data != before[name]} == {"002.png"}
+
+
+@pytest.mark.parametrize("option", ["--ip-adapter", "--image-encoder", "--fusion", "--controlnet"])
+def test_files_that_are_not_there_are_named_before_the_work(place, monkeypatch, capsys, option):
+    monkeypatch.setattr(common, "load", lambda *model, **options: pytest.fail("the model was loaded"))
+    error = fail(capsys, monkeypatch, "generate", "orders.json", option, "edges=nowhere")
+    assert option in error and "edges=nowhere" in error

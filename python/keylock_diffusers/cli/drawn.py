@@ -84,5 +84,6 @@ def rename(moves: Mapping[Path, Path]) -> None:
 
 
 def strangers(folder: Path, named: Iterable[Path]) -> list[str]:
-    """The names of the folder's pictures that are none of those named."""
-    return sorted({path.name for path in folder.glob("*.png")} - {path.name for path in named})
+    """The names of the folder's pictures that are none of those named, nor show attention."""
+    there = {path.name for path in folder.glob("*.png") if not path.name.startswith("attention")}
+    return sorted(there - {path.name for path in named})

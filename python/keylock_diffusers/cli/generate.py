@@ -62,6 +62,11 @@ def generate(
 
     listed, concepts = orders.read(requests, outside=outside), kd.ConceptBank(bank)
     drawn.prepare(output)
+    nets = _named(controlnet or [])
+    for option, paths in {"ip-adapter": ip_adapter, "image-encoder": [image_encoder], "fusion": [fusion]}.items():
+        missing = [path for path in paths or () if path is not None and not path.exists()]
+        if missing:
+            raise ValueError(f"--{option}: there is no file {missing[0]}")
     loading = {"dtype": dtype, "variant": variant, "scheduler": scheduler}
     files = {"controlnet": controlnet, "ip_adapter": ip_adapter, "image_encoder": image_encoder, "fusion": fusion}
     said = {"model": model, **loading, "steps": steps, "height": height, "width": width, **files}
@@ -85,7 +90,7 @@ def generate(
             height=height,
             width=width,
             max_batch=max_batch,
-            controlnets=_controlnets(controlnet or [], pipe),
+            controlnets=_controlnets(nets, pipe),
             fusion=None if fusion is None else kd.SubjectFusion.load(fusion).to(pipe.device),
         )
     pictures.tell()
@@ -96,16 +101,24 @@ def _plain(value: Any) -> Any:
     return [str(one) for one in value] if isinstance(value, list) else str(value) if isinstance(value, Path) else value
 
 
-def _controlnets(given: list[str], pipe: Any) -> dict[str, Any]:
-    from diffusers import ControlNetModel
-
+def _named(given: list[str]) -> dict[str, Path]:
+    """The folders of ControlNets by the names that requests' controls have."""
     found = {}
     for one in given:
         name, equals, folder = one.partition("=")
         if not name or not equals or not Path(folder).is_dir():
-            raise ValueError(f"--controlnet must be NAME=FOLDER of a ControlNet, got {one!r}")
-        found[name] = ControlNetModel.from_pretrained(folder, torch_dtype=pipe.unet.dtype).to(pipe.device)
+            raise ValueError(f"--controlnet must be NAME=FOLDER of a ControlNet, got {one!r:.80}")
+        found[name] = Path(folder)
     return found
+
+
+def _controlnets(folders: dict[str, Path], pipe: Any) -> dict[str, Any]:
+    from diffusers import ControlNetModel
+
+    return {
+        name: ControlNetModel.from_pretrained(folder, dtype=pipe.unet.dtype).to(pipe.device)
+        for name, folder in folders.items()
+    }
 
 
 def _load_ip_adapters(pipe: Any, files: list[Path], image_encoder: Path | None) -> None:
@@ -115,9 +128,6 @@ def _load_ip_adapters(pipe: Any, files: list[Path], image_encoder: Path | None) 
         encoder = CLIPVisionModelWithProjection.from_pretrained(image_encoder, dtype=pipe.unet.dtype)
         pipe.register_modules(image_encoder=encoder.to(pipe.device))
     if files:
-        missing = [file for file in files if not file.is_file()]
-        if missing:
-            raise ValueError(f"--ip-adapter: there is no file {missing[0]}")
         pipe.load_ip_adapter(
             [str(file.parent) for file in files],
             subfolder="",

@@ -21,12 +21,21 @@ _PAGE = 16  # pictures beside their attention, in one file
 
 @dataclass(frozen=True)
 class Job:
-    """What is drawn of an order: a request whose first picture, of this seed, is the order's picture of that number."""
+    """What is drawn of an order.
+
+    Args:
+        order: the order.
+        request: what draws it, or those of its pictures that are missing; with a seed.
+        first: which of the order's pictures is its first.
+        identities: of these pictures, as of before they are drawn.
+        versions: of the order's concepts.
+    """
 
     order: Order
-    seed: int
     request: Request
-    first: int = 0
+    first: int
+    identities: Sequence[str]
+    versions: Mapping[str, str | None]
 
 
 class Work:
@@ -42,7 +51,6 @@ class Work:
     def __init__(self, orders: Sequence[Order], output: Path, identity: Identity, resume: bool) -> None:
         self.output, self.identity = output, identity
         self.paths: list[Path] = []  # of what was drawn now
-        self._pages: list[Path] = []
         self._pipe: Any = None
         held = self._held(orders) if resume else {}
         self.jobs = [job for order in orders for job in self._job(order, held.get(order.index, {}))]
@@ -80,8 +88,8 @@ class Work:
     def tell(self) -> None:
         """Says what was there before: pictures that were kept, and those that belong to no request."""
         if self.kept:
-            print(f"{len(self.kept)} pictures of unchanged requests are kept")
-        others = drawn.strangers(self.output, [*self.paths, *self.kept, *self._pages])
+            print(f"kept, since their requests are unchanged: {len(self.kept)}")
+        others = drawn.strangers(self.output, [*self.paths, *self.kept])
         if others:
             names = ", ".join(others[:3]) + (" ..." if len(others) > 3 else "")
             print(f"pictures in {self.output} that belong to none of these requests, left as they are: {names}")
@@ -117,18 +125,22 @@ class Work:
             )
             seed = secrets.randbelow(1 << 32) if first is None else first
         if not held:
-            return [Job(order, seed, replace(request, seed=seed))]
+            return [self._made(order, replace(request, seed=seed), 0)]
         missing = (n for n in range(request.num_images) if n not in held)
-        return [Job(order, seed + n, replace(request, seed=seed + n, num_images=1), n) for n in missing]
+        return [self._made(order, replace(request, seed=seed + n, num_images=1), n) for n in missing]
+
+    def _made(self, order: Order, request: Request, first: int) -> Job:
+        identities = [self.identity.of(order, first + n) for n in range(request.num_images)]
+        return Job(order, request, first, identities, versions(order, self.identity.bank))
 
     def _keep(self, index: int, number: int, image: Any) -> None:
         job = self.jobs[index]
         order, request = job.order, job.request
         said = {name: value for name, value in order.said.items() if name != "num_images"}
         facts = {
-            "identity": self.identity.of(order, job.first + number),
-            "order": {"guidance_scale": request.guidance_scale, **said, "seed": job.seed + number},
-            "concepts": versions(order, self.identity.bank),
+            "identity": job.identities[number],
+            "order": {"guidance_scale": request.guidance_scale, **said, "seed": (request.seed or 0) + number},
+            "concepts": job.versions,
             "settings": {
                 **self.identity.settings,
                 "scheduler": type(self._pipe.scheduler).__name__,
@@ -157,6 +169,6 @@ class Work:
         pages = range(0, len(flat), _PAGE)
         for page, first in enumerate(pages):
             path = self.output / ("attention.png" if len(pages) == 1 else f"attention-{page:02d}.png")
-            visualize.grid(flat[first : first + _PAGE], maps.images[first : first + _PAGE]).save(path)
-            self._pages.append(path)
+            sheet = visualize.grid(flat[first : first + _PAGE], maps.images[first : first + _PAGE])
+            drawn.write(path, sheet, "where words were attended to", {})
             print(path)
