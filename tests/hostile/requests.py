@@ -74,6 +74,8 @@ _ALSO = {
     "concept": ("placeholder", "bank"),
     "concepts": ("placeholder", "concept"),
     "negative_prompt": ("prompt",),
+    "negative_prompt_embeds": ("negative prompt",),
+    "prompt_embeds": ("negative prompt",),
     "prompt_2": ("prompt",),
     "num_images": ("seed",),
     "image": ("picture", "Image"),
@@ -156,7 +158,7 @@ def check(case: Case, place: Path) -> str:
         else {"Request"}
     )
     reason = str(drawn).partition("): ")[2] or str(drawn)
-    assert any(name in reason for name in names | _outer(fields) | {"numbers became infinite"}), (
+    assert any(name in reason for name in names | _outer(fields) | {"numbers became infinite", "spite"}), (
         f"{case}: names none of it: {drawn}"
     )
     return told(drawn)

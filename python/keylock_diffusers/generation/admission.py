@@ -99,12 +99,14 @@ def _check_texts(request: Request, limits: RequestLimits) -> None:
     for name in ("subjects", "regions", "negative_regions"):
         texts += [(f"prompt of {name}", getattr(item, "prompt", None)) for item in getattr(request, name)]
     for name, words in texts:
-        if words is None:
+        if words is None and name != "prompt of subjects":
             continue
         if not isinstance(words, str):
             raise TypeError(f"{name} must be text, got {type(words).__name__}")
         if len(words) > limits.text:
             raise ValueError(f"{name} must have at most {limits.text} letters, got {len(words)}")
+        if any("\ud800" <= letter <= "\udfff" for letter in words):  # which JSON can write and no tokenizer takes
+            raise ValueError(f"{name} must be text, got half of a surrogate pair: {shown(words)}")
 
 
 def _pair(given: Any, name: str) -> tuple[Any, Any] | None:
