@@ -30,7 +30,6 @@ from keylock_diffusers.denoisers.unet import (
     unet_of,
 )
 
-
 # Keywords of `generate` itself, which may have been meant.
 _OF_THE_CALL = (
     "num_inference_steps",
