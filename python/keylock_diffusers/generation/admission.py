@@ -99,7 +99,7 @@ def _check_texts(request: Request, limits: RequestLimits) -> None:
     for name in ("subjects", "regions", "negative_regions"):
         texts += [(f"prompt of {name}", getattr(item, "prompt", None)) for item in getattr(request, name)]
     for name, words in texts:
-        if words is None and name != "prompt of subjects":
+        if words is None:
             continue
         if not isinstance(words, str):
             raise TypeError(f"{name} must be text, got {type(words).__name__}")
