@@ -1,6 +1,7 @@
 """``keylock generate``: nothing that was drawn is lost, every picture says what of, and what is wrong says where."""
 
 import errno
+import io
 import json
 import os
 import sys
@@ -309,3 +310,17 @@ def test_files_that_are_not_there_are_named_before_the_work(place, monkeypatch, 
     monkeypatch.setattr(common, "load", lambda *model, **options: pytest.fail("the model was loaded"))
     error = fail(capsys, monkeypatch, "generate", "orders.json", option, "edges=nowhere")
     assert option in error and "edges=nowhere" in error
+
+
+def test_the_rest_of_an_order_has_the_seeds_that_follow_the_others(place):
+    generate()
+    before = pictures()
+    os.unlink("outputs/001-0.png")
+    more = json.loads(json.dumps(ORDERS))
+    more[1]["num_images"] = 4
+    order(more)
+    generate("--resume")
+    seeds = [drawn.facts_of(place / "outputs" / f"001-{n}.png")["order"]["seed"] for n in range(4)]
+    assert seeds == [seeds[0] + n for n in range(4)]
+    with Image.open("outputs/001-0.png") as again, Image.open(io.BytesIO(before["001-0.png"])) as first:
+        assert np.abs(np.asarray(again, int) - np.asarray(first, int)).max() <= 1  # of a batch of another size
