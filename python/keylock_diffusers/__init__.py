@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from keylock_diffusers.encoding.fusion import SubjectFusion
     from keylock_diffusers.generation import generate, visualize
     from keylock_diffusers.generation.engine import Engine
-    from keylock_diffusers.generation.maps import AttentionMaps, record_attention
+    from keylock_diffusers.generation.maps import AttentionMaps
+    from keylock_diffusers.generation.recording import record_attention
     from keylock_diffusers.processors import install, uninstall
     from keylock_diffusers.requests import Control, FusedSubject, ImagePrompt, Region, Request, RequestError, Use
     from keylock_diffusers.routing.personalization import Personalization
@@ -36,7 +37,7 @@ _HOME = {
     "Use": "requests",
     "generate": "generation.generate",
     "install": "processors",
-    "record_attention": "generation.maps",
+    "record_attention": "generation.recording",
     "uninstall": "processors",
     "visualize": "generation.visualize",
 }
