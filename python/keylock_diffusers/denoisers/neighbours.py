@@ -15,8 +15,8 @@ from torch import nn
 def own_forward(module: nn.Module) -> Any:
     """The forward that somebody put on a module itself, as kohya's and LyCORIS' networks do; None: there is none.
 
-    Those that only move or cast weights, accelerate's and diffusers' hooks, do not count, nor does the class's own, which
-    those leave behind who take theirs off again.
+    Those that only move or cast weights, accelerate's and diffusers' hooks, do not count. Nor does the class's own,
+    which those leave behind who take theirs off again.
     """
     forward = vars(module).get("forward")
     while isinstance(forward, functools.partial) and _moves_weights(forward.func):

@@ -125,9 +125,8 @@ def verify(pipe: Any) -> None:
     """
     for name, attn in cross_attention_layers(unet_of(pipe)).items():
         if not isinstance(attn.processor, _CROSS):
-            raise RuntimeError(
-                f"{name} has the processor {type(attn.processor).__name__}, which cannot personalise; {_remedy(name, attn)}"
-            )
+            held = f"{name} has the processor {type(attn.processor).__name__}, which cannot personalise"
+            raise RuntimeError(f"{held}; {_remedy(name, attn)}")
         attn.processor.layer = name
 
 
