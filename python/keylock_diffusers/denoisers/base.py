@@ -68,6 +68,10 @@ class Denoiser(Protocol):
         """As `scaled`, of the text encoders."""
 
     @property
+    def tokenizer(self) -> Any:
+        """Of the words of prompts; None where no text encoder is loaded."""
+
+    @property
     def text_width(self) -> int:
         """Of what cross-attention reads."""
 

@@ -90,11 +90,18 @@ def _entered(hook: Any, module: nn.Module) -> Callable[[], Any]:
     return functools.partial(hook.post_forward, module, None)
 
 
-def merges_pixels(unet: Any) -> bool:
-    """Whether cross-attention reads fewer pixels than a layer has, as with tomesd's ``merge_crossattn``."""
-    told = getattr(unet, "_tome_info", None) or {}
-    merged = any(type(module).__name__ == "ToMeBlock" for module in unet.modules()) if told else False
-    return merged and bool(told.get("args", {}).get("merge_crossattn"))
+def check_pixels(unet: nn.Module, what: str) -> None:
+    """Checks that cross-attention reads all of a layer's pixels, which regions and maps need.
+
+    Raises:
+        ValueError: tomesd merges some of them before it; its patch stays in the blocks' classes.
+    """
+    for block in unet.modules():
+        if type(block).__name__ == "ToMeBlock" and block._tome_info["args"]["merge_crossattn"]:  # type: ignore[index]
+            raise ValueError(
+                f"{what} need all pixels, but tomesd merges some before cross-attention: "
+                "apply its patch with merge_crossattn=False"
+            )
 
 
 _QUIET: ContextVar[bool] = ContextVar("quiet", default=False)

@@ -133,6 +133,11 @@ class StableDiffusion:
         return text_encoders(self.pipe)
 
     @property
+    def tokenizer(self) -> Any:
+        """Of the words of prompts; None where no text encoder is loaded."""
+        return next((encoder.tokenizer for encoder in self.encoders()), None)
+
+    @property
     def text_width(self) -> int:
         """Of what cross-attention reads."""
         return int(self.unet.config.cross_attention_dim)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from keylock_diffusers.denoisers.neighbours import merges_pixels
+from keylock_diffusers.denoisers.neighbours import check_pixels
 from keylock_diffusers.denoisers.unet import cross_attention_layers, resolutions_of
 from keylock_diffusers.encoding import text
 from keylock_diffusers.encoding.tokens import TokenizedPrompt
@@ -96,13 +96,9 @@ class AttentionMaps:
         """The layers that are recorded.
 
         Raises:
-            ValueError: there is none of that name, or layers read fewer pixels than they have.
+            ValueError: there is none of that name, or pixels are merged before them.
         """
-        if merges_pixels(unet):
-            raise ValueError(
-                "AttentionMaps: pixels are merged before cross-attention, and maps need them all: "
-                "apply tomesd's patch with merge_crossattn=False"
-            )
+        check_pixels(unet, "AttentionMaps: maps")
         known = list(cross_attention_layers(unet))
         chosen = known if self.layers is None else list(self.layers)
         absent = [name for name in chosen if name not in known]

@@ -12,6 +12,7 @@ from torch import Tensor
 from keylock_diffusers.checks import floats, number, shown
 from keylock_diffusers.concepts import BaseModel, Concept
 from keylock_diffusers.denoisers.base import Size
+from keylock_diffusers.denoisers.neighbours import check_pixels
 from keylock_diffusers.encoding import images as image_prompts
 from keylock_diffusers.encoding import pictures, text
 from keylock_diffusers.encoding.fusion import SubjectFusion, encode_subject
@@ -120,6 +121,8 @@ class Planner:
             raise ValueError(
                 f"regions with a wording of their own must be at most max_regions, {self.max_regions}, got {most}"
             )
+        if any(half.row.uses for half in halves) or any(use.region is not None for use in (*drawn, *absent)):
+            check_pixels(self._unet, "regions")
         size, image, mask, controls = self._pictures(request)
         start = request.subject_start if uses or subjects else 0.0
         row = Row(uses, drawn, halves[0].row, start)
