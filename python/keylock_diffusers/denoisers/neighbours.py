@@ -35,16 +35,20 @@ def is_opaque(module: nn.Module) -> bool:
 
 
 @contextmanager
-def loading(root: nn.Module) -> Iterator[Callable[[str], None]]:
+def loading(root: nn.Module, *, emptied: bool = False) -> Iterator[Callable[[str], None]]:
     """Yields what brings the weights below a module, by its name in `root`, to where a forward pass would have them.
 
     Offloading may empty weights between calls and fill them when a module around them is called: who uses a module by
     itself calls the hooks of those around it. What is brought stays until something is brought that does not need it.
+
+    Args:
+        root: the model.
+        emptied: only by hooks that leave what looks like weights and is none, as group offloading to disk does.
     """
     held: dict[int, Callable[[], Any]] = {}
 
     def bring(name: str) -> None:
-        needed = {id(hook): (hook, module) for module in _path(root, name) for hook in _hooks(module)}
+        needed = {id(hook): (hook, module) for module in _path(root, name) for hook in _hooks(module, emptied)}
         for key in [key for key in held if key not in needed]:
             held.pop(key)()
         for key, (hook, module) in needed.items():
@@ -66,16 +70,16 @@ def _path(root: nn.Module, name: str) -> Iterator[nn.Module]:
         yield root
 
 
-def _hooks(module: nn.Module) -> Iterator[Any]:
+def _hooks(module: nn.Module, emptied: bool) -> Iterator[Any]:
     hook = vars(module).get("_hf_hook")  # accelerate's
-    if hook is not None:
+    if hook is not None and not emptied:
         yield hook
     registry = vars(module).get("_diffusers_hook")
     for hook in () if registry is None else registry.hooks.values():
         group = getattr(hook, "group", None)
         if group is not None:
             yield group  # of group offloading, the same object in all of a group's modules
-        elif hasattr(hook, "storage_dtype"):  # layerwise casting
+        elif hasattr(hook, "storage_dtype") and not emptied:  # layerwise casting
             yield hook
 
 

@@ -138,6 +138,11 @@ class StableDiffusion:
         return next((encoder.tokenizer for encoder in self.encoders()), None)
 
     @property
+    def can_encode(self) -> bool:
+        """Whether all text encoders are loaded that cross-attention reads the encodings of."""
+        return sum(int(encoder.model.config.hidden_size) for encoder in self.encoders()) >= self.text_width
+
+    @property
     def text_width(self) -> int:
         """Of what cross-attention reads."""
         return int(self.unet.config.cross_attention_dim)
