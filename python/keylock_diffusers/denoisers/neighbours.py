@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -113,9 +114,9 @@ _QUIET: ContextVar[bool] = ContextVar("quiet", default=False)
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """While it lasts, diffusers does not warn, per layer and step, of keywords that a processor does not take.
+    """While it lasts, diffusers does not warn, per layer and step, of our keywords that a processor does not take.
 
-    It gives every layer the same: those of somebody else's self-attention have no use for a batch, and need none.
+    It gives every layer the same: somebody else's self-attention has no use for a batch, and needs none.
     """
     token = _QUIET.set(True)
     try:
@@ -124,6 +125,10 @@ def quiet() -> Iterator[None]:
         _QUIET.reset(token)
 
 
-logging.getLogger("diffusers.models.attention_processor").addFilter(
-    lambda record: not (_QUIET.get() and str(record.msg).startswith("cross_attention_kwargs ['personalization'"))
-)
+def _is_wanted(record: logging.LogRecord) -> bool:
+    if not _QUIET.get() or not str(record.msg).startswith("cross_attention_kwargs "):
+        return True
+    return not set(re.findall(r"'(\w+)'", str(record.msg))) <= {"personalization", "readout"}
+
+
+logging.getLogger("diffusers.models.attention_processor").addFilter(_is_wanted)

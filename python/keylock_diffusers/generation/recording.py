@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+from keylock_diffusers.denoisers.neighbours import quiet
 from keylock_diffusers.denoisers.unet import unet_of
 from keylock_diffusers.encoding import text
 from keylock_diffusers.generation.maps import AttentionMaps, BatchReadout
@@ -64,7 +65,8 @@ def record_attention(
     plain = _PlainCalls(pipe, maps)
     token = _RECORDING.set(maps)
     try:
-        yield maps
+        with quiet():
+            yield maps
         plain.say_if_nothing()
     finally:
         _RECORDING.reset(token)
