@@ -5,12 +5,14 @@ import copy
 import functools
 import logging
 import pickle
+from itertools import chain
 
 import pytest
 import torch
 from accelerate import cpu_offload
 from diffusers import StableDiffusionXLPipeline
 from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
+from diffusers.hooks.group_offloading import ModuleGroup
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor2_0, CustomDiffusionAttnProcessor2_0
 from torch import nn
@@ -22,6 +24,7 @@ from keylock_diffusers import AttentionMaps, ImagePrompt, Region, Request, Reque
 from keylock_diffusers.concepts import BaseModel
 from keylock_diffusers.concepts.bank import UnknownConceptError
 from keylock_diffusers.concepts.files import ConceptFileError
+from keylock_diffusers.denoisers.neighbours import loading
 from keylock_diffusers.denoisers.unet import attention_modules
 from keylock_diffusers.training.config import ConceptTrainingError
 from tests.diffusers.compatibility import sdxl
@@ -283,6 +286,20 @@ def test_weights_that_are_elsewhere_between_calls_are_loaded(pipe, concept_for, 
         for found, expected in zip(draw(pipe, *orders), right, strict=True):
             assert_same(found, expected)
     assert_same(plain(pipe, 2), alone)
+
+
+def test_what_is_loaded_is_put_away_again(pipe, monkeypatch):
+    loaded, most, times = set(), [], []
+    apply_group_offloading(pipe.unet, CPU, CPU, "block_level", num_blocks_per_group=1)
+    monkeypatch.setattr(ModuleGroup, "onload_", lambda group: loaded.add(group) or times.append(group))
+    monkeypatch.setattr(ModuleGroup, "offload_", loaded.remove)
+    with loading(pipe.unet) as bring:
+        for name, attn in attention_modules(pipe.unet).items():
+            bring(name)
+            assert attn in chain(*(module.modules() for group in loaded for module in group.modules))
+            most.append(len(loaded))
+    assert max(most) == 2 and not loaded, "the model's own, and one block's"
+    assert len(times) == len(set(times)), "each once"
 
 
 def test_an_adapter_is_loaded_too(tmp_path):
