@@ -57,6 +57,10 @@ def test_a_call_that_leaves_no_maps_is_told(ready, caplog):
     ] and "prompt_embeds leaves no maps" in caplog.text
     caplog.clear()
     with kd.record_attention(ready, ["cat"]):
+        ready(num_inference_steps=1, **given)
+    assert len(caplog.records) == 1
+    caplog.clear()
+    with kd.record_attention(ready, ["cat"]):
         draw(ready, order())
     assert "nothing was recorded" in caplog.text and "record=AttentionMaps" in caplog.text
     with pytest.raises(ValueError, match="'cat' is in none of the prompts; in prompt_embeds no words are known"):
