@@ -166,8 +166,6 @@ def given(value: Any, what: str, limits: PictureLimits = PictureLimits()) -> Ima
         if held.layout != torch.strided or held.is_meta:
             raise ValueError(f"{what} must be a dense tensor, got {value.layout} on {value.device}")
         check_size(held.shape[3], held.shape[2], what, limits)
-        if not bool(held.isfinite().all()):
-            raise ValueError(f"{what} must hold finite numbers, got NaN or infinity")
         return held
     hint = "; open it first" if isinstance(value, (str, os.PathLike)) else ""
     raise TypeError(f"{what} must be a picture, an array or a tensor, got {type(value).__name__}{hint}")
