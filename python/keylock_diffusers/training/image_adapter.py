@@ -153,7 +153,8 @@ def train_image_adapter(
 
         def loss(step: int) -> tuple[Tensor, dict[str, float]]:
             drawn = draw(pipe, examples, config, step, accelerator.process_index)
-            kind = torch.bucketize(torch.tensor(drawn.share, dtype=torch.float32), edges, right=True)  # without 0 text, 1 image, 2 either
+            shares = torch.tensor(drawn.share, dtype=torch.float32)
+            kind = torch.bucketize(shares, edges, right=True)  # without 0 text, 1 image, 2 either
             wordless, imageless = (kind == 0) | (kind == 2), (kind == 1) | (kind == 2)
             with torch.no_grad():
                 prompts = [
