@@ -99,12 +99,20 @@ def check_size(width: int, height: int, what: str, limits: PictureLimits = Pictu
 
 def upright(picture: Image.Image) -> Image.Image:
     """A picture in RGB, turned as the camera noted, transparency on white, 16-bit greys in 8 bits."""
-    picture = ImageOps.exif_transpose(picture)
+    picture = turned(picture)
     if picture.mode.startswith("I") or picture.mode == "F":
         return eight_bit(picture).convert("RGB")
     if picture.has_transparency_data:
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
     return picture.convert("RGB")
+
+
+def turned(picture: Image.Image) -> Image.Image:
+    """A picture turned as the camera noted; as it is where the note is damaged."""
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception:  # Pillow's reader of damaged notes raises whatever it meets, SyntaxError among it
+        return picture
 
 
 def eight_bit(picture: Image.Image) -> Image.Image:

@@ -38,6 +38,10 @@ class Silent:
     __repr__ = __str__
 
 
+class SilentText(str):
+    __str__ = __repr__ = Silent.__str__
+
+
 def damaged():
     data = BytesIO()
     Image.effect_noise((64, 64), 50).save(data, "PNG")
@@ -141,7 +145,10 @@ BAD = {
         lambda: Request("a", subject_start="now"),
         r"subject_start must lie in \[0, 1\], got 'now'",
     ),
-    "a lone surrogate": (lambda: Request("a \ud800 cat"), "."),
+    "a lone surrogate": (lambda: Request("a \ud800 cat"), "prompt must be text, got half of a surrogate pair"),
+    "a number beyond float32": (lambda: Request("a", guidance_scale=1e39), "guidance_scale must be a finite number"),
+    "a text as id that cannot say itself": (lambda: Request(7, id=SilentText("a")), "SilentText: 7.*prompt must be"),
+    "an id of many lines": (lambda: Request(7, id="a\nb"), r"request 1 \(a\\nb: 7\): prompt must be text"),
     "a bool as number": (lambda: Request("a", guidance_scale=True), "guidance_scale must be a finite number, got True"),
 }
 # fmt: on
