@@ -15,7 +15,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from keylock_diffusers.denoisers.neighbours import loading
-from keylock_diffusers.denoisers.unet import base_layer, cross_attention_layers, uncompiled, unet_of
+from keylock_diffusers.denoisers.unet import base_layer, cross_attention_layers, uncompiled
 
 # A pipeline's `load_textual_inversion` appends rows to the word embeddings. That is the same text encoder; one with
 # another tokenizer is not, and its vocabulary differs by more than this fraction.
@@ -152,7 +152,7 @@ class BaseModel:
             text_encoders=tuple(TextEncoderInfo.of(encoder) for encoder in encoders),
             layers=tuple((name, int(base_layer(attn.to_v).out_features)) for name, attn in layers.items()),
             cross_attention_dim=dims[0],
-            weights_hash=_weights_hash(encoders, unet_of(unet), layers),
+            weights_hash=_weights_hash(encoders, uncompiled(unet), layers),
         )
 
     @property

@@ -27,7 +27,7 @@ def own_forward(module: nn.Module) -> Any:
 
 
 def _moves_weights(forward: Any) -> bool:
-    return getattr(forward, "__module__", "").startswith(("accelerate.", "diffusers.hooks"))
+    return str(getattr(forward, "__module__", "")).startswith(("accelerate.", "diffusers.hooks"))
 
 
 def is_opaque(module: nn.Module) -> bool:

@@ -76,7 +76,7 @@ class StableDiffusion:
         self.pipe = pipe
         self.options: dict[str, Any] = {**self.OPTIONS, **options}
         self.unet: Any = unet_of(pipe)
-        self._scheduler = pipe.scheduler  # the caller's own, until the engine has put its batches' there
+        self._scheduler = pipe.scheduler  # the pipeline's own, where batches are given another too
         given = dict(self.options["cross_attention_kwargs"] or {})
         self.lora_scale = given.pop("scale", None)
         self.attention_options = given
