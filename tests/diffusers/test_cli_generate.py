@@ -181,12 +181,13 @@ def test_pictures_follow_their_orders_to_other_places_in_the_file(place):
         assert twin.tobytes() == one.tobytes()  # of two equal orders each has its own
 
 
-def test_a_picture_that_was_cut_is_drawn_again(place):
+@pytest.mark.parametrize("left", [0, 100, -20])
+def test_a_picture_that_was_cut_is_drawn_again(place, left):
+    """Before its text, in it, and after it."""
     generate()
     data = pictures()["002.png"]
-    (place / "outputs" / "002.png").write_bytes(data[: len(data) // 2])
-    (place / "outputs" / "000.png").write_bytes(b"")
-    assert "unchanged: 2" in generate("--resume")
+    (place / "outputs" / "002.png").write_bytes(data[:left])
+    assert "unchanged: 3" in generate("--resume")
     assert pictures()["002.png"] == data
 
 

@@ -97,9 +97,9 @@ def draw(pipe: Any, examples: Sequence[Any], config: loop.Schedule, step: int, p
     random = loop.generator(config.seed, step, process)
     rows = [examples[n] for n in torch.randint(len(examples), (config.batch_size,), generator=random).tolist()]
     times = torch.randint(pipe.scheduler.config.num_train_timesteps, (len(rows),), generator=random).to(device)
-    share = torch.rand(len(rows), generator=random).tolist()
+    share = torch.rand(len(rows), generator=random, dtype=torch.float32).tolist()
     clean = latents_of(pipe, [row.image for row in rows], device)
-    noise = torch.randn(clean.shape, generator=random).to(device)
+    noise = torch.randn(clean.shape, generator=random, dtype=torch.float32).to(device)
     signal, sigma = noise_levels(pipe.scheduler, times, device)
     noisy = (signal * clean + sigma * noise).to(pipe.unet.dtype)
     return Draw(rows, share, times, noisy, prediction_target(pipe.scheduler, clean, noise, signal, sigma))
