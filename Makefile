@@ -10,7 +10,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 RUN ?= $(BIN)/python
 TRITON_TESTS := $(addprefix tests/kernels/test_,rank_one.py localized_attention.py triton_attention.py isolation.py torch.py)
-TEST := $(BIN)/python -m pytest -q -m "not gpu"
+INTERPRETED := $(filter-out %isolation.py %torch.py,$(TRITON_TESTS))
+TEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
 GPU_TEST := KEYLOCK_TEST_DEVICE=cuda CUBLAS_WORKSPACE_CONFIG=:4096:8 PYTHONPATH=.:python $(RUN) -m pytest
 # The test of a whole pipeline on a GPU, where diffusers is installed.
 PIPELINES := "import diffusers, peft; print('tests/diffusers/test_step.py::test_a_captured_cuda_graph_serves_every_user')"
@@ -26,8 +27,9 @@ SHELL := /bin/bash
 
 help:
 	@echo "make demo      three users' concepts, taught and drawn in one batch (outputs/demo)"
-	@echo "make test      every test that needs no GPU"
-	@echo "make test-csrc the C++ kernels alone, with sanitizers"
+	@echo "make test      the tests that need no GPU"
+	@echo "make test-long the rest of them, which takes longer: kernels in Triton's interpreter, what they compile to,"
+	@echo "               the C++ kernels with sanitizers, which make test-csrc runs alone"
 	@echo "make test-gpu  the tests that need one; SHARD=2/4 runs the second quarter"
 	@echo "make first-gpu is everything there, right and how fast, on a GPU's first day; STEP=right|safe|fast a part"
 	@echo "               of at most ten minutes, STEP=smoke a step, STUB=1 what can be rehearsed without a GPU"
@@ -44,17 +46,20 @@ help:
 demo: $(VENV)/installed
 	$(BIN)/keylock demo
 
-# Two streams side by side, about as long as each other, each on a core of its own: tests of more threads set their
-# number themselves. Triton's interpreter is a process of its own, since the mode is fixed on import. What the first
-# stream says follows the second's. Ctrl-C ends both.
-test: $(VENV)/installed-test test-csrc
-	@mkdir -p build
-	@export OMP_NUM_THREADS=1; trap 'kill 0' INT; \
-	( TRITON_INTERPRET=1 $(TEST) $(TRITON_TESTS) -k triton; interpreted=$$?; \
-	  $(TEST) tests/csrc && exit $$interpreted ) > build/test-first-stream.log 2>&1 & first=$$!; \
-	$(TEST) tests --ignore=tests/csrc; second=$$?; \
-	wait $$first; first=$$?; cat build/test-first-stream.log; \
-	exit $$(( first || second ))
+# Tests of one thread each on two cores; those of more threads set their number themselves. Triton's interpreter is a
+# process of its own, since the mode is fixed on import.
+test: $(VENV)/installed-test
+	@export OMP_NUM_THREADS=1; \
+	TRITON_INTERPRET=1 $(TEST) $(INTERPRETED) -k triton -m "not gpu and not long"; interpreted=$$?; \
+	$(TEST) tests -m "not gpu and not long" && exit $$interpreted
+
+# What takes longer: Triton kernels' isolation and compiled graphs in its interpreter, what the kernels compile to for
+# four GPUs, whole benchmarks and models, the C++ kernels under sanitizers.
+.PHONY: test-long
+test-long: $(VENV)/installed-test test-csrc
+	@export OMP_NUM_THREADS=1; \
+	TRITON_INTERPRET=1 $(TEST) $(filter-out $(INTERPRETED),$(TRITON_TESTS)) -k triton -m "not gpu"; interpreted=$$?; \
+	$(TEST) tests -m "long and not gpu" && exit $$interpreted
 
 # The C++ kernels' own tests, under sanitizers. Its errors end the program.
 .PHONY: test-csrc

@@ -11,8 +11,18 @@ if TYPE_CHECKING:
     from keylock_diffusers.generation import generate, visualize
     from keylock_diffusers.generation.engine import Engine
     from keylock_diffusers.generation.maps import AttentionMaps, record_attention
+    from keylock_diffusers.pictures import PictureLimits
     from keylock_diffusers.processors import install, uninstall
-    from keylock_diffusers.requests import Control, FusedSubject, ImagePrompt, Region, Request, RequestError, Use
+    from keylock_diffusers.requests import (
+        Control,
+        FusedSubject,
+        ImagePrompt,
+        Region,
+        Request,
+        RequestError,
+        RequestLimits,
+        Use,
+    )
     from keylock_diffusers.routing.personalization import Personalization
     from keylock_diffusers.routing.rows import ConceptUse, ImageUse, Row
 
@@ -28,9 +38,11 @@ _HOME = {
     "ImagePrompt": "requests",
     "ImageUse": "routing.rows",
     "Personalization": "routing.personalization",
+    "PictureLimits": "pictures",
     "Region": "requests",
     "Request": "requests",
     "RequestError": "requests",
+    "RequestLimits": "requests",
     "Row": "routing.rows",
     "SubjectFusion": "encoding.fusion",
     "Use": "requests",
@@ -52,9 +64,11 @@ __all__ = [
     "ImagePrompt",
     "ImageUse",
     "Personalization",
+    "PictureLimits",
     "Region",
     "Request",
     "RequestError",
+    "RequestLimits",
     "Row",
     "SubjectFusion",
     "Use",

@@ -1,50 +1,105 @@
-"""Numbers that users give: checked by name, and as Python's own afterwards."""
+"""Numbers and tensors that others give, checked; errors name the argument, what was expected and what came."""
 
 from __future__ import annotations
 
 import math
 import numbers
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
 
 
-def whole_number(name: str, value: object, *, least: int) -> int:
-    """An integer of at least so much; numpy's count too, booleans do not.
-
-    Raises:
-        TypeError: it is none.
-        ValueError: it is less, or beyond 64 bits.
-    """
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a whole number, got {value!r:.80}")
-    found = int(value)
-    if not least <= found < 2**63:
-        raise ValueError(f"{name} must be at least {least}{' and below 2**63' * (found > least)}, got {_cut(found)}")
-    return found
+def shown(value: Any, length: int = 80) -> str:
+    """A value for an error: short and on one line, whatever its own ``__repr__`` does."""
+    if isinstance(value, Tensor):
+        return f"a tensor {list(value.shape)} of {value.dtype}"
+    try:
+        text = re.sub(r"\s+", " ", repr(value))
+    except Exception:  # a number of ten thousand digits, an object that cannot say what it is
+        return f"a value of type {type(value).__name__}"
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
-def real_number(name: str, value: object, *, least: float = -math.inf, above: float = -math.inf) -> float:
-    """A finite number of at least `least` and more than `above`; numpy's count too, booleans do not.
+def reason_of(error: BaseException, length: int = 400) -> str:
+    """What an error says, for another error: short and on one line, and its type where it says nothing."""
+    try:
+        text = re.sub(r"\s+", " ", str(error)).strip()
+    except Exception:
+        text = ""
+    if isinstance(error, KeyError) and error.args and isinstance(error.args[0], str):
+        text = re.sub(r"\s+", " ", error.args[0])  # str() of a KeyError is its repr
+    text = text or type(error).__name__
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
-    Raises:
-        TypeError: it is none.
-        ValueError: it is not finite, or less.
-    """
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite real number that a float holds, of Python or numpy; booleans are none."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, got {value!r:.80}")
+        return False
     try:
-        found = float(value)
-    except OverflowError:
-        found = math.inf
-    if not math.isfinite(found):
-        raise ValueError(f"{name} must be finite, got {_cut(value)}")
-    if found < least or found <= above:
-        bound = f"at least {least:g}" if found < least else f"above {above:g}"
-        raise ValueError(f"{name} must be {bound}, got {_cut(value)}")
+        return math.isfinite(float(value))
+    except (OverflowError, ValueError):
+        return False
+
+
+def number(value: Any, name: str, least: float | None = None, most: float | None = None) -> float:
+    """A finite number within bounds.
+
+    Raises:
+        ValueError: it is none.
+    """
+    found = float(value) if is_number(value) else math.nan
+    if not math.isfinite(found) or (least is not None and found < least) or (most is not None and found > most):
+        if least is not None and most is not None:
+            wanted = f"lie in [{least:g}, {most:g}]"
+        else:
+            wanted = "be a finite number" + ("" if least is None else f" of at least {least:g}")
+        raise ValueError(f"{name} must {wanted}, got {shown(value)}")
     return found
 
 
-def _cut(value: object) -> str:
-    """A number's digits; Python refuses to print an integer of thousands of them."""
-    try:
-        return f"{value!s:.80}"
-    except ValueError:
-        return "an integer of thousands of digits"
+def whole(value: Any, name: str, least: int, most: int | None = None) -> int:
+    """A whole number from `least` to `most`, by default the largest of 64 bits.
+
+    Raises:
+        ValueError: it is none.
+    """
+    right = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not right or not least <= int(value) <= (2**63 - 1 if most is None else most):
+        wanted = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} must be a whole number {wanted}, got {shown(value)}")
+    return int(value)
+
+
+def listed(value: Any, name: str, most: int | None = None) -> list[Any] | tuple[Any, ...]:
+    """A list or tuple.
+
+    Raises:
+        TypeError: it is something else, a text among them.
+        ValueError: it is longer than `most`.
+    """
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{name} must be a list, got {type(value).__name__}")
+    if most is not None and len(value) > most:
+        raise ValueError(f"{name} must be at most {most}, got {len(value)}")
+    return value
+
+
+def floats(value: Any, name: str) -> Tensor:
+    """A dense tensor of floating-point numbers, with at least one of them; whether they are finite is not looked at.
+
+    Raises:
+        TypeError, ValueError: it is something else.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
+    if value.layout != torch.strided or value.is_meta or value.is_nested:
+        kind = "on the meta device" if value.is_meta else "nested" if value.is_nested else str(value.layout)
+        raise ValueError(f"{name} must be a dense tensor, got one that is {kind}")
+    if not value.numel():
+        raise ValueError(f"{name} must not be empty, got {list(value.shape)}")
+    return value

@@ -13,6 +13,7 @@ They are several on purpose, each what its paper or its pipeline does:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from diffusers.image_processor import IPAdapterMaskProcessor
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from keylock_diffusers.pictures import PictureLimits, decode
 from keylock_kernels.ops.precision import accumulate_dtype
 
 
@@ -32,38 +34,83 @@ def inside(mask: Tensor, size: tuple[int, int]) -> Tensor:  # [N] bool
     return share >= min(0.5, float(share.max()))
 
 
-def read_mask(mask: Any, what: str) -> Tensor:  # [height, width] float32
-    """A picture or tensor as weights.
+def read_mask(mask: Any, what: str, limits: PictureLimits = PictureLimits()) -> Tensor:  # [height, width] float32
+    """A picture or tensor as weights in 0..1, by whichever convention they are written.
+
+    The largest value tells the convention: up to 1 the values are the weights, up to 255 they are of 8 bits, and up to
+    65535 of 16. A largest value that would be faint in its convention (from 1 to 16, from 255 to 4096) is an error
+    rather than a mask that hardly counts. A picture with transparency is its alpha if that varies, else its luminance.
 
     Args:
-        mask: a PIL image (in greys, 255 is 1), an array or tensor [height, width]; uint8 counts 255 as 1.
+        mask: a PIL image of any mode, or an array or tensor [height, width], ones before or after it allowed.
         what: names it in errors.
+        limits: of its size.
 
     Raises:
-        TypeError, ValueError: it is something else, or not finite.
+        TypeError, ValueError: it is something else, not finite, or outside of every convention.
     """
+    if isinstance(mask, np.ndarray) and mask.ndim == 3 and mask.shape[2] in (2, 3, 4) and mask.dtype == np.uint8:
+        mask = Image.fromarray(np.ascontiguousarray(mask))
     if isinstance(mask, Image.Image):
-        mask = torch.from_numpy(np.asarray(mask.convert("L"), dtype=np.float32) / 255)
+        decode(mask, what, limits)
+        mask = _greys(ImageOps.exif_transpose(mask), what)
     if isinstance(mask, np.ndarray):
-        mask = torch.from_numpy(mask)
+        if mask.dtype.kind not in "biuf":
+            raise TypeError(f"{what} must hold numbers, got {mask.dtype}")
+        mask = torch.from_numpy(np.ascontiguousarray(mask, dtype=np.float32))
     if not isinstance(mask, Tensor):
         raise TypeError(f"{what} must be a picture or a tensor, got {type(mask).__name__}")
-    if mask.ndim != 2 or not mask.numel():
-        raise ValueError(f"{what} must be [height, width], got {list(mask.shape)}")
-    if not mask.is_floating_point():
-        mask = mask.float() / (255 if mask.dtype == torch.uint8 else 1)
-    if not mask.isfinite().all():
+    shape = list(mask.shape)
+    if mask.layout != torch.strided or mask.is_meta or mask.is_complex():
+        raise ValueError(f"{what} must be a dense tensor of real numbers, got {mask.layout}, {mask.dtype}")
+    sizes = [size for size in shape if size != 1] if len(shape) > 2 else shape
+    if len(sizes) != 2 or not mask.numel():
+        raise ValueError(f"{what} must be [height, width], got {shape}")
+    if mask.numel() > limits.pixels:
+        raise ValueError(f"{what} must have at most {limits.pixels} pixels, got {shape}")
+    held = mask.detach().reshape(sizes).float()
+    if not bool(held.isfinite().all()):
         raise ValueError(f"{what} must hold finite numbers, got NaN or infinity")
-    return mask.float()
+    least, most = float(held.min()), float(held.max())
+    scale = next((top for faint, top in _CONVENTIONS if faint <= most <= top), None)
+    if least < 0 or scale is None:
+        raise ValueError(f"{what} must hold weights in 0..1, 0..255 or 0..65535, got {least:g}..{most:g}")
+    return held / scale
 
 
-def region_mask(mask: Any, what: str) -> Tensor:
+# The largest value that a mask has, from and to; the second is what stands for 1.
+_CONVENTIONS = ((-math.inf, 1.0), (16.0, 255.0), (4096.0, 65535.0))
+
+
+def _greys(picture: Image.Image, what: str) -> np.ndarray:  # [height, width]
+    """The values of a picture that is a mask.
+
+    Raises:
+        ValueError: its transparency and its luminance both vary, so that either may be meant.
+    """
+    if picture.mode in ("1", "L", "F") or picture.mode.startswith("I"):
+        return np.asarray(picture).astype(np.float32)
+    if not picture.has_transparency_data:
+        return np.asarray(picture.convert("L"))
+    luminance, alpha = (np.asarray(channel) for channel in picture.convert("RGBA").convert("LA").split())
+    seen = luminance[alpha > 0]
+    if alpha.min() == alpha.max():
+        return luminance
+    if seen.min() == seen.max() or np.array_equal(luminance, alpha):
+        return alpha
+    raise ValueError(
+        f"{what} must say which is meant, its transparency or its luminance, since both vary: give "
+        'picture.getchannel("A") or picture.convert("L")'
+    )
+
+
+def region_mask(mask: Any, what: str, limits: PictureLimits = PictureLimits()) -> Tensor:
     """`read_mask`, and something must be in it.
 
     Raises:
         TypeError, ValueError: it is no mask, or empty.
     """
-    read = read_mask(mask, what)
+    read = read_mask(mask, what, limits)
     if read.max() <= 0:
         raise ValueError(f"{what} must not be empty, got no value above 0")
     return read
@@ -102,9 +149,8 @@ def resize_masks(
 def soft_mask(mask: Image.Image, size: Sequence[int], what: str = "a mask") -> Tensor:
     """A picture's weights [1, h, w] in latents' resolution, 1 where the subject is surest."""
     height, width = size
-    square = ImageOps.fit(
-        ImageOps.exif_transpose(mask).convert("L"), (8 * width, 8 * height), Image.Resampling.BILINEAR
-    )
+    greys = Image.fromarray((read_mask(mask, what) * 255).round().to(torch.uint8).numpy())
+    square = ImageOps.fit(greys, (8 * width, 8 * height), Image.Resampling.BILINEAR)
     soft = F.adaptive_avg_pool2d(torch.from_numpy(np.array(square, np.float32))[None], (height, width))
     if soft.max() <= 0:
         raise ValueError(f"{what} is empty")

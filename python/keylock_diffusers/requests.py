@@ -12,6 +12,9 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from keylock_diffusers.checks import listed, reason_of, shown
+from keylock_diffusers.pictures import PictureLimits, open_picture
+
 ENDINGS = ("own", "everywhere", "outside", "hidden")
 
 
@@ -129,6 +132,29 @@ class Control:
 
 
 @dataclass(frozen=True)
+class RequestLimits:
+    """How much one request may ask for; checked before anything is allocated for it.
+
+    Args:
+        num_images: of one request.
+        pictures: that it holds altogether: image prompts, subjects, controls, what it begins from.
+        concepts: that it uses.
+        text: letters of each of its prompts.
+        tokens: of each of its prompts, and of given encodings.
+        drawn: pixels of what is drawn where the request's own picture gives the size.
+        picture: what each of its pictures may be.
+    """
+
+    num_images: int = 64
+    pictures: int = 64
+    concepts: int = 64
+    text: int = 10_000
+    tokens: int = 1_024
+    drawn: int = 2_048 * 2_048
+    picture: PictureLimits = PictureLimits()
+
+
+@dataclass(frozen=True)
 class Request:
     """One picture order: everything that may differ between the rows of a batch.
 
@@ -201,7 +227,14 @@ class Request:
     negative_aesthetic_score: float = 2.5
 
     @classmethod
-    def from_json(cls, order: Any, folder: str | os.PathLike[str] | None = None) -> Request:
+    def from_json(
+        cls,
+        order: Any,
+        folder: str | os.PathLike[str] | None = None,
+        *,
+        outside: bool = False,
+        limits: RequestLimits = RequestLimits(),
+    ) -> Request:
         """A request as JSON says it: fields by their names, and what they hold as objects of the classes here.
 
         Pictures (``image``, ``mask``, ``region``) are names of files inside a folder; nothing else is opened.
@@ -209,6 +242,8 @@ class Request:
         Args:
             order: the JSON object.
             folder: where its pictures are; None: it may have none.
+            outside: whether names may lead out of the folder.
+            limits: of its pictures, checked before they are decoded.
 
         Raises:
             TypeError, ValueError: what it says is no request; the message names the field.
@@ -218,20 +253,43 @@ class Request:
             >>> Request.from_json({"prompt": "a cat", "concepts": [{"concept": "alice/cat"}], "seed": 1}).seed
             1
         """
-        return _made(cls, order, "a request", None if folder is None else Path(folder))
+        return _Reader(None if folder is None else Path(folder), outside, limits).made(cls, order, "a request")
 
     def __str__(self) -> str:
-        words = repr(self.prompt) if self.prompt is not None else "prompt_embeds"
-        return words if self.id is None else f"{self.id}: {words}"
+        words = shown(self.prompt) if self.prompt is not None else "prompt_embeds"
+        return words if self.id is None else f"{self.id if isinstance(self.id, str) else shown(self.id)}: {words}"
 
 
 class RequestError(ValueError):
-    """A request that cannot be drawn; ``index`` and ``id`` say which."""
+    """A request that cannot be drawn.
+
+    Args:
+        index: which of the call's requests.
+        request: the request.
+        reason: what is wrong with it.
+
+    Attributes:
+        index, id: which request it was.
+        images: where it was found only while pictures were drawn, what `generate` would have returned: everybody
+            else's pictures, and the errors in their places.
+    """
 
     def __init__(self, index: int, request: Any, reason: str) -> None:
-        super().__init__(f"request {index} ({request}): {reason}")
+        said = str(request) if isinstance(request, Request) else shown(request)
+        super().__init__(f"request {index} ({said}): {reason}")
         self.index = index
         self.id = getattr(request, "id", None)
+        self.images: list[Any] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _again, (str(self), {"index": self.index, "id": self.id, "images": self.images})
+
+
+def _again(message: str, facts: dict[str, Any]) -> RequestError:
+    error = RequestError.__new__(RequestError, message)
+    error.args = (message,)
+    vars(error).update(facts)
+    return error
 
 
 _PICTURES = ("image", "mask", "region")
@@ -251,52 +309,57 @@ _LISTS: Mapping[str, type] = {
 _TENSORS = ("embeds", "latents")  # the ends of names of fields that JSON cannot hold
 
 
-def _made(kind: Any, given: Any, what: str, folder: Path | None) -> Any:
-    """An object of a class from a JSON object that names its fields."""
-    if not isinstance(given, Mapping):
-        raise TypeError(f"{what} must be an object, got {type(given).__name__}")
-    names = [field.name for field in fields(kind) if not field.name.endswith(_TENSORS)]
-    values = {}
-    for name, value in given.items():
-        if name not in names:
-            close = difflib.get_close_matches(str(name), names, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise TypeError(f"{name!r:.80} is no field of {what}{hint}")
-        if kind is Request and name in _LISTS:
-            value = [_item(_LISTS[name], item, f"{name}[{n}]", folder) for n, item in enumerate(_listed(value, name))]
-        elif name in _PAIRS and value is not None:
-            value = tuple(_listed(value, name))
-        elif name in _PICTURES and value is not None:
-            value = (
-                [_picture(one, name, folder) for one in value]
-                if isinstance(value, list)
-                else _picture(value, name, folder)
-            )
-        values[name] = value
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise TypeError(f"{what}: {str(error).rpartition('() ')[2]}") from None
+@dataclass
+class _Reader:
+    """Reads the objects of one request out of JSON."""
 
+    folder: Path | None
+    outside: bool
+    limits: RequestLimits
+    opened: int = 0
 
-def _item(kind: type, given: Any, what: str, folder: Path | None) -> Any:
-    return Use(given) if kind is Use and isinstance(given, str) else _made(kind, given, what, folder)
+    def made(self, kind: Any, given: Any, what: str) -> Any:
+        """An object of a class from a JSON object that names its fields."""
+        if not isinstance(given, Mapping):
+            raise TypeError(f"{what} must be an object, got {type(given).__name__}")
+        names = [field.name for field in fields(kind) if not field.name.endswith(_TENSORS)]
+        values = {}
+        for name, value in given.items():
+            if name not in names:
+                close = difflib.get_close_matches(str(name), names, n=1)
+                hint = f"; did you mean {close[0]}?" if close else ""
+                raise TypeError(f"{shown(name)} is no field of {what}{hint}")
+            if kind is Request and name in _LISTS:
+                items = enumerate(listed(value, name))
+                value = [self._item(_LISTS[name], item, f"{name}[{number}]") for number, item in items]
+            elif name in _PAIRS and value is not None:
+                value = tuple(listed(value, name))
+            elif name in _PICTURES and value is not None:
+                several = isinstance(value, list)
+                value = [self._picture(one, name) for one in value] if several else self._picture(value, name)
+            values[name] = value
+        try:
+            return kind(**values)
+        except TypeError as error:
+            raise TypeError(f"{what}: {str(error).rpartition('() ')[2]}") from None
 
+    def _item(self, kind: type, given: Any, what: str) -> Any:
+        return Use(given) if kind is Use and isinstance(given, str) else self.made(kind, given, what)
 
-def _listed(value: Any, name: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise TypeError(f"{name} must be a list, got {type(value).__name__}")
-    return value
-
-
-def _picture(name: Any, field: str, folder: Path | None) -> Image.Image:
-    if not isinstance(name, str):
-        raise TypeError(f"{field} must be the name of a file, got {type(name).__name__}")
-    if folder is None:
-        raise ValueError(f"{field} must be None where no folder of pictures was given, got {name!r:.80}")
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder.resolve()):
-        raise ValueError(f"{field} must be a file inside {folder}, got {name!r:.80}")
-    with Image.open(path) as picture:
-        picture.load()
-        return picture
+    def _picture(self, name: Any, field: str) -> Image.Image:
+        if not isinstance(name, str):
+            raise TypeError(f"{field} must be the name of a file, got {type(name).__name__}")
+        if self.folder is None:
+            raise ValueError(f"{field} must be None where no folder of pictures was given, got {shown(name)}")
+        self.opened += 1
+        if self.opened > self.limits.pictures:
+            raise ValueError(f"a request must hold at most {self.limits.pictures} pictures and masks, got more")
+        try:
+            path = (self.folder / name).resolve()
+            if not self.outside and not path.is_relative_to(self.folder.resolve()):
+                raise ValueError(f"must be a file inside {self.folder}, got {shown(name)}")
+            return open_picture(path, self.limits.picture)
+        except OSError as error:
+            raise type(error)(error.errno, f"{field}: {error.strerror or reason_of(error)}", name[:200]) from error
+        except (ValueError, RuntimeError) as error:  # a zero in the name, a circle of links
+            raise ValueError(f"{field} {reason_of(error)}") from error

@@ -31,6 +31,7 @@ def test_every_call_errs_no_more_than_diffusers(family, feature, dtype):
         assert torch.equal(call(), stock)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("which", "dtype"), [("SD 1.5", "float32"), ("SD 1.5", "bfloat16"), ("SDXL", "bfloat16")])
 def test_full_size_unets_err_no_more_than_diffusers(which, dtype):
     unet = random_unet(which, DTYPES[dtype])

@@ -316,8 +316,8 @@ def test_a_root_that_is_none_is_refused(tmp_path):
     for wrong in (None, 3, b"concepts", ""):
         with pytest.raises(TypeError, match="path_or_url must be a folder or an fsspec URL, got "):
             ConceptBank(wrong)
-    for wrong, message in ((-1, "at least 0, got -1"), (2.5, "a whole number, got 2.5"), (True, "got True")):
-        with pytest.raises((ValueError, TypeError), match=f"cache_size must be {message}|{message}"):
+    for wrong in (-1, 2.5, True, None):
+        with pytest.raises(ValueError, match=f"cache_size must be a whole number of at least 0, got {wrong}"):
             ConceptBank(tmp_path / "bank", cache_size=wrong)
 
 

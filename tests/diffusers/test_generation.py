@@ -60,10 +60,15 @@ def test_a_poisoned_neighbour_changes_nothing(ready, mixed, concept_for, poison,
     object.__setattr__(sick, "word_embeddings", (torch.full((32,), poison),))
     neighbours = [*mixed]
     neighbours[2] = Request("<sick-cat>", concepts=[sick], seed=3)
-    beside = draw(ready, neighbours)
+    beside = draw(ready, neighbours, on_error="return")
     for place in (0, 1, 3):
         assert torch.equal(beside[place], clean[place])
-    assert not torch.equal(beside[2].nan_to_num(9), clean[2])
+    assert isinstance(beside[2], RequestError) and "infinite or no numbers" in str(beside[2])
+    with pytest.raises(RequestError, match=r"^request 2 \('<sick-cat>'\): its numbers") as raised:
+        draw(ready, neighbours)
+    assert raised.value.index == 2 and raised.value.images[2] is raised.value
+    for place in (0, 1, 3):
+        assert torch.equal(raised.value.images[place], clean[place])
 
 
 def test_two_users_with_the_same_placeholder_get_their_own(ready, concept_for):
@@ -212,7 +217,7 @@ def test_a_bad_request_fails_alone_and_by_name(ready, mixed):
         (Request("a cat", prompt_embeds=torch.zeros(32, 32)), "give either prompt or prompt_embeds"),
         (Request(prompt_embeds=torch.zeros(32, 5)), r"prompt_embeds must be \[T, 32\], got \[32, 5\]"),
         (Request(prompt_embeds=torch.zeros(32, 32), concepts=["a"]), "concepts need a prompt"),
-        (Request("a cat", num_images=0), "num_images must be at least 1, got 0"),
+        (Request("a cat", num_images=0), "num_images must be a whole number from 1 to 64, got 0"),
         (Request("a <x>", concepts=["alice/cat"]), "'alice/cat' is an id, but generate was given no bank"),
         (Request("a <x>", concepts=[3]), "a concept must be an id or a Concept, got int"),
         (Request("a cat", negative_prompt="<alice-cat>"), "<alice-cat> is no concept"),

@@ -54,7 +54,7 @@ def test_at_equal_size_a_row_is_the_same_to_the_bit_whatever_its_neighbours_have
         for other in others:
             changed = [other] * len(orders)
             changed[row] = order
-            assert torch.equal(draw(two, changed)[row], together[row])
+            assert torch.equal(draw(two, changed, on_error="return")[row], together[row])
 
 
 def test_permuted_requests_are_permuted_pictures(two):
@@ -264,15 +264,21 @@ def test_sdxl_concepts_are_drawn_from_both_encoders_words(concept_for, lock):
         (ImagePrompt(), "give either image or embeds of an image prompt, got none"),
         (ImagePrompt(picture(0), embeds=random(1, WIDTH)), "give either image or embeds"),
         (ImagePrompt([]), "at least one picture, got none"),
-        (ImagePrompt(picture(0), adapter=2), "adapter of an image prompt must be 0 to 1, got 2"),
-        (ImagePrompt(picture(0), adapter=True), "adapter of an image prompt must be 0 to 1, got True"),
+        (ImagePrompt(picture(0), adapter=2), "adapter of an image prompt must be a whole number from 0 to 1, got 2"),
+        (
+            ImagePrompt(picture(0), adapter=True),
+            "adapter of an image prompt must be a whole number from 0 to 1, got True",
+        ),
         (
             ImagePrompt(picture(0), clip_embeds=random(1, 5, WIDTH)),
             "clip_embeds of an image prompt cannot be given beside image",
         ),
-        (ImagePrompt(embeds=[1]), "embeds of an image prompt must be a floating-point tensor, got list"),
+        (ImagePrompt(embeds=[1]), "embeds of an image prompt must be a tensor, got list"),
         (ImagePrompt(embeds=torch.zeros(1, 4, dtype=torch.int32)), "must be a floating-point tensor, got torch.int32"),
-        (ImagePrompt(embeds=random(WIDTH)), r"embeds of an image prompt must be \[n, D\] or \[n, S, D\], got \[32\]"),
+        (ImagePrompt(embeds=random(WIDTH)), r"embeds of an image prompt must be \[n, D\] for this adapter, got \[32\]"),
+        (ImagePrompt(embeds=random(2, 1, WIDTH)), r"got \[2, 1, 32\]; diffusers' own have the negative first"),
+        (ImagePrompt("http://localhost/"), "image of an image prompt must be a picture.*got str; open it first"),
+        (ImagePrompt([picture(0), b"x"]), "image of an image prompt must be a picture.*got bytes"),
         (ImagePrompt(embeds=random(1, 5)), r"embeds \[1, 5\] of an image prompt cannot be encoded by adapter 0"),
         (
             ImagePrompt(embeds=random(1, WIDTH), negative_embeds=random(2, WIDTH)),
@@ -290,7 +296,8 @@ def test_sdxl_concepts_are_drawn_from_both_encoders_words(concept_for, lock):
         (ImagePrompt(picture(0), end=float("nan")), r"end of an image prompt must lie in \[0, 1\], got nan"),
         (ImagePrompt(picture(0), region="left"), "region of an image prompt must be a picture or a tensor, got str"),
         (ImagePrompt(picture(0), region=torch.zeros(8, 8)), "region of an image prompt must not be empty"),
-        (ImagePrompt(picture(0), region=random(1, 8, 8)), r"must be \[height, width\], got \[1, 8, 8\]"),
+        (ImagePrompt(picture(0), region=random(2, 8, 8)), r"must be \[height, width\], got \[2, 8, 8\]"),
+        (ImagePrompt(picture(0), region=random(8, 8)), "must hold weights in 0..1, 0..255 or 0..65535, got -"),
         (
             ImagePrompt(picture(0), region=torch.full((8, 8), float("nan"))),
             "region of an image prompt must hold finite numbers",

@@ -249,7 +249,7 @@ def test_a_neighbours_regions_concepts_and_poison_change_no_bit(ready, concept_f
         Request(**poison, regions=[Region(LEFT, tokens=[3])], seed=4, guidance_scale=4.0),
         Request("a car and a cat", regions=[Region(LEFT, "car")] * 5, seed=4, guidance_scale=4.0),
     ):
-        beside = draw(ready, [*orders, third])
+        beside = draw(ready, [*orders, third], on_error="return")
         assert torch.equal(beside[0], clean[0]) and torch.equal(beside[1], clean[1])
 
 

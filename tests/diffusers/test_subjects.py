@@ -145,7 +145,8 @@ def test_a_mixed_batch_with_subjects_draws_each_as_if_alone(ready, fusion, conce
     for order, image in zip(orders, together, strict=True):
         torch.testing.assert_close(image, draw(ready, [order], fusion=fusion)[0], rtol=0, atol=ROUNDING)
     poisoned = dataclasses.replace(orders[0], subjects=[FusedSubject("dog", embeds=torch.full((WIDTH,), torch.nan))])
-    beside = draw(ready, [poisoned, *orders[1:]], fusion=fusion)
+    beside = draw(ready, [poisoned, *orders[1:]], fusion=fusion, on_error="return")
+    assert isinstance(beside[0], kd.RequestError)
     assert torch.equal(beside[1], together[1]) and torch.equal(beside[2], together[2])
     plain = dataclasses.replace(orders[0], subjects=())
     assert not torch.equal(draw(ready, [plain])[0], draw(ready, orders[:1], fusion=fusion)[0])

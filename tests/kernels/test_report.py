@@ -36,6 +36,7 @@ def own_cache():
 QUICK = [case for case in report.cases() if case.quick]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("case", QUICK, ids=lambda case: case.name)
 def test_kernels_pass_the_gates_and_are_no_worse_than_recorded(case, target):

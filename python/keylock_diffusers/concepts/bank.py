@@ -8,7 +8,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Mapping
 
-from keylock_diffusers.checks import whole_number
+from keylock_diffusers.checks import whole
 from keylock_diffusers.concepts.concept import VERSION_DIGITS, Concept, ConceptSummary
 from keylock_diffusers.concepts.places import MAX_SEGMENTS, SUFFIX, open_place
 
@@ -56,7 +56,7 @@ class ConceptBank(Mapping[str, Concept]):
         path_or_url = os.fspath(path_or_url) if isinstance(path_or_url, os.PathLike) else path_or_url
         if not isinstance(path_or_url, str) or not path_or_url:
             raise TypeError(f"ConceptBank: path_or_url must be a folder or an fsspec URL, got {path_or_url!r:.80}")
-        self._cache_size = whole_number("ConceptBank: cache_size", cache_size, least=0)
+        self._cache_size = whole(cache_size, "ConceptBank: cache_size", 0)
         self._files = open_place(path_or_url)
         self._cache: OrderedDict[str, tuple[Hashable, Concept]] = OrderedDict()
         self._lock = threading.Lock()

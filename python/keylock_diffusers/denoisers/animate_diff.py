@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from keylock_diffusers.denoisers.base import Size
-from keylock_diffusers.denoisers.stable_diffusion import StableDiffusion
+from keylock_diffusers.denoisers.stable_diffusion import StableDiffusion, finite_rows
 
 
 class AnimateDiff(StableDiffusion):
@@ -40,9 +40,12 @@ class AnimateDiff(StableDiffusion):
         """See `StableDiffusion`: [C, frames, h, w]."""
         return self.latent_channels, self.frames, *self.latent_size(size)
 
-    def decode(self, latents: Tensor, output_type: str) -> list[Any]:
+    def decode(self, latents: Tensor, output_type: str) -> tuple[list[Any], Tensor]:
         """See `Denoiser`: a video each."""
+        finite = finite_rows(latents)
         if output_type == "latent":
-            return list(latents)
+            return list(latents), finite
         video = self.pipe.decode_latents(latents, self.options["decode_chunk_size"])
-        return list(self.pipe.video_processor.postprocess_video(video=video, output_type=output_type))
+        finite = finite & finite_rows(video).to(finite.device)
+        video = video.where(finite.to(video.device).view(-1, 1, 1, 1, 1), 0)
+        return list(self.pipe.video_processor.postprocess_video(video=video, output_type=output_type)), finite

@@ -133,5 +133,5 @@ class Denoiser(Protocol):
     def guide(self, predictions: Tensor, scales: Tensor, layout: RowLayout, times: Tensor) -> Tensor:
         """The family's formula of guidance, each picture with its own scale."""
 
-    def decode(self, latents: Tensor, output_type: str) -> list[Any]:
-        """Pictures of latents, in the form that the pipeline's call returns."""
+    def decode(self, latents: Tensor, output_type: str) -> tuple[list[Any], Tensor]:
+        """Pictures of latents, in the form that the pipeline's call returns, and which are of finite numbers [B]."""

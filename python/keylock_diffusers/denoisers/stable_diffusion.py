@@ -287,15 +287,18 @@ class StableDiffusion:
             guided = rescale_noise_cfg(guided, cond, guidance_rescale=self.options["guidance_rescale"])
         return guided
 
-    def decode(self, latents: Tensor, output_type: str) -> list[Any]:
+    def decode(self, latents: Tensor, output_type: str) -> tuple[list[Any], Tensor]:
         """See `Denoiser`."""
+        finite = finite_rows(latents)
         if output_type == "latent":
-            return list(latents)
+            return list(latents), finite
         vae = self.pipe.vae
         pixels = vae.decode(self._unscaled(latents).to(vae.dtype), return_dict=False)[0]
-        pixels, flagged = self._checked(pixels)
+        finite &= finite_rows(pixels)
+        pixels, flagged = self._checked(pixels.where(finite.view(-1, 1, 1, 1), 0))
         show = [True] * len(pixels) if flagged is None else [not one for one in flagged]
-        return list(self.pipe.image_processor.postprocess(pixels, output_type=output_type, do_denormalize=show))
+        pictures = self.pipe.image_processor.postprocess(pixels, output_type=output_type, do_denormalize=show)
+        return list(pictures), finite
 
     def _unscaled(self, latents: Tensor) -> Tensor:
         return latents / self.pipe.vae.config.scaling_factor
@@ -305,6 +308,11 @@ class StableDiffusion:
         if getattr(self.pipe, "safety_checker", None) is None:
             return pixels, None
         return self.pipe.run_safety_checker(pixels, self.pipe._execution_device, self.text_dtype)
+
+
+def finite_rows(rows: Tensor) -> Tensor:  # [B, ...] -> [B] bool
+    """Which rows hold finite numbers alone."""
+    return rows.isfinite().flatten(1).all(1)
 
 
 def _scaled_by(scales: Tensor, difference: Tensor) -> Tensor:  # [B], [B, ...]

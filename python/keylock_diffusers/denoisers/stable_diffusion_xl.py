@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from keylock_diffusers.denoisers.base import RowLayout, Schedule, Size
-from keylock_diffusers.denoisers.stable_diffusion import StableDiffusion
+from keylock_diffusers.denoisers.stable_diffusion import StableDiffusion, finite_rows
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -125,10 +125,11 @@ class StableDiffusionXL(StableDiffusion):
             )
         return torch.tensor([own], dtype=dtype), torch.tensor([other], dtype=dtype)
 
-    def decode(self, latents: Tensor, output_type: str) -> list[Any]:
+    def decode(self, latents: Tensor, output_type: str) -> tuple[list[Any], Tensor]:
         """See `Denoiser`: in float32 where the autoencoder overflows in float16."""
+        finite = finite_rows(latents)
         if output_type == "latent":
-            return list(latents)
+            return list(latents), finite
         vae = self.pipe.vae
         upcast = vae.dtype == torch.float16 and vae.config.force_upcast
         if upcast:
@@ -136,7 +137,9 @@ class StableDiffusionXL(StableDiffusion):
         pixels = vae.decode(self._unscaled(latents.to(vae.dtype)), return_dict=False)[0]
         if upcast:
             vae.to(dtype=torch.float16)
+        finite &= finite_rows(pixels)
+        pixels = pixels.where(finite.view(-1, 1, 1, 1), 0)
         watermark = getattr(self.pipe, "watermark", None)
         if watermark is not None:
             pixels = watermark.apply_watermark(pixels)
-        return list(self.pipe.image_processor.postprocess(pixels, output_type=output_type))
+        return list(self.pipe.image_processor.postprocess(pixels, output_type=output_type)), finite

@@ -11,7 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from keylock_diffusers.checks import floats, reason_of
+from keylock_diffusers.encoding.pictures import for_image_encoder
 from keylock_diffusers.files import read_tensors, write_tensors
+from keylock_diffusers.pictures import PictureLimits
 from keylock_diffusers.requests import FusedSubject
 
 _PREFIX = "postfuse_module."  # of these weights in a whole FastComposer model
@@ -125,7 +128,9 @@ def fuse(
     return text.index_put(where, torch.stack(fused))
 
 
-def encode_subject(subject: Any, pipe: Any, fusion: SubjectFusion | None) -> Tensor:  # [D]
+def encode_subject(
+    subject: Any, pipe: Any, fusion: SubjectFusion | None, limits: PictureLimits = PictureLimits()
+) -> Tensor:  # [D]
     """A subject's picture as the fusion module takes it.
 
     Raises:
@@ -142,17 +147,16 @@ def encode_subject(subject: Any, pipe: Any, fusion: SubjectFusion | None) -> Ten
     if embeds is None:
         if getattr(pipe, "image_encoder", None) is None:
             raise ValueError("image of a FusedSubject needs the pipeline's image_encoder, which is not loaded")
+        image = for_image_encoder(subject.image, "image of a FusedSubject", limits)
         try:
             with torch.no_grad():
-                embeds = pipe.encode_image(subject.image, pipe._execution_device, 1)[0][0]
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # whatever a picture or an encoder raises, the request fails alone
-            raise ValueError(f"image of a FusedSubject cannot be encoded: {error}") from error
+                embeds = pipe.encode_image(image, pipe._execution_device, 1)[0][0]
+        except Exception as error:  # whatever an encoder raises, the request fails alone
+            raise ValueError(f"image of a FusedSubject cannot be encoded: {reason_of(error)}") from error
     if not isinstance(embeds, Tensor) or embeds.shape != (fusion.width,):
         shape = list(embeds.shape) if isinstance(embeds, Tensor) else type(embeds).__name__
         raise ValueError(f"the encoding of a FusedSubject must be [{fusion.width}], got {shape}")
-    return embeds
+    return floats(embeds, "the encoding of a FusedSubject")
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
-from diffusers.models.embeddings import ImageProjection, IPAdapterFaceIDPlusImageProjection
+from diffusers.models.embeddings import (
+    ImageProjection,
+    IPAdapterFaceIDImageProjection,
+    IPAdapterFaceIDPlusImageProjection,
+)
 from torch import Tensor
 
+from keylock_diffusers.checks import floats, is_number, number, reason_of, shown, whole
 from keylock_diffusers.denoisers.unet import adapters
-from keylock_diffusers.masks import read_mask
+from keylock_diffusers.encoding.pictures import for_image_encoder
+from keylock_diffusers.masks import region_mask
+from keylock_diffusers.pictures import PictureLimits
 from keylock_diffusers.requests import ImagePrompt
 from keylock_diffusers.routing.rows import ImageUse
 
@@ -30,8 +36,7 @@ def check(prompt: Any, unet: Any) -> None:
     layers = adapters(unet)
     if not layers:
         raise ValueError("image_prompts need an IP-Adapter: call pipe.load_ip_adapter and keylock_diffusers.install")
-    if isinstance(prompt.adapter, bool) or not isinstance(prompt.adapter, int) or not 0 <= prompt.adapter < len(layers):
-        raise ValueError(f"adapter of an image prompt must be 0 to {len(layers) - 1}, got {prompt.adapter!r}")
+    whole(prompt.adapter, "adapter of an image prompt", 0, len(layers) - 1)
     if (prompt.image is None) == (prompt.embeds is None):
         got = "none of them" if prompt.image is None else "both"
         raise ValueError(f"give either image or embeds of an image prompt, got {got}")
@@ -41,23 +46,22 @@ def check(prompt: Any, unet: Any) -> None:
     encodings = {name: tensor for name, tensor in encodings.items() if tensor is not None}
     if prompt.image is not None and encodings:
         raise ValueError(f"{next(iter(encodings))} of an image prompt cannot be given beside image")
-    if isinstance(prompt.image, (list, tuple)) and not prompt.image:
-        raise ValueError("image of an image prompt must hold at least one picture, got none")
+    flat = isinstance(layers[prompt.adapter], _FLAT)
     for name, tensor in encodings.items():
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            got = str(tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"{name} of an image prompt must be a floating-point tensor, got {got}")
-        forms = {3: "[n, S, D]"} if "clip" in name else {2: "[n, D]", 3: "[n, S, D]"}
-        if tensor.ndim not in forms or not len(tensor):
-            raise ValueError(
-                f"{name} of an image prompt must be {' or '.join(forms.values())}, got {list(tensor.shape)}"
-            )
+        shape = list(floats(tensor, f"{name} of an image prompt").shape)
+        wanted = 2 if flat and "clip" not in name else 3
+        if len(shape) != wanted:
+            hint = ""
+            if len(shape) == wanted + 1 and shape[0] == 2 and "negative" not in name:
+                hint = "; diffusers' own have the negative first: give held[1], and held[0] as the negative ones"
+            form = "[n, D]" if wanted == 2 else "[n, S, D]"
+            raise ValueError(f"{name} of an image prompt must be {form} for this adapter, got {shape}{hint}")
     for name in ("embeds", "clip_embeds"):
         given, negative = encodings.get(name), encodings.get(f"negative_{name}")
         if negative is not None and (given is None or given.shape != negative.shape):
-            shape = "absent" if given is None else str(list(given.shape))
+            wanted_shape = "absent" if given is None else str(list(given.shape))
             raise ValueError(
-                f"negative_{name} of an image prompt must be {shape}, as {name}, got {list(negative.shape)}"
+                f"negative_{name} of an image prompt must be {wanted_shape}, as {name}, got {list(negative.shape)}"
             )
     face_plus = isinstance(layers[prompt.adapter], IPAdapterFaceIDPlusImageProjection)
     faces = [len(encodings[name]) if name in encodings else 0 for name in ("embeds", "clip_embeds")]
@@ -70,10 +74,11 @@ def check(prompt: Any, unet: Any) -> None:
         raise ValueError(f"clip_embeds of an image prompt belong to FaceID-Plus adapters, got one with {kind}")
     _expanded(prompt.scale, unet)
     for name in ("start", "end"):
-        number = getattr(prompt, name)
-        if not _is_number(number) or not 0 <= number <= 1:
-            raise ValueError(f"{name} of an image prompt must lie in [0, 1], got {number!r}")
-    _region(prompt.region)
+        number(getattr(prompt, name), f"{name} of an image prompt", 0, 1)
+
+
+# Adapters that read one vector a picture; the others read hidden states.
+_FLAT = (ImageProjection, IPAdapterFaceIDImageProjection, IPAdapterFaceIDPlusImageProjection)
 
 
 class ImageEncoder:
@@ -82,10 +87,11 @@ class ImageEncoder:
     By itself, because a row must not depend on how many images its neighbours have.
     """
 
-    def __init__(self, pipe: Any, unet: Any) -> None:
-        self._pipe, self._unet = pipe, unet
-        # The entries hold their prompts, so that an id stays its own.
+    def __init__(self, pipe: Any, unet: Any, limits: PictureLimits = PictureLimits()) -> None:
+        self._pipe, self._unet, self._limits = pipe, unet, limits
+        # The entries hold their prompts and masks, so that an id stays its own.
         self._encoded: dict[int, tuple[ImagePrompt, tuple[Tensor, Tensor]]] = {}
+        self._regions: dict[int, tuple[Any, Tensor]] = {}
         self._uses: dict[tuple[int, bool], ImageUse] = {}
 
     @torch.no_grad()
@@ -106,13 +112,11 @@ class ImageEncoder:
             if negative and clip is not None:
                 clip = _or_zeros(prompt.negative_clip_embeds, clip)
             tokens = self._project(adapters(self._unet)[prompt.adapter], embeds, clip)
-        except torch.OutOfMemoryError:
-            raise
         # Whatever a picture, an image encoder or a projection raises, the request fails alone.
         except Exception as error:
             what = "image" if prompt.embeds is None else f"embeds {list(prompt.embeds.shape)}"
             raise ValueError(
-                f"{what} of an image prompt cannot be encoded by adapter {prompt.adapter}: {error}"
+                f"{what} of an image prompt cannot be encoded by adapter {prompt.adapter}: {reason_of(error)}"
             ) from error
         other = self._uses.get((id(prompt), not negative))
         if other is not None:  # one region for both halves, so that it is resized once
@@ -121,7 +125,7 @@ class ImageEncoder:
             self._uses[key] = ImageUse(
                 tokens,
                 _expanded(prompt.scale, self._unet),
-                _region(prompt.region),
+                self._region(prompt.region),
                 float(prompt.start),
                 float(prompt.end),
                 prompt.adapter,
@@ -134,7 +138,15 @@ class ImageEncoder:
         if getattr(self._pipe, "image_encoder", None) is None:
             raise ValueError("it needs the pipeline's image_encoder, which is not loaded")
         hidden = not isinstance(adapters(self._unet)[prompt.adapter], ImageProjection)
-        return self._pipe.encode_image(prompt.image, self._pipe._execution_device, 1, hidden)
+        image = for_image_encoder(prompt.image, "image of an image prompt", self._limits)
+        return self._pipe.encode_image(image, self._pipe._execution_device, 1, hidden)
+
+    def _region(self, region: Any) -> Tensor | None:  # [height, width] float32
+        if region is None:
+            return None
+        if id(region) not in self._regions:  # where several prompts have one mask, it is resized once for all
+            self._regions[id(region)] = region, region_mask(region, "region of an image prompt", self._limits)
+        return self._regions[id(region)][1]
 
     def _project(self, projection: Any, embeds: Tensor, clip: Tensor | None) -> Tensor:  # [L, D]
         device, dtype = next(projection.parameters()).device, self._unet.dtype
@@ -148,33 +160,21 @@ class ImageEncoder:
 
 def _expanded(scale: Any, unet: Any) -> float | dict[str, float]:
     """A number, or a number per block's name, from what set_ip_adapter_scale takes."""
-    if _is_number(scale):
+    if is_number(scale):
         return float(scale)
     if not isinstance(scale, Mapping):
-        raise ValueError(f"scale of an image prompt must be a finite number or a dict per block, got {scale!r}")
+        raise ValueError(f"scale of an image prompt must be a finite number or a dict per block, got {shown(scale)}")
     try:
         (expanded,) = _maybe_expand_lora_scales(unet, [dict(scale)], default_scale=0.0)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"scale of an image prompt must name this U-Net's blocks, got {scale!r}: {error}") from error
-    wrong = [number for number in expanded.values() if not _is_number(number)]
+        raise ValueError(
+            f"scale of an image prompt must name this U-Net's blocks, got {shown(scale)}: {reason_of(error)}"
+        ) from error
+    wrong = [number for number in expanded.values() if not is_number(number)]
     if wrong:
-        raise ValueError(f"scale of an image prompt must hold finite numbers, got {wrong[0]!r}")
+        raise ValueError(f"scale of an image prompt must hold finite numbers, got {shown(wrong[0])}")
     return expanded
 
 
 def _or_zeros(negative: Any, positive: Any) -> Any:
     return torch.zeros_like(positive) if negative is None and positive is not None else negative
-
-
-def _region(region: Any) -> Tensor | None:  # [height, width] float32
-    if region is None:
-        return None
-    what = "region of an image prompt"
-    read = read_mask(region, what)
-    if not read.any():
-        raise ValueError(f"{what} must not be empty, got zeros alone")
-    return read
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

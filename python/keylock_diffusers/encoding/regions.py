@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
+from keylock_diffusers.checks import listed, shown
 from keylock_diffusers.encoding.text import find, with_own_words
 from keylock_diffusers.encoding.tokens import TokenizedPrompt, extended
 from keylock_diffusers.masks import region_mask
+from keylock_diffusers.pictures import PictureLimits
 from keylock_diffusers.requests import ENDINGS, Region
 from keylock_diffusers.routing.regions import LIMIT
 from keylock_diffusers.routing.rows import RegionUse, RowRegions, TextLayout
@@ -33,6 +36,7 @@ def resolve(
     endings: str,
     name: str = "regions",
     chunks: int | None = None,
+    limits: PictureLimits = PictureLimits(),
 ) -> PromptRegions:
     """The regions of a request's prompt.
 
@@ -45,16 +49,14 @@ def resolve(
         endings: one of `ENDINGS`: see `keylock_diffusers.Request`.
         name: of the argument, for errors.
         chunks: how many chunks a wording of a region's own has; default as many as it needs.
+        limits: of the masks.
 
     Raises:
         TypeError, ValueError: what is wrong with a region.
     """
-    if not isinstance(regions, (list, tuple)):
-        raise TypeError(f"{name} must be a list, got {type(regions).__name__}")
-    if endings not in ENDINGS:
-        raise ValueError(f"endings must be one of {', '.join(ENDINGS)}, got {endings!r}")
-    if len(regions) > LIMIT:
-        raise ValueError(f"{name} must be at most {LIMIT}, got {len(regions)}")
+    listed(regions, name, LIMIT)
+    if not isinstance(endings, str) or endings not in ENDINGS:
+        raise ValueError(f"endings must be one of {', '.join(ENDINGS)}, got {shown(endings)}")
     uses = []
     for region in regions:
         if not isinstance(region, Region):
@@ -62,7 +64,7 @@ def resolve(
         if (region.prompt is None) == (region.tokens is None):
             got = "neither" if region.tokens is None else "both"
             raise ValueError(f"give either prompt or tokens of a Region, got {got}")
-        mask = region_mask(region.mask, "mask of a Region")
+        mask = region_mask(region.mask, "mask of a Region", limits)
         if region.prompt is not None:
             if prompts is None:
                 raise ValueError("a Region of given encodings takes tokens, not a prompt")
@@ -70,12 +72,12 @@ def resolve(
                 {place: None for places in find(tokenizers[0], prompts[0], region.prompt) for place in places}
             )
             if not found:
-                raise ValueError(f"the words {region.prompt!r} of a Region are not in the prompt")
+                raise ValueError(f"the words {shown(region.prompt)} of a Region are not in the prompt")
         else:
             if not isinstance(region.tokens, (list, tuple, range)):
                 raise TypeError(f"tokens of a Region must be a list, got {type(region.tokens).__name__}")
-            found = tuple(region.tokens)
-            wrong = [t for t in found if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < tokens]
+            found = tuple(region.tokens[: tokens + 1])
+            wrong = [t for t in found if isinstance(t, bool) or not isinstance(t, Integral) or not 0 <= t < tokens]
             if wrong or not found:
                 raise ValueError(f"tokens of a Region must be positions from 0 to {tokens - 1}, got {list(found)}")
         uses.append(RegionUse(mask, found))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import re
 
+from keylock_diffusers.checks import shown
+
 STEP = 1.1  # what one pair of brackets multiplies by, or divides by
 _TOKEN = re.compile(
     r"\\[()\[\]\\]|[()\[\]]|:\s*([+-]?[0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*\)|[^\\()\[\]:]+|.", re.DOTALL
@@ -42,7 +44,7 @@ def weighted(prompt: str) -> list[tuple[str, float]]:
         if number is not None:
             factor = float(number)
             if not math.isfinite(factor) or abs(factor) > _LARGEST:
-                raise ValueError(f"prompt {prompt!r}: a weight must be at most {_LARGEST:g}, got {number}")
+                raise ValueError(f"prompt {shown(prompt)}: a weight must be at most {_LARGEST:g}, got {number}")
             if not close("(", factor):
                 parts.append((token, 1.0))
         elif token in "([":
@@ -58,4 +60,7 @@ def weighted(prompt: str) -> list[tuple[str, float]]:
             joined[-1] = joined[-1][0] + words, weight
         else:
             joined.append((words, weight))
+    largest = max((abs(weight) for _, weight in joined), default=1.0)
+    if not largest <= _LARGEST:  # factors multiply where they nest
+        raise ValueError(f"prompt {shown(prompt)}: weights must be at most {_LARGEST:g} together, got {largest:g}")
     return joined

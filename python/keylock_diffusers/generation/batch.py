@@ -122,6 +122,11 @@ class Batch:
         return self.held.inputs[f"control {name}"]
 
     @property
+    def pictures(self) -> list[Picture]:
+        """What its rows draw."""
+        return [row.picture for row in self.rows]
+
+    @property
     def plans(self) -> list[Plan]:
         """The rows' plans."""
-        return [row.picture.plan for row in self.rows]
+        return [picture.plan for picture in self.pictures]

@@ -23,8 +23,11 @@ from keylock_diffusers.generation.maps import AttentionMaps
 from keylock_diffusers.generation.plan import Plan, Planner
 from keylock_diffusers.masks import latent_mask
 from keylock_diffusers.processors import verify
+from keylock_diffusers.requests import RequestError, RequestLimits
 from keylock_diffusers.routing.personalization import Personalization
 from keylock_diffusers.routing.rows import Row
+
+_NOT_FINITE = "its numbers became infinite or no numbers at all while it was drawn: lower its strengths and scales"
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Settings:
     record: AttentionMaps | None = None
     output_type: str = "pil"
     strict: bool = False
+    limits: RequestLimits = RequestLimits()
     options: Mapping[str, Any] = field(default_factory=dict)  # keywords of the pipeline's own call
 
 
@@ -79,6 +83,7 @@ class Engine:
             settings.width,
             settings.strict,
             settings.num_inference_steps if given is None else len(given),
+            settings.limits,
         )
         self._spare: dict[tuple[Any, ...], list[Buffers]] = {}
         self.pipe.scheduler = pipe.scheduler if settings.scheduler is None else settings.scheduler
@@ -175,7 +180,7 @@ class Engine:
             after_step: called after every step.
 
         Returns:
-            A picture a row; None where no step was made.
+            A picture a row; None where no step was made, a RequestError where its numbers are not finite.
         """
         started = batch.position
         self.pipe._num_timesteps = batch.steps
@@ -190,7 +195,11 @@ class Engine:
             if batch.position == started and batch.steps > started:
                 return [None] * len(batch.rows)
             with torch.no_grad():
-                return self.denoiser.decode(batch.latents, self.settings.output_type)
+                pictures, finite = self.denoiser.decode(batch.latents, self.settings.output_type)
+            return [
+                picture if right else RequestError(row.picture.request, row.picture.plan.request, _NOT_FINITE)
+                for row, picture, right in zip(batch.rows, pictures, finite.tolist(), strict=True)
+            ]
         finally:
             self.release(batch)
             self.pipe.maybe_free_model_hooks()

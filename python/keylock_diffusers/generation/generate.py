@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from torch import OutOfMemoryError
-
+from keylock_diffusers.checks import reason_of, shown, whole
 from keylock_diffusers.concepts import Concept
 from keylock_diffusers.denoisers.unet import adapters
 from keylock_diffusers.encoding.fusion import SubjectFusion
-from keylock_diffusers.generation.batch import Picture
+from keylock_diffusers.generation.batch import Batch, Picture
 from keylock_diffusers.generation.callbacks import Callbacks
 from keylock_diffusers.generation.engine import Engine, Settings
 from keylock_diffusers.generation.maps import AttentionMaps, WordMaps, check_words
 from keylock_diffusers.generation.plan import Plan
-from keylock_diffusers.requests import Request, RequestError
+from keylock_diffusers.requests import Request, RequestError, RequestLimits
 from keylock_diffusers.routing.regions import LIMIT
 
 # What a pipeline takes for the whole call and a Request has for itself.
@@ -52,6 +51,7 @@ def generate(
     max_regions: int | None = None,
     fusion: SubjectFusion | None = None,
     strict: bool = False,
+    limits: RequestLimits = RequestLimits(),
     **kwargs: Any,
 ) -> list[Any]:
     """Draws different users' requests together; the U-Net is called ``num_inference_steps`` times per batch.
@@ -77,8 +77,9 @@ def generate(
         callback_on_step_end_tensor_inputs: what it is given.
         callback_on_image: called with a request's index, the number of its picture and the picture, batch by batch as
             they are decoded, so that what was drawn is kept whatever becomes of the rest.
-        on_error: "raise": a request that cannot be drawn raises before any step; "return": the others are drawn and
-            its place in the result holds the RequestError.
+        on_error: "raise": a request that cannot be drawn raises before any step, and one whose numbers turn out not to
+            be finite (a strength of 1e30) raises after the last one, with everybody else's pictures in the error's
+            ``images``; "return": the others are drawn and its place in the result holds the RequestError.
         output_type: the pipelines' own: "pil", "np", "pt" or "latent".
         image_lengths: per IP-Adapter, the tokens of each image prompt that a row has room for, such as [[4, 4]];
             default as many as a batch needs. Given, a compiled U-Net runs any mix of them without recompiling, as long
@@ -87,6 +88,7 @@ def generate(
             a batch needs. Given, a compiled U-Net runs any mix of them without recompiling.
         fusion: mixes pictures of the requests' subjects into the words that name them.
         strict: refuse concepts trained on other weights of the same base model instead of warning.
+        limits: how much each request may ask for; one that asks for more is a request that cannot be drawn.
         kwargs: what the pipeline takes besides for the whole call: clip_skip, eta, guidance_rescale,
             cross_attention_kwargs, timesteps, sigmas, denoising_end, pag_scale, num_frames ...
 
@@ -104,9 +106,9 @@ def generate(
     """
     settings = Settings(
         bank, controlnets or {}, num_inference_steps, height, width, scheduler, image_lengths, max_regions, fusion,
-        record, output_type, strict, kwargs,
+        record, output_type, strict, limits, kwargs,
     )  # fmt: skip
-    _check(pipe, settings, max_batch, on_error)
+    requests = _check(pipe, requests, settings, max_batch, on_error)
     callbacks = None
     if callback_on_step_end is not None:
         callbacks = Callbacks(callback_on_step_end, callback_on_step_end_tensor_inputs)
@@ -134,26 +136,55 @@ def generate(
             break
         if len(batches) > 1:
             engine.pipe.set_progress_bar_config(**{"desc": f"batch {number} of {len(batches)}", **shown})
-        batch = engine.load(members)
-        for picture, image in zip(members, engine.draw(batch, callbacks), strict=True):
-            results[picture.request][picture.image] = image
-            if callback_on_image is not None and image is not None:
+        batch, failed = _loaded(engine, members)
+        for error in failed:
+            results[error.index] = error
+        if batch is None:
+            continue
+        for picture, image in zip(batch.pictures, engine.draw(batch, callbacks), strict=True):
+            drawn = results[picture.request]
+            if isinstance(image, RequestError):
+                results[picture.request] = image
+            elif isinstance(drawn, list):
+                drawn[picture.image] = image
+            if callback_on_image is not None and image is not None and not isinstance(image, RequestError):
                 callback_on_image(picture.request, picture.image, image)
         if batch.readout is not None and batch.position == batch.steps:
-            for row, picture in enumerate(members):
+            for row, picture in enumerate(batch.pictures):
                 recorded[picture.request, picture.image] = batch.readout.picture(row, str(picture.plan.request.prompt))
     if record is not None:
         record.images += [recorded[key] for key in sorted(recorded)]
-    return [r[0] if isinstance(r, list) and len(r) == 1 else r for r in results]
+    images = [r[0] if isinstance(r, list) and len(r) == 1 else r for r in results]
+    late = next((image for image in images if isinstance(image, RequestError)), None)
+    if late is not None and on_error == "raise":
+        late.images = images
+        raise late
+    return images
+
+
+def _loaded(engine: Engine, members: list[Picture]) -> tuple[Batch | None, list[RequestError]]:
+    """A batch of all that can be loaded, and the requests that cannot."""
+    try:
+        return engine.load(members), []
+    except Exception as error:
+        cause = error
+    good, failed = [], []
+    for picture in members:  # which of them is it?
+        try:
+            engine.release(engine.load([picture]))
+            good.append(picture)
+        except Exception as error:
+            failed.append(RequestError(picture.request, picture.plan.request, reason_of(error)))
+    if not failed:  # none of them: it is the batch as a whole
+        raise cause
+    return engine.load(good) if good else None, failed
 
 
 def _planned(engine: Engine, index: int, request: Any, on_error: str) -> Plan | RequestError:
     try:
         return engine.plan(request)
-    except OutOfMemoryError:
-        raise
     except Exception as error:  # whatever is wrong with a request, it fails alone
-        failure = RequestError(index, request, str(error))
+        failure = RequestError(index, request, reason_of(error))
         if on_error == "raise":
             raise failure from error
         return failure
@@ -175,26 +206,29 @@ def _batches(pictures: list[Picture], max_batch: int) -> Iterator[list[Picture]]
             yield members[first : first + max_batch]
 
 
-def _check(pipe: Any, settings: Settings, max_batch: int, on_error: str) -> None:
-    """The arguments of the call; what is wrong with one is named."""
+def _check(pipe: Any, requests: Any, settings: Settings, max_batch: int, on_error: str) -> list[Any]:
+    """The requests as a list, once the arguments of the call are found to be in order; what is wrong is named."""
+    if isinstance(requests, (Request, str, Mapping)) or not isinstance(requests, Iterable):
+        got = "one; put it in a list" if isinstance(requests, Request) else type(requests).__name__
+        raise TypeError(f"generate: requests must be a list of Requests, got {got}")
     if on_error not in ("raise", "return"):
-        raise ValueError(f'generate: on_error must be "raise" or "return", got {on_error!r}')
-    if max_batch < 1 or settings.num_inference_steps < 1:
-        raise ValueError(
-            f"generate: max_batch and num_inference_steps must be at least 1, got {max_batch} and "
-            f"{settings.num_inference_steps}"
-        )
+        raise ValueError(f'generate: on_error must be "raise" or "return", got {shown(on_error)}')
+    if settings.bank is not None and not isinstance(settings.bank, Mapping):
+        raise TypeError(f"generate: bank must be a ConceptBank or a mapping, got {type(settings.bank).__name__}")
+    whole(max_batch, "generate: max_batch", 1, 2**31)
+    whole(settings.num_inference_steps, "generate: num_inference_steps", 1, 2**31)
     regions, fusion = settings.max_regions, settings.fusion
     if regions is not None and not (isinstance(regions, int) and 1 <= regions <= LIMIT):
-        raise ValueError(f"generate: max_regions must be None or 1 to {LIMIT}, got {regions!r}")
+        raise ValueError(f"generate: max_regions must be None or 1 to {LIMIT}, got {shown(regions)}")
     given = settings.options
     clash = sorted(_PER_REQUEST & {*given, *(given.get("cross_attention_kwargs") or {})})
     if clash:
         raise TypeError(
             f"generate: {clash[0]} belongs to each Request, or is made of it; it cannot be given to the call"
         )
+    requests = list(requests)
     if not hasattr(pipe, "unet"):
-        return
+        return requests
     if fusion is not None and fusion.width != pipe.unet.config.cross_attention_dim:
         raise ValueError(
             f"generate: fusion must be as wide as the text, {pipe.unet.config.cross_attention_dim}, got {fusion.width}"
@@ -208,5 +242,6 @@ def _check(pipe: Any, settings: Settings, max_batch: int, on_error: str) -> None
     if not right:
         raise ValueError(
             f"generate: image_lengths must be a list of token counts per IP-Adapter, at most {count} of them, "
-            f"got {lengths!r}"
+            f"got {shown(lengths)}"
         )
+    return requests

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from keylock_diffusers.checks import floats, number, shown
 from keylock_diffusers.concepts import BaseModel, Concept
 from keylock_diffusers.denoisers.base import Size
 from keylock_diffusers.encoding import images as image_prompts
@@ -21,7 +21,8 @@ from keylock_diffusers.encoding.regions import resolve as resolve_regions
 from keylock_diffusers.encoding.tokens import TokenizedPrompt, extended
 from keylock_diffusers.encoding.weights import weighted
 from keylock_diffusers.encoding.wordings import Wordings
-from keylock_diffusers.requests import Control, Region, Request, Use
+from keylock_diffusers.generation.admission import checked, control_numbers, is_guided
+from keylock_diffusers.requests import Region, Request, RequestLimits, Use
 from keylock_diffusers.routing.images import ImageRouting
 from keylock_diffusers.routing.rows import ConceptUse, Row
 
@@ -78,6 +79,7 @@ class Planner:
         height, width: what the call asks for, in pixels.
         strict: refuse concepts trained on other weights.
         steps: of the whole schedule.
+        limits: what a request may ask for.
     """
 
     denoiser: Any
@@ -90,10 +92,11 @@ class Planner:
     width: int | None = None
     strict: bool = False
     steps: int = 50
+    limits: RequestLimits = RequestLimits()
 
     def __post_init__(self) -> None:
         self._pipe, self._unet = self.denoiser.pipe, self.denoiser.unet
-        self._images = ImageEncoder(self._pipe, self._unet)
+        self._images = ImageEncoder(self._pipe, self._unet, self.limits.picture)
         self._base: BaseModel | None = None
 
     def plan(self, request: Any) -> Plan:
@@ -102,11 +105,8 @@ class Planner:
         Raises:
             Exception: what is wrong with the request, mostly TypeError, ValueError, KeyError or OSError.
         """
-        if not isinstance(request, Request):
-            raise TypeError(f"must be a Request, got {type(request).__name__}")
-        _check_numbers(request)
-        _check_encodings(self.denoiser, request)
-        guided = _guided(self.denoiser, request)
+        request = checked(request, self.denoiser, self.limits)
+        guided = is_guided(self.denoiser, request)
         uses = self._uses(request)
         prompts, negatives = self._prompts(request, {use.concept.placeholder: use.concept.super_class for use in uses})
         drawn, absent = self._image_prompts(request, guided)
@@ -121,7 +121,7 @@ class Planner:
                 f"regions with a wording of their own must be at most max_regions, {self.max_regions}, got {most}"
             )
         size, image, mask, controls = self._pictures(request)
-        start = float(request.subject_start) if uses or subjects else 0.0
+        start = request.subject_start if uses or subjects else 0.0
         row = Row(uses, drawn, halves[0].row, start)
         return Plan(
             request,
@@ -156,15 +156,19 @@ class Planner:
         """The prompt and the negative prompt, each for every text encoder; None where encodings are given."""
         encoders = self.denoiser.encoders()
         if not encoders and (request.prompt_embeds is None or request.negative_prompt_embeds is None):
-            if request.prompt is not None or _guided(self.denoiser, request):
+            if request.prompt is not None or is_guided(self.denoiser, request):
                 raise ValueError("the pipeline's text encoder is not loaded: give prompt_embeds and negative ones")
 
         def tokenized(words: Sequence[str | None], names: Mapping[str, str] | None) -> Prompts:
             made = []
-            for number, encoder in enumerate(encoders):
-                own = words[1] if number and words[1] is not None else words[0]
+            for place, encoder in enumerate(encoders):
+                own = words[1] if place and words[1] is not None else words[0]
                 parts = weighted(text.converted(self._pipe, encoder.tokenizer, own or ""))
                 made.append(text.tokenize(encoder.tokenizer, parts, names, chunks=None))
+                if len(made[-1].ids) > self.limits.tokens:
+                    raise ValueError(
+                        f"a prompt must have at most {self.limits.tokens} tokens, got {len(made[-1].ids)}: {shown(own)}"
+                    )
             return tuple(made)
 
         prompts = negatives = None
@@ -191,7 +195,7 @@ class Planner:
         halves: tuple[PromptRegions, PromptRegions],
     ) -> tuple[Prompts | None, Prompts | None, tuple[PromptRegions, PromptRegions]]:
         """All that a request reads in as many chunks as the longest of it needs."""
-        guided = _guided(self.denoiser, request)
+        guided = is_guided(self.denoiser, request)
         every = [p for half in (prompts, negatives if guided else None) if half for p in half]
         every += [p for half in (halves if guided else halves[:1]) for wording in half.own for p in wording]
         chunks = max((prompt.chunks for prompt in every), default=1)
@@ -215,8 +219,6 @@ class Planner:
         return prompts, negatives, self._regions(request, uses, prompts, negatives, chunks)
 
     def _image_prompts(self, request: Request, guided: bool) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        if not isinstance(request.image_prompts, (list, tuple)):
-            raise TypeError(f"image_prompts must be a list, got {type(request.image_prompts).__name__}")
         for image in request.image_prompts:
             image_prompts.check(image, self._pipe.unet)
         drawn = tuple(self._images.use(image) for image in request.image_prompts)
@@ -225,15 +227,10 @@ class Planner:
 
     def _subjects(self, request: Request, prompts: Prompts | None) -> tuple[tuple[str, Tensor], ...]:
         """The words that the request's subjects are fused into, and the subjects' encodings."""
-        start = request.subject_start
-        if isinstance(start, bool) or not isinstance(start, (int, float)) or not 0 <= start <= 1:
-            raise ValueError(f"subject_start must lie in [0, 1], got {start!r}")
-        if not isinstance(request.subjects, (list, tuple)):
-            raise TypeError(f"subjects must be a list, got {type(request.subjects).__name__}")
         made = []
         taken: set[int] = set()
         for subject in request.subjects:
-            embeds = encode_subject(subject, self._pipe, self.fusion)
+            embeds = encode_subject(subject, self._pipe, self.fusion, self.limits.picture)
             if prompts is None or len(prompts) > 1:
                 raise ValueError("subjects need a prompt, not prompt_embeds, and a pipeline with one text encoder")
             places = text.find(self._pipe.tokenizer, prompts[0], subject.prompt)
@@ -255,9 +252,6 @@ class Planner:
         chunks: int | None = None,
     ) -> tuple[PromptRegions, PromptRegions]:
         """Regions of the prompt, those of its concepts and subjects among them, and of the negative prompt."""
-        for name in ("regions", "negative_regions"):
-            if not isinstance(getattr(request, name), (list, tuple)):
-                raise TypeError(f"{name} must be a list, got {type(getattr(request, name)).__name__}")
         of_concepts = [
             Region(order.region, use.concept.placeholder)
             for order, use in zip(request.concepts, uses, strict=True)
@@ -276,7 +270,9 @@ class Planner:
         ):
             tokens = embeds.shape[0] if embeds is not None else len(tokenized[0].ids) if tokenized else length
             tokenizers = [encoder.tokenizer for encoder in encoders]
-            halves.append(resolve_regions(half, tokenized, tokens, tokenizers, request.endings, name, chunks))
+            halves.append(
+                resolve_regions(half, tokenized, tokens, tokenizers, request.endings, name, chunks, self.limits.picture)
+            )
         return halves[0], halves[1]
 
     def _pictures(self, request: Request) -> tuple[Size, Tensor | None, Tensor | None, tuple[ControlUse, ...]]:
@@ -294,29 +290,21 @@ class Planner:
             if not self.denoiser.begins_without_noise and int(self.steps * request.strength) < 1:
                 raise ValueError(f"strength {request.strength} leaves no step of {self.steps}")
             own = not asked and request.mask is None  # an image-to-image row has its picture's size
-            image = pictures.initial_image(pipe, request.image, None if own else size)
+            image = pictures.initial_image(pipe, request.image, None if own else size, self.limits)
             size = (image.shape[2], image.shape[3])
             if image.shape[1] == self.denoiser.latent_channels:
                 if request.mask is not None:
                     raise ValueError("mask needs an image, not latents of one")
                 size = (size[0] * pipe.vae_scale_factor, size[1] * pipe.vae_scale_factor)
         if request.mask is not None:
-            mask = pictures.inpainting_mask(pipe, request.mask, size)
+            mask = pictures.inpainting_mask(pipe, request.mask, size, self.limits)
         controls: list[ControlUse] = []
-        if not isinstance(request.controls, (list, tuple)):
-            raise TypeError(f"controls must be a list, got {type(request.controls).__name__}")
         for control in request.controls:
-            if not isinstance(control, Control):
-                raise TypeError(f"controls must be Control objects, got {type(control).__name__}")
-            if control.name not in self.controlnets:
-                known = ", ".join(sorted(self.controlnets)) or "none"
-                raise ValueError(
-                    f"name of a Control must be a ControlNet given to generate ({known}), got {control.name!r}"
-                )
+            numbers = control_numbers(control, self.controlnets)
             own = not asked and image is None and not controls
-            pixels = pictures.control_image(pipe, control.image, None if own else size)
+            pixels = pictures.control_image(pipe, control.image, None if own else size, self.limits)
             size = (pixels.shape[2], pixels.shape[3])
-            controls.append(ControlUse(control.name, pixels, *_control_numbers(control)))
+            controls.append(ControlUse(control.name, pixels, *numbers))
         names = [control.name for control in controls]
         if len(set(names)) < len(names):
             raise ValueError(f"controls must have different names, got {names}")
@@ -324,93 +312,9 @@ class Planner:
         if request.latents is not None:
             if request.image is not None:
                 raise ValueError("give either image or latents")
-            if not isinstance(request.latents, Tensor) or list(request.latents.shape) != shape:
-                got = getattr(request.latents, "shape", type(request.latents).__name__)
-                raise ValueError(f"latents must be {shape}, got {list(got) if isinstance(got, torch.Size) else got}")
+            if list(floats(request.latents, "latents").shape) != shape:
+                raise ValueError(f"latents must be {shape}, got {list(request.latents.shape)}")
         return size, image, mask, tuple(sorted(controls, key=lambda control: control.name))
-
-
-def _guided(denoiser: Any, request: Request) -> bool:
-    """Whether a row of the unconditional half is drawn; without one, its prompt is checked and not read."""
-    return request.guidance_scale > 1 and not denoiser.distilled
-
-
-def _check_numbers(request: Request) -> None:
-    if (request.prompt is None) == (request.prompt_embeds is None):
-        raise ValueError("give either prompt or prompt_embeds")
-    if request.negative_prompt is not None and request.negative_prompt_embeds is not None:
-        raise ValueError("give negative_prompt or negative_prompt_embeds, not both")
-    if not isinstance(request.num_images, int) or request.num_images < 1:
-        raise ValueError(f"num_images must be at least 1, got {request.num_images!r}")
-    if request.concepts and request.prompt is None:
-        raise ValueError("concepts need a prompt, not prompt_embeds")
-    if not _is_number(request.guidance_scale):
-        raise ValueError(f"guidance_scale must be a finite number, got {request.guidance_scale!r}")
-    seed = request.seed
-    if seed is not None and (not isinstance(seed, int) or not 0 <= seed < 2**63 - request.num_images):
-        raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, got {seed!r}")
-    if not _is_number(request.strength) or not 0 <= request.strength <= 1:
-        raise ValueError(f"strength must lie in [0, 1], got {request.strength!r}")
-    for name in ("aesthetic_score", "negative_aesthetic_score"):
-        if not _is_number(getattr(request, name)):
-            raise ValueError(f"{name} must be a finite number, got {getattr(request, name)!r}")
-    for name in ("original_size", "target_size", "crops_coords_top_left"):
-        for pair in (name, f"negative_{name}"):
-            given = getattr(request, pair)
-            if given is not None and not (
-                isinstance(given, (list, tuple)) and len(given) == 2 and all(_is_number(number) for number in given)
-            ):
-                raise ValueError(f"{pair} must be two numbers, got {given!r}")
-
-
-def _control_numbers(control: Control) -> tuple[float, float, float]:
-    if not _is_number(control.scale):
-        raise ValueError(f"scale of a Control must be a finite number, got {control.scale!r}")
-    for name in ("start", "end"):
-        number = getattr(control, name)
-        if not _is_number(number) or not 0 <= number <= 1:
-            raise ValueError(f"{name} of a Control must lie in [0, 1], got {number!r}")
-    return float(control.scale), float(control.start), float(control.end)
-
-
-def _check_encodings(denoiser: Any, request: Request) -> None:
-    """Given encodings have the U-Net's width, both halves of guidance the same length, and SDXL's pooled ones too."""
-    width, lengths = denoiser.text_width, []
-    encoders = denoiser.encoders()
-    for name, words in (("prompt_embeds", request.prompt), ("negative_prompt_embeds", request.negative_prompt)):
-        embeds = getattr(request, name)
-        _check_pooled(denoiser, request, name)
-        if embeds is None:
-            for given in (words, getattr(request, name.replace("embeds", "2"))):
-                if given is not None and not isinstance(given, str):
-                    raise TypeError(f"{name.removesuffix('_embeds')} must be text, got {type(given).__name__}")
-            continue
-        if not isinstance(embeds, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(embeds).__name__}")
-        if embeds.ndim != 2 or embeds.shape[1] != width:
-            raise ValueError(f"{name} must be [T, {width}], got {list(embeds.shape)}")
-        lengths.append((name, embeds.shape[0]))
-    if _guided(denoiser, request) and lengths:
-        length = encoders[0].tokenizer.model_max_length if encoders else lengths[0][1]
-        halves = [dict(lengths).get(name, length) for name in ("prompt_embeds", "negative_prompt_embeds")]
-        if halves[0] != halves[1]:
-            raise ValueError(
-                f"prompt and negative prompt must have equally many tokens, got {halves[0]} and {halves[1]}"
-            )
-
-
-def _check_pooled(denoiser: Any, request: Request, name: str) -> None:
-    """SDXL's pooled encodings come with the encodings they belong to, and with no other."""
-    pooled_name = name.replace("prompt", "pooled_prompt")
-    embeds, pooled, width = getattr(request, name), getattr(request, pooled_name), denoiser.pooled_width
-    if embeds is None or width is None:
-        if pooled is not None:
-            reason = f"without {name}" if embeds is None else "with one text encoder"
-            raise ValueError(f"{pooled_name} must be None {reason}, got {type(pooled).__name__}")
-        return
-    if not isinstance(pooled, Tensor) or pooled.shape != (width,):
-        got = list(pooled.shape) if isinstance(pooled, Tensor) else type(pooled).__name__
-        raise ValueError(f"{name} need {pooled_name} [{width}] with this pipeline, got {got}")
 
 
 def _resolve(use: Use | str | Concept, bank: Mapping[str, Concept] | None) -> ConceptUse:
@@ -419,22 +323,18 @@ def _resolve(use: Use | str | Concept, bank: Mapping[str, Concept] | None) -> Co
     concept = use.concept
     if isinstance(concept, str):
         if bank is None:
-            raise ValueError(f"concept {concept!r} is an id, but generate was given no bank")
+            raise ValueError(f"concept {shown(concept)} is an id, but generate was given no bank")
         concept = bank[concept]
     if not isinstance(concept, Concept):
         raise TypeError(f"a concept must be an id or a Concept, got {type(concept).__name__}")
     if use.lock not in _LOCKS:
-        raise ValueError(f'lock must be "local" or "global", got {use.lock!r}')
-    numbers = {
+        raise ValueError(f'lock must be "local" or "global", got {shown(use.lock)}')
+    given = {
         "beta": concept.beta if use.beta is None else use.beta,
         "tau": concept.tau if use.tau is None else use.tau,
         "strength": use.strength,
     }
-    for name, number in numbers.items():
-        if not isinstance(number, (int, float)) or not math.isfinite(number):
-            raise ValueError(f"{name} of {concept.placeholder} must be a finite number, got {number!r}")
+    numbers = {name: number(value, f"{name} of {concept.placeholder}") for name, value in given.items()}
+    if numbers["tau"] <= 0:
+        raise ValueError(f"tau of {concept.placeholder} must be above 0, got {numbers['tau']:g}")
     return ConceptUse(concept, lock=use.lock, **numbers)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,154 @@
+"""What is wrong with a request, as far as that can be told without encoding anything: kinds, bounds and shapes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from keylock_diffusers.checks import floats, is_number, listed, number, shown, whole
+from keylock_diffusers.requests import Control, Request, RequestLimits
+
+_TEXTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
+_HALVES = (("prompt_embeds", "prompt"), ("negative_prompt_embeds", "negative_prompt"))
+
+
+def checked(request: Any, denoiser: Any, limits: RequestLimits) -> Request:
+    """A request whose numbers are Python's own, and whose lists, texts and encodings are what they should be.
+
+    Args:
+        request: what the user gave.
+        denoiser: the pipeline's description.
+        limits: what a request may ask for.
+
+    Raises:
+        TypeError, ValueError: what is wrong, by the argument's name.
+    """
+    if not isinstance(request, Request):
+        raise TypeError(f"must be a Request, got {type(request).__name__}")
+    if (request.prompt is None) == (request.prompt_embeds is None):
+        raise ValueError("give either prompt or prompt_embeds")
+    if request.negative_prompt is not None and request.negative_prompt_embeds is not None:
+        raise ValueError("give negative_prompt or negative_prompt_embeds, not both")
+    _check_lists(request, limits)
+    _check_texts(request, limits)
+    numbers: dict[str, Any] = {
+        "num_images": whole(request.num_images, "num_images", 1, limits.num_images),
+        "guidance_scale": number(request.guidance_scale, "guidance_scale"),
+        "strength": number(request.strength, "strength", 0, 1),
+        "subject_start": number(request.subject_start, "subject_start", 0, 1),
+        "aesthetic_score": number(request.aesthetic_score, "aesthetic_score"),
+        "negative_aesthetic_score": number(request.negative_aesthetic_score, "negative_aesthetic_score"),
+    }
+    if request.seed is not None:
+        numbers["seed"] = whole(request.seed, "seed", 0, 2**63 - 1 - numbers["num_images"])
+    for name in ("original_size", "target_size", "crops_coords_top_left"):
+        for pair in (name, f"negative_{name}"):
+            numbers[pair] = _pair(getattr(request, pair), pair)
+    request = replace(request, **numbers)
+    _check_encodings(denoiser, request, limits)
+    return request
+
+
+def is_guided(denoiser: Any, request: Request) -> bool:
+    """Whether a row of the unconditional half is drawn; without one, its prompt is checked and not read."""
+    return request.guidance_scale > 1 and not denoiser.distilled
+
+
+def control_numbers(control: Any, names: Any) -> tuple[float, float, float]:
+    """A control's scale, start and end.
+
+    Args:
+        control: what the user gave.
+        names: of the ControlNets that there are.
+
+    Raises:
+        TypeError, ValueError: what is wrong with it.
+    """
+    if not isinstance(control, Control):
+        raise TypeError(f"controls must be Control objects, got {type(control).__name__}")
+    if not isinstance(control.name, str) or control.name not in names:
+        known = ", ".join(sorted(names)) or "none"
+        raise ValueError(
+            f"name of a Control must be a ControlNet given to generate ({known}), got {shown(control.name)}"
+        )
+    scale = number(control.scale, "scale of a Control")
+    start, end = (number(getattr(control, name), f"{name} of a Control", 0, 1) for name in ("start", "end"))
+    return scale, start, end
+
+
+def _check_lists(request: Request, limits: RequestLimits) -> None:
+    """Lists are lists, and no longer than the limits, what they hold together included."""
+    for name in ("image_prompts", "subjects", "regions", "negative_regions", "controls"):
+        listed(getattr(request, name), name, limits.pictures)
+    listed(request.concepts, "concepts", limits.concepts)
+    if request.concepts and request.prompt is None:
+        raise ValueError("concepts need a prompt, not prompt_embeds")
+    pictures = len(request.subjects) + len(request.controls) + (request.image is not None)
+    for prompt in request.image_prompts:
+        image = getattr(prompt, "image", None)
+        pictures += len(image) if isinstance(image, (list, tuple)) else 1
+    if pictures > limits.pictures:
+        raise ValueError(f"a request must hold at most {limits.pictures} pictures, got {pictures}")
+
+
+def _check_texts(request: Request, limits: RequestLimits) -> None:
+    texts = [(name, getattr(request, name)) for name in _TEXTS]
+    for name in ("subjects", "regions", "negative_regions"):
+        texts += [(f"prompt of {name}", getattr(item, "prompt", None)) for item in getattr(request, name)]
+    for name, words in texts:
+        if words is None:
+            continue
+        if not isinstance(words, str):
+            raise TypeError(f"{name} must be text, got {type(words).__name__}")
+        if len(words) > limits.text:
+            raise ValueError(f"{name} must have at most {limits.text} letters, got {len(words)}")
+
+
+def _pair(given: Any, name: str) -> tuple[Any, Any] | None:
+    if given is None:
+        return None
+    if not isinstance(given, (list, tuple)) or len(given) != 2 or not all(is_number(each) for each in given):
+        raise ValueError(f"{name} must be two numbers, got {shown(given)}")
+    return given[0], given[1]
+
+
+def _check_encodings(denoiser: Any, request: Request, limits: RequestLimits) -> None:
+    """Given encodings have the U-Net's width, both halves of guidance the same length, and SDXL's pooled ones too."""
+    width, lengths = denoiser.text_width, {}
+    encoders = denoiser.encoders()
+    for name, _ in _HALVES:
+        embeds = getattr(request, name)
+        _check_pooled(denoiser, request, name)
+        if embeds is None:
+            continue
+        floats(embeds, name)
+        if embeds.ndim != 2 or embeds.shape[1] != width:
+            raise ValueError(f"{name} must be [T, {width}], got {list(embeds.shape)}")
+        if len(embeds) > limits.tokens:
+            raise ValueError(f"{name} must have at most {limits.tokens} tokens, got {len(embeds)}")
+        lengths[name] = len(embeds)
+    if is_guided(denoiser, request) and lengths:
+        length = encoders[0].tokenizer.model_max_length if encoders else next(iter(lengths.values()))
+        halves = [lengths.get(name, length) for name, _ in _HALVES]
+        if halves[0] != halves[1]:
+            raise ValueError(
+                f"prompt and negative prompt must have equally many tokens, got {halves[0]} and {halves[1]}"
+            )
+
+
+def _check_pooled(denoiser: Any, request: Request, name: str) -> None:
+    """SDXL's pooled encodings come with the encodings they belong to, and with no other."""
+    pooled_name = name.replace("prompt", "pooled_prompt")
+    embeds, pooled, width = getattr(request, name), getattr(request, pooled_name), denoiser.pooled_width
+    if embeds is None or width is None:
+        if pooled is not None:
+            reason = f"without {name}" if embeds is None else "with one text encoder"
+            raise ValueError(f"{pooled_name} must be None {reason}, got {type(pooled).__name__}")
+        return
+    if not isinstance(pooled, Tensor) or pooled.shape != torch.Size((width,)):
+        got = list(pooled.shape) if isinstance(pooled, Tensor) else type(pooled).__name__
+        raise ValueError(f"{name} need {pooled_name} [{width}] with this pipeline, got {got}")
+    floats(pooled, pooled_name)
