@@ -21,7 +21,7 @@ from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from keylock_diffusers.checks import check_field, number, whole
+from keylock_diffusers import checks
 from keylock_diffusers.concepts import BaseModel
 from keylock_diffusers.files import read_tensors
 from keylock_diffusers.training import checkpoint
@@ -64,10 +64,10 @@ class Schedule:
 
     def __post_init__(self) -> None:
         for field, least in (("steps", 1), ("batch_size", 1), ("warmup", 0), ("seed", 0)):
-            check_field(self, field, whole, least)
+            checks.check_field(self, field, checks.whole, least)
         for field in ("learning_rate", "weight_decay"):
-            check_field(self, field, number, 0)
-        check_field(self, "average_decay", number, 0, 1, optional=True)
+            checks.check_field(self, field, checks.number, 0)
+        checks.check_field(self, "average_decay", checks.number, 0, 1, optional=True)
         if self.learning_rate == 0:
             raise ValueError(f"{type(self).__name__}: learning_rate must be above 0, got 0")
 
@@ -89,7 +89,7 @@ def check_shares(config: Schedule, *fields: str) -> None:
         ValueError: they are none, or too many together.
     """
     for field in fields:
-        check_field(config, field, number, 0, 1)
+        checks.check_field(config, field, checks.number, 0, 1)
     shares = [getattr(config, field) for field in fields]
     if sum(shares) > 1:
         raise ValueError(f"{type(config).__name__}: {', '.join(fields)} must be shares, got {shares}")
@@ -189,21 +189,21 @@ def _steps(trainable: Trainable, how: Run, stopped: Callable[[], bool]) -> None:
         mininterval=5 if how.every is None else 0.1,
         disable=not how.progress,
     )
-    for place in bar:
-        figures = trainable.step(place)
+    for number in bar:
+        figures = trainable.step(number)
         if figures is None:
             break
         bar.set_postfix({key: f"{figure:.4g}" for key, figure in figures.items()}, refresh=False)
-        due = time.monotonic() - written > CHECKPOINT_SECONDS or stopped()
-        if how.every is not None:
-            due = due or (place + 1) % how.every == 0
-        if how.path is not None and how.writes and (due or place + 1 == how.steps):
-            kept = checkpoint.save(how.path, *trainable.state(), run=how.digest, step=place + 1)
+        stop = stopped()
+        due = how.every is not None and (number + 1) % how.every == 0
+        due = due or stop or time.monotonic() - written > CHECKPOINT_SECONDS
+        if how.path is not None and how.writes and (due or number + 1 == how.steps):
+            kept = checkpoint.save(how.path, *trainable.state(), run=how.digest, step=number + 1)
             written = time.monotonic()
-        if stopped():
+        if stop:
             bar.close()
             where = f"is in {how.path}, from where the same call goes on" if kept else "could not be kept"
-            raise KeyboardInterrupt(f"{how.desc} was stopped; what {place + 1} steps have learned {where}")
+            raise KeyboardInterrupt(f"{how.desc} was stopped; what {number + 1} steps have learned {where}")
 
 
 @contextlib.contextmanager
