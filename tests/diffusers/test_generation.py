@@ -247,6 +247,8 @@ def test_mistakes_in_the_use_of_a_concept_are_named(ready, concept_for, build_ti
     for use, message in [
         (Use(alice, lock="both"), 'lock must be "local" or "global"'),
         (Use(alice, tau=float("nan")), "tau of <alice-cat> must be a finite number, got nan"),
+        (Use(alice, tau=0.0), "tau of <alice-cat> must be above 0, got 0"),
+        (Use(alice, tau=-0.1), "tau of <alice-cat> must be above 0, got -0.1"),
         (Use(alice, strength="strong"), "strength of <alice-cat> must be a finite number"),
     ]:
         with pytest.raises(RequestError, match=message):

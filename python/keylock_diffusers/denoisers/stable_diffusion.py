@@ -30,6 +30,17 @@ from keylock_diffusers.denoisers.unet import (
     unet_of,
 )
 
+# Keywords of `generate` itself, which may have been meant.
+_OF_THE_CALL = (
+    "num_inference_steps",
+    "height",
+    "width",
+    "scheduler",
+    "callback_on_step_end",
+    "output_type",
+    "max_batch",
+)
+
 
 class StableDiffusion:
     """One U-Net, one CLIP text encoder; also the base of the families that differ from it in a few places.
@@ -58,7 +69,7 @@ class StableDiffusion:
     def __init__(self, pipe: Any, options: Mapping[str, Any]) -> None:
         for name in options:
             if name not in self.OPTIONS:
-                close = difflib.get_close_matches(name, self.OPTIONS, n=1)
+                close = difflib.get_close_matches(name, [*self.OPTIONS, *_OF_THE_CALL], n=1)
                 hint = f"; did you mean {close[0]}?" if close else ""
                 raise TypeError(f"generate: {name} is no keyword that {type(pipe).__name__} takes here{hint}")
         self.pipe = pipe

@@ -215,6 +215,8 @@ def _check(pipe: Any, requests: Any, settings: Settings, max_batch: int, on_erro
         raise ValueError(f'generate: on_error must be "raise" or "return", got {shown(on_error)}')
     if settings.bank is not None and not isinstance(settings.bank, Mapping):
         raise TypeError(f"generate: bank must be a ConceptBank or a mapping, got {type(settings.bank).__name__}")
+    if not isinstance(settings.limits, RequestLimits):
+        raise TypeError(f"generate: limits must be a RequestLimits, got {type(settings.limits).__name__}")
     whole(max_batch, "generate: max_batch", 1, 2**31)
     whole(settings.num_inference_steps, "generate: num_inference_steps", 1, 2**31)
     regions, fusion = settings.max_regions, settings.fusion
