@@ -9,11 +9,12 @@ import json
 import logging
 import os
 import secrets
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -116,6 +117,46 @@ def require_place(path: str | os.PathLike[str], what: str) -> None:
             pass
     except OSError as error:
         raise ValueError(f"{what}: {path} cannot be written: {error.strerror or error}") from error
+
+
+def open_regular(path: str | os.PathLike[str], *, flags: int = 0, folder: int | None = None) -> IO[bytes]:
+    """Open a regular file, which is looked at once it is open: a look at its path might see another file.
+
+    Args:
+        path: the file.
+        flags: of `os.open` besides.
+        folder: an open folder that `path` is relative to; default the working folder.
+
+    Raises:
+        ValueError: it is something else; a pipe is not waited for.
+        OSError: it cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | flags, dir_fd=folder)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError(f"{path}: not a regular file")
+    return open(descriptor, "rb")
+
+
+def read_text(path: str | os.PathLike[str], most: int = 1 << 16) -> str:
+    """A file of text in UTF-8, with or without a byte order mark.
+
+    Args:
+        path: the file.
+        most: the bytes that it may have.
+
+    Raises:
+        ValueError: it is no regular file, larger, or not UTF-8, naming the file.
+        OSError: it cannot be opened.
+    """
+    with open_regular(path) as stream:
+        data = stream.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"{path} must have at most {most} bytes of text")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be text in UTF-8, and byte {error.start} is not") from None
 
 
 def strict_json(text: str | bytes) -> Any:

@@ -21,13 +21,12 @@ from keylock_diffusers.concepts.base_model import BaseModel
 from keylock_diffusers.concepts.files import (
     ConceptFileError,
     Header,
-    open_regular,
     pack,
     read_bounded,
     read_header,
     read_tensors,
 )
-from keylock_diffusers.files import strict_json, write_atomically
+from keylock_diffusers.files import open_regular, strict_json, write_atomically
 
 FORMAT_VERSION = 1
 VERSION_DIGITS = 16
@@ -165,7 +164,11 @@ class Concept:
             concept = cls.from_bytes(bytes(path_or_bytes))
         else:
             source = os.fspath(path_or_bytes)
-            with open_regular(path_or_bytes, source) as stream:
+            try:
+                opened = open_regular(path_or_bytes)
+            except ValueError as error:
+                raise ConceptFileError(str(error)) from None
+            with opened as stream:
                 concept = cls.from_bytes(read_bounded(stream, source), source=source)
         if pipe is not None:
             concept.check(pipe, strict=strict)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import stat
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -113,26 +112,6 @@ def read_tensors(data: bytes, header: Header, source: str) -> dict[str, Tensor]:
         return safetensors.torch.load(bytes(data))
     except safetensors.SafetensorError as error:
         raise ConceptFileError(f"{source}: {error}") from None
-
-
-def open_regular(path: str | os.PathLike[str], source: str, *, flags: int = 0, folder: int | None = None) -> IO[bytes]:
-    """Open a regular file, which is looked at once it is open: a look at its path might see another file.
-
-    Args:
-        path: the file.
-        source: names it in errors.
-        flags: of `os.open` besides.
-        folder: an open folder that `path` is relative to; default the working folder.
-
-    Raises:
-        ConceptFileError: it is something else; a pipe is not waited for.
-        OSError: it cannot be opened.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | flags, dir_fd=folder)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise ConceptFileError(f"{source}: not a regular file")
-    return open(descriptor, "rb")
 
 
 def read_bounded(stream: IO[bytes], source: str) -> bytes:

@@ -20,13 +20,12 @@ from keylock_diffusers.concepts.files import (
     ConceptFileError,
     Header,
     header_bytes,
-    open_regular,
     read_bounded,
     read_header,
     read_header_alone,
     too_large,
 )
-from keylock_diffusers.files import sweep, write_atomically
+from keylock_diffusers.files import open_regular, sweep, write_atomically
 
 SUFFIX = ".safetensors"
 MAX_SEGMENTS = 4
@@ -184,8 +183,8 @@ class LocalPlace:
         *folders, name = path.split("/")
         with self._folder(folders) as folder:
             try:
-                return open_regular(name, path, flags=os.O_NOFOLLOW, folder=folder)
-            except ConceptFileError:
+                return open_regular(name, flags=os.O_NOFOLLOW, folder=folder)
+            except ValueError:
                 raise FileNotFoundError(path) from None  # a folder, say, which is no concept
 
     @contextlib.contextmanager

@@ -12,6 +12,7 @@ from keylock_diffusers.checks import check_field, number, shown, whole
 from keylock_diffusers.concepts.concept import check_placeholder, check_super_class
 from keylock_diffusers.training.localization import FORMS
 
+DEFAULT_CAPTIONS = ("a photo of a {}", "a picture of the {}", "a {}", "the {}")
 _GRADIENTS = ("none", "straight-through", "exact")
 # Perfusion's learning rates, and the root mean squares on Stable Diffusion 1.5 of what they were chosen for: CLIP
 # ViT-L/14's word embeddings have a norm of about 0.39 in 768 dimensions; to_v's outputs are of the order of one.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from keylock_diffusers.checks import listed, reason_of, shown, whole
@@ -21,7 +22,7 @@ from keylock_diffusers.processors.projection import project_vectors
 from keylock_diffusers.routing import edits
 from keylock_diffusers.training import checkpoint, loop
 from keylock_diffusers.training.advice import quarters
-from keylock_diffusers.training.config import ConceptTrainingError, Subject, TrainingConfig
+from keylock_diffusers.training.config import DEFAULT_CAPTIONS, ConceptTrainingError, Subject, TrainingConfig
 from keylock_diffusers.training.covariance import Covariance
 from keylock_diffusers.training.frozen import (
     check_pipeline,
@@ -36,7 +37,6 @@ from keylock_diffusers.training.localization import Localization, localization_l
 # Of a learner, what a checkpoint keeps.
 _TENSORS = ("embedding", "values", "target")
 _FACTS = ("loss", "best", "best_step", "steps", "stopped", "losses")
-_DEFAULT_CAPTIONS = ("a photo of a {}", "a picture of the {}", "a {}", "the {}")
 
 
 @dataclass
@@ -348,7 +348,7 @@ def _begin(pipe: Any, subject: Subject, config: TrainingConfig) -> _Learner:
         raise ValueError("localize needs masks, and the subject has none")
     super_ids = text.super_class_ids(pipe.tokenizer, subject.super_class)
     captions = subject.captions or [
-        _DEFAULT_CAPTIONS[n % len(_DEFAULT_CAPTIONS)].format(subject.placeholder) for n in range(len(subject.images))
+        DEFAULT_CAPTIONS[n % len(DEFAULT_CAPTIONS)].format(subject.placeholder) for n in range(len(subject.images))
     ]
     prompts = [text.tokenize(pipe.tokenizer, c, {subject.placeholder: subject.super_class}) for c in captions]
     device = pipe.unet.device
@@ -362,10 +362,7 @@ def _begin(pipe: Any, subject: Subject, config: TrainingConfig) -> _Learner:
     if subject.masks is None:
         weights = torch.ones(len(latents), 1, *latents.shape[-2:])
     else:
-        masks = [subject.masks[n] for n in range(len(latents))]
-        weights = torch.stack(
-            [soft_mask(mask, latents.shape[-2:], named(f"mask {n}", mask)) for n, mask in enumerate(masks)]
-        )
+        weights = torch.stack([_soft(subject.masks[n], n, latents) for n in range(len(latents))])
     learned = nn.Parameter(embedding.clone().to(device)), nn.Parameter(values.clone().to(device))
     rates = (config.embedding_rate, config.values_rate)
     optimizer = torch.optim.AdamW(
@@ -386,6 +383,10 @@ def _begin(pipe: Any, subject: Subject, config: TrainingConfig) -> _Learner:
         target=super_encoding.clone().to(device),
         optimizer=optimizer,
     )
+
+
+def _soft(mask: Image.Image, number: int, latents: Tensor) -> Tensor:  # [1, h, w]
+    return soft_mask(mask, latents.shape[-2:], named(f"mask {number}", mask))
 
 
 def _finish(
