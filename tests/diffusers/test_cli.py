@@ -201,6 +201,10 @@ def test_a_bank_is_listed_whatever_is_in_it(capsys, monkeypatch, tmp_path, pipe,
     )
     assert "carol" in rows[2]["error"] and "placeholder" not in rows[2]
 
+    file.write_bytes(concept.to_bytes()[:-1] + b"\x7f")  # which the header alone does not show
+    assert "carol/cat" in run("bank", "list", "--bank", tmp_path)
+    assert "carol/cat" in fail(capsys, monkeypatch, "bank", "list", "--check", "--bank", tmp_path)
+
     file.unlink()
     page = ["bank", "list", "--bank", str(tmp_path), "--limit", "1", "--after"]
     result = CliRunner().invoke(cli.app, [*page, long])

@@ -286,6 +286,9 @@ def test_what_is_no_concept_is_not_listed(folder):
         (folder / "alice" / name).write_bytes(b"")
     (folder / "folder.safetensors").mkdir()
     (folder / "file").write_text("")
+    (folder / "1" / "2" / "3" / "4").mkdir(parents=True)
+    make_concept().save(folder / "1" / "2" / "3" / "4" / "deep.safetensors")
+    assert sorted(bank._files.paths())[-1] == "alice/cat.safetensors"
     assert list(bank) == ["alice/cat"] and len(bank) == 1
     for concept_id in ("folder", "file/cat"):
         assert concept_id not in bank

@@ -21,6 +21,9 @@ def bank_list(
     as_json: Annotated[bool, typer.Option("--json", help="Print a list of JSON objects.")] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Print at most so many.")] = None,
     after: Annotated[str, typer.Option(help="Begin after this id: the last one of the page before.")] = "",
+    check: Annotated[
+        bool, typer.Option("--check", help="Read whole files and not headers alone, which is slower.")
+    ] = False,
 ) -> None:
     """List the concepts of a bank, a line each; what is damaged is said on standard error, and the exit code is 1."""
     from keylock_diffusers.concepts import ConceptBank, ConceptFileError, UnknownConceptError
@@ -35,6 +38,8 @@ def bank_list(
     for name in page:
         try:
             found = concepts.summary(name)
+            if check:
+                concepts[name]
         except UnknownConceptError:
             continue  # removed meanwhile
         except (ConceptFileError, OSError, ValueError) as error:

@@ -34,7 +34,8 @@ class ConceptBank(Mapping[str, Concept]):
     An id has 1 to 4 segments of lower-case letters, digits, ``.``, ``_`` and ``-``, each starting with a letter or
     digit; ids come from requests, so nothing else reaches the file system, and a symbolic link cannot lead out of
     the root. Reading keeps the most recently used concepts in memory and reads a file again when it was replaced,
-    by this process or another. A bank may be shared by threads.
+    by this process or another. A bank may be shared by threads and processes; what killed writers left half written is
+    swept by later ones, and folders that `remove` empties go.
 
     ``alice/cat@0123456789abcdef`` is ``alice/cat`` if its `Concept.version` is that one: who has noted it can ask for
     exactly what was used before.

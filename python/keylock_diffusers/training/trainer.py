@@ -34,6 +34,8 @@ from keylock_diffusers.training.frozen import (
 )
 from keylock_diffusers.training.localization import Localization, localization_loss
 
+# After a step: how many there were, and what gives the concepts as they are.
+OnStep = Callable[[int, Callable[[], list[Concept | ConceptTrainingError]]], None]
 # Of a learner, what a checkpoint keeps.
 _TENSORS = ("embedding", "values", "target")
 _FACTS = ("loss", "best", "best_step", "steps", "stopped", "losses")
@@ -74,7 +76,7 @@ def train_concepts(
     checkpoint_path: str | Path | None = None,
     checkpoint_every: int = 50,
     progress: bool = True,
-    on_step: Callable[[int, Callable[[], list[Concept | ConceptTrainingError]]], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> list[Concept | ConceptTrainingError]:
     """Learns a concept per subject; all of them share the U-Net's calls, and none influences another.
 
@@ -114,8 +116,8 @@ def train_concepts(
     check_pipeline(pipe, "train_concepts")
     width = pipe.unet.config.cross_attention_dim
     if len(metric.matrix) != width:
-        raise ValueError(f"train_concepts: metric must be of this pipeline, [{width}, {width}], got "
-                         f"{list(metric.matrix.shape)}")  # fmt: skip
+        shape = list(metric.matrix.shape)
+        raise ValueError(f"train_concepts: metric must be of this pipeline, [{width}, {width}], got {shape}")
     with frozen(pipe):
         trained = _Training(pipe, [_admit(pipe, subject, config) for subject in subjects], config, metric, on_step)
         run = loop.Run(config.steps, checkpoint_path, trained.digest(), checkpoint_every, "training concepts", progress)
@@ -141,7 +143,7 @@ class _Training:
         admitted: list[_Learner | ConceptTrainingError],
         config: TrainingConfig,
         metric: Covariance,
-        on_step: Callable[[int, Callable[[], list[Concept | ConceptTrainingError]]], None] | None,
+        on_step: OnStep | None,
     ) -> None:
         self.pipe, self.config, self.metric, self.on_step = pipe, config, metric, on_step
         self.admitted = admitted
@@ -360,7 +362,7 @@ def _begin(pipe: Any, subject: Subject, config: TrainingConfig) -> _Learner:
         )
         latents = encode_images(pipe, subject.images)
     if subject.masks is None:
-        weights = torch.ones(len(latents), 1, *latents.shape[-2:])
+        weights = torch.ones(len(latents), 1, *latents.shape[-2:], dtype=torch.float32)
     else:
         weights = torch.stack([_soft(subject.masks[n], n, latents) for n in range(len(latents))])
     learned = nn.Parameter(embedding.clone().to(device)), nn.Parameter(values.clone().to(device))
