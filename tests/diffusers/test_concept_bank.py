@@ -24,6 +24,7 @@ from keylock_diffusers.concepts import (
     ConceptFileError,
     TextEncoderInfo,
     UnknownConceptError,
+    places,
 )
 
 BASE = BaseModel((TextEncoderInfo("CLIPTextModel", 4, 1, 50),), (("mid_block.attn2", 1024),), 4)
@@ -437,6 +438,36 @@ def test_removing_leaves_no_empty_folder_and_no_other_is_touched(folder):
     assert folder.is_dir() and not os.listdir(folder)
 
 
+def test_a_folder_that_is_removed_before_the_file_is_made_is_made_again(folder, monkeypatch):
+    write, calls = places.write_atomically, []
+
+    def late(*given, **more):
+        calls.append(1)
+        if len(calls) < 3:
+            (folder / "alice").rmdir()
+        write(*given, **more)
+
+    monkeypatch.setattr(places, "write_atomically", late)
+    ConceptBank(folder).add("alice/cat", make_concept())
+    assert list(ConceptBank(folder)) == ["alice/cat"] and len(calls) == 3
+
+    def gone(*_, **__):
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "cat")
+
+    monkeypatch.setattr(places, "write_atomically", gone)
+    with pytest.raises(FileNotFoundError, match="bank/alice/dog.safetensors"):
+        ConceptBank(folder).add("alice/dog", make_concept())
+
+
+def test_what_has_no_version_is_read_every_time(root, monkeypatch):
+    bank = ConceptBank(root)
+    bank.add("alice/cat", make_concept())
+    monkeypatch.setattr(bank._files, "version", lambda path: None)
+    read = bank._files.read
+    monkeypatch.setattr(bank._files, "read", lambda path: (read(path)[0], None))
+    assert bank["alice/cat"] is not bank["alice/cat"] and not bank._cache
+
+
 def test_adding_into_a_folder_that_is_being_removed_succeeds(folder):
     bank, concept, failures = ConceptBank(folder), make_concept(), []
 
@@ -553,8 +584,9 @@ def test_a_folder_that_cannot_be_read_hides_no_other(folder, monkeypatch):
 
     monkeypatch.setattr(os, "open", refuse)
     assert list(bank) == ["bob/cat"]
-    with pytest.raises(PermissionError):
-        bank["alice/cat"]
+    for use in (bank.__getitem__, bank.summary, bank.remove, bank.__contains__):
+        with pytest.raises(PermissionError, match="Permission denied: '.*bank/alice/cat.safetensors'"):
+            use("alice/cat")
 
 
 def test_readers_see_whole_concepts_while_writers_replace_them(root):

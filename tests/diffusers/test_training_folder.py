@@ -232,6 +232,20 @@ def test_a_concept_keeps_the_course_of_its_losses_over_an_interruption(pipe, met
 # The command
 
 
+def test_a_request_may_name_a_version(pipe, concept_for, tmp_path):
+    bank, concept = kd.ConceptBank(tmp_path), concept_for(pipe)
+    bank.add("alice/cat", concept)
+    kd.install(pipe)
+    named, plain = (
+        kd.Request("<alice-cat>", concepts=[name], seed=1) for name in (f"alice/cat@{concept.version}", "alice/cat")
+    )
+    options = {"bank": bank, "num_inference_steps": 1, "output_type": "pt"}
+    assert torch.equal(*(kd.generate(pipe, [one], **options)[0] for one in (named, plain)))
+    bank.add("alice/cat", concept_for(pipe, seed=2), overwrite=True)
+    with pytest.raises(kd.RequestError, match=f"no version {concept.version} of alice/cat"):
+        kd.generate(pipe, [named], **options)
+
+
 def command(tmp_path, *more, output="cat.safetensors", names=("a.png", "a.txt", "b.png", "b.txt")):
     return [
         *("train", fill(tmp_path / "f", *names), "--placeholder", "<alice-cat>", "--super-class", "cat"),

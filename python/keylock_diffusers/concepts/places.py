@@ -74,7 +74,7 @@ class LocalPlace:
 
     def version(self, path: str) -> Hashable:
         *folders, name = path.split("/")
-        with self._folder(folders) as folder:
+        with self._named(path), self._folder(folders) as folder:
             status = os.stat(name, dir_fd=folder, follow_symlinks=False)
         if stat.S_ISLNK(status.st_mode):
             with self._open(path) as stream:
@@ -84,11 +84,11 @@ class LocalPlace:
         return _version_of(status)
 
     def read(self, path: str) -> tuple[bytes, Hashable]:
-        with self._open(path) as stream:
+        with self._named(path), self._open(path) as stream:
             return read_bounded(stream, self.describe(path)), _version(stream)
 
     def header(self, path: str) -> tuple[Header, int]:
-        with self._open(path) as stream:
+        with self._named(path), self._open(path) as stream:
             return read_header_alone(stream, self.describe(path))
 
     def write(self, path: str, data: bytes, *, overwrite: bool) -> None:
@@ -96,20 +96,17 @@ class LocalPlace:
         os.makedirs(self.root, exist_ok=True)
         for attempt in range(_ATTEMPTS):
             try:
-                with self._folder(folders, make=True) as folder:
+                with self._named(path), self._folder(folders, make=True) as folder:
                     self._sweep(folders, folder)
                     write_atomically(name, data, overwrite=overwrite, folder=folder)
                 return
             except FileNotFoundError:  # the folder was empty, and a `delete` took it away
                 if attempt + 1 == _ATTEMPTS:
                     raise
-            except OSError as error:
-                error.filename = self.describe(path)
-                raise
 
     def delete(self, path: str) -> None:
         *folders, name = path.split("/")
-        with self._folder(folders) as folder:
+        with self._named(path), self._folder(folders) as folder:
             os.unlink(name, dir_fd=folder)
             self._sweep(folders, folder)
         with contextlib.suppress(OSError):  # the first that is not empty
@@ -123,6 +120,15 @@ class LocalPlace:
 
     def describe(self, path: str) -> str:
         return os.path.join(self.root, path)
+
+    @contextlib.contextmanager
+    def _named(self, path: str) -> Iterator[None]:
+        """Errors name the whole path: files are opened by their names in open folders."""
+        try:
+            yield
+        except OSError as error:
+            error.filename = self.describe(path)
+            raise
 
     def _below(self, folders: list[str]) -> Iterator[str]:
         inner = []

@@ -196,7 +196,7 @@ class _Training:
             for one in self.learners
         ]
         given = (tensor for one in self.learners for tensor in (one.latents, one.weights, one.super_encoding))
-        return checkpoint.digest([settings, subjects, self.base.to_json()], (self.metric.matrix, *given))
+        return checkpoint.digest([settings, subjects, self.base.to_json(), _FACTS], (self.metric.matrix, *given))
 
 
 def _step(pipe: Any, learners: list[_Learner], config: TrainingConfig, metric: Covariance, step: int) -> None:
