@@ -16,6 +16,8 @@ from keylock_diffusers.pictures import decode, upright
 from keylock_diffusers.processors import CrossAttnProcessor, IPAdapterCrossAttnProcessor, install, uninstall, verify
 from keylock_diffusers.training import loop
 
+_TOGETHER = 16  # pictures that the autoencoder is given at a time
+
 
 def noise_levels(scheduler: Any, times: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """How much of a picture and of noise there is at the given times, [B, 1, 1, 1] each."""
@@ -60,10 +62,12 @@ def encode_images(pipe: Any, images: Sequence[Image.Image], names: Sequence[str]
         image = images[number]  # which may open a file
         decode(image, named(names[number] if names else f"picture {number}", image))
         squares.append(ImageOps.fit(upright(image), (side, side), Image.Resampling.LANCZOS))
-    pixels = pipe.image_processor.preprocess(squares).to(pipe.vae.device, pipe.vae.dtype)
-    encoded = pipe.vae.encode(pixels)
-    latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
-    return latents * pipe.vae.config.scaling_factor
+    parts = []
+    for first in range(0, len(squares), _TOGETHER):
+        group = squares[first : first + _TOGETHER]
+        encoded = pipe.vae.encode(pipe.image_processor.preprocess(group).to(pipe.vae.device, pipe.vae.dtype))
+        parts.append(encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode())
+    return torch.cat(parts) * pipe.vae.config.scaling_factor
 
 
 def latents_of(
@@ -126,7 +130,7 @@ def draw(pipe: Any, examples: Sequence[Any], config: loop.Schedule, step: int, p
     chosen = torch.randint(len(examples), (config.batch_size,), generator=random).tolist()
     rows = [examples[n] for n in chosen]
     times = torch.randint(pipe.scheduler.config.num_train_timesteps, (len(rows),), generator=random).to(device)
-    share = torch.rand(len(rows), generator=random).tolist()
+    share = torch.rand(len(rows), generator=random, dtype=torch.float32).tolist()
     clean = latents_of(pipe, [row.image for row in rows], [f"the image of example {n}" for n in chosen], device)
     noise = torch.randn(clean.shape, generator=random, dtype=torch.float32).to(device)
     signal, sigma = noise_levels(pipe.scheduler, times, device)

@@ -305,7 +305,7 @@ def fit(
 ) -> None:
     """Minimises `loss(step)` over `module`'s parameters with AdamW, cosine decay and a weight average.
 
-    Resumes from the checkpoint where it exists and writes it every two minutes. At the end the module holds the
+    Resumes from the checkpoint where it exists and writes it every two minutes and on Ctrl-C. At the end the module holds the
     averaged weights.
 
     Args:
