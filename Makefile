@@ -4,6 +4,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 SHARD ?= 1/1
+FIRST ?= 0
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -39,6 +40,8 @@ help:
 	@echo "make lint      ruff, mypy, clang-format"
 	@echo "make bench     the benchmarks; SHARD=2/4 runs every fourth, BENCH=--write-data keeps the numbers"
 	@echo "make localization  what regions, image prompts and maps do on the embedded model, into docs/localization.md"
+	@echo "make fuzz      hostile pictures, requests, files, folders and calls by the thousand, into docs/security.md;"
+	@echo "               FUZZ=pictures,requests takes some kinds, COUNT=500 so many cases from FIRST=0 and writes nothing"
 	@echo "make report    what the Triton kernels compile to for four GPUs"
 	@echo "make clean     removes .venv and everything built"
 	@echo "PYTHON=$(PYTHON) and TORCH=$(TORCH) choose the interpreter and the torch that .venv gets"
@@ -115,6 +118,11 @@ bench: $(if $(filter $(BIN)/python,$(RUN)),$(VENV)/installed-test,native-in-plac
 .PHONY: localization
 localization: $(VENV)/installed-test
 	PYTHONPATH=.:python $(RUN) -m benchmarks.localization
+
+# Each kind in a process of its own, bounded in memory and time: half an hour on one core.
+.PHONY: fuzz
+fuzz: $(VENV)/installed-test
+	$(RUN) -m tests.hostile.run --only "$(FUZZ)" --first $(FIRST) $(if $(COUNT),--count $(COUNT))
 
 report: $(VENV)/installed-test
 	$(BIN)/python -m keylock_kernels.report

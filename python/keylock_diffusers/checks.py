@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_LARGEST = torch.finfo(torch.float32).max
+
 
 def shown(value: Any, length: int = 80) -> str:
     """A value for an error: short and on one line, whatever its own ``__repr__`` does."""
@@ -36,11 +38,11 @@ def reason_of(error: BaseException, length: int = 400) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite real number that a float holds, of Python or numpy; booleans are none."""
+    """Whether a value is a real number that float32 holds, of Python or numpy; booleans are none."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         return False
     try:
-        return math.isfinite(float(value))
+        return abs(float(value)) <= _LARGEST
     except (OverflowError, ValueError):
         return False
 

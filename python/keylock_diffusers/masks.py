@@ -24,7 +24,7 @@ from diffusers.image_processor import IPAdapterMaskProcessor
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from keylock_diffusers.pictures import PictureLimits, decode
+from keylock_diffusers.pictures import PictureLimits, decode, turned
 from keylock_kernels.ops.precision import accumulate_dtype
 
 
@@ -53,7 +53,7 @@ def read_mask(mask: Any, what: str, limits: PictureLimits = PictureLimits()) -> 
         mask = Image.fromarray(np.ascontiguousarray(mask))
     if isinstance(mask, Image.Image):
         decode(mask, what, limits)
-        mask = _greys(ImageOps.exif_transpose(mask), what)
+        mask = _greys(turned(mask), what)
     if isinstance(mask, np.ndarray):
         if mask.dtype.kind not in "biuf":
             raise TypeError(f"{what} must hold numbers, got {mask.dtype}")

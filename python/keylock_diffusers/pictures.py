@@ -99,12 +99,20 @@ def check_size(width: int, height: int, what: str, limits: PictureLimits = Pictu
 
 def upright(picture: Image.Image) -> Image.Image:
     """A picture in RGB, turned as the camera noted, transparency on white, 16-bit greys in 8 bits."""
-    picture = ImageOps.exif_transpose(picture)
+    picture = turned(picture)
     if picture.mode.startswith("I") or picture.mode == "F":
         return eight_bit(picture).convert("RGB")
     if picture.has_transparency_data:
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
     return picture.convert("RGB")
+
+
+def turned(picture: Image.Image) -> Image.Image:
+    """A picture turned as the camera noted; as it is where the note is damaged."""
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception:  # Pillow's reader of damaged notes raises whatever it meets, SyntaxError among it
+        return picture
 
 
 def eight_bit(picture: Image.Image) -> Image.Image:
@@ -166,8 +174,6 @@ def given(value: Any, what: str, limits: PictureLimits = PictureLimits()) -> Ima
         if held.layout != torch.strided or held.is_meta:
             raise ValueError(f"{what} must be a dense tensor, got {value.layout} on {value.device}")
         check_size(held.shape[3], held.shape[2], what, limits)
-        if not bool(held.isfinite().all()):
-            raise ValueError(f"{what} must hold finite numbers, got NaN or infinity")
         return held
     hint = "; open it first" if isinstance(value, (str, os.PathLike)) else ""
     raise TypeError(f"{what} must be a picture, an array or a tensor, got {type(value).__name__}{hint}")

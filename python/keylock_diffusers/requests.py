@@ -257,7 +257,8 @@ class Request:
 
     def __str__(self) -> str:
         words = shown(self.prompt) if self.prompt is not None else "prompt_embeds"
-        return words if self.id is None else f"{self.id if isinstance(self.id, str) else shown(self.id)}: {words}"
+        name = shown(self.id).strip("'")  # on one line, whatever it is
+        return words if self.id is None else f"{name}: {words}"
 
 
 class RequestError(ValueError):

@@ -38,6 +38,10 @@ class Silent:
     __repr__ = __str__
 
 
+class SilentText(str):
+    __str__ = __repr__ = Silent.__str__
+
+
 def damaged():
     data = BytesIO()
     Image.effect_noise((64, 64), 50).save(data, "PNG")
@@ -141,7 +145,10 @@ BAD = {
         lambda: Request("a", subject_start="now"),
         r"subject_start must lie in \[0, 1\], got 'now'",
     ),
-    "a lone surrogate": (lambda: Request("a \ud800 cat"), "."),
+    "a lone surrogate": (lambda: Request("a \ud800 cat"), "prompt must be text, got half of a surrogate pair"),
+    "a number beyond float32": (lambda: Request("a", guidance_scale=1e39), "guidance_scale must be a finite number"),
+    "a text as id that cannot say itself": (lambda: Request(7, id=SilentText("a")), "SilentText: 7.*prompt must be"),
+    "an id of many lines": (lambda: Request(7, id="a\nb"), r"request 1 \(a\\nb: 7\): prompt must be text"),
     "a bool as number": (lambda: Request("a", guidance_scale=True), "guidance_scale must be a finite number, got True"),
 }
 # fmt: on
@@ -202,6 +209,11 @@ def test_a_decoder_that_overflows_is_told_too(ready, alone, monkeypatch):
     drawn = draw(ready, [GOOD[0], Request("a dog", seed=3), GOOD[1]], on_error="return")
     assert isinstance(drawn[1], RequestError)
     assert torch.equal(drawn[0], alone[0]) and torch.equal(drawn[2], alone[2])
+    told = []
+    keep = {"callback_on_image": lambda *said: told.append(said)}
+    drawn = draw(ready, [Request("a dog", num_images=3, seed=1)], on_error="return", **keep)
+    assert [isinstance(one, RequestError) for one in drawn[0]] == [False, True, False]  # its other pictures are kept
+    assert [said[:2] for said in told] == [(0, 0), (0, 2)]
 
 
 def test_a_request_that_fails_only_when_it_is_loaded_fails_alone(ready, monkeypatch):
@@ -215,12 +227,12 @@ def test_a_request_that_fails_only_when_it_is_loaded_fails_alone(ready, monkeypa
     monkeypatch.setattr(Engine, "_begin", begun)
     orders = [GOOD[0], Request("a dog", num_images=3), GOOD[1]]
     drawn = draw(ready, orders, on_error="return")
-    assert str(drawn[1]) == "request 1 ('a dog'): it cannot begin"
+    assert [str(one) for one in drawn[1]] == ["request 1 ('a dog'): it cannot begin"] * 3
     assert torch.equal(drawn[0], clean[0]) and torch.equal(drawn[2], clean[1])
     with pytest.raises(RequestError, match="it cannot begin") as raised:
         draw(ready, orders)
     assert torch.equal(raised.value.images[0], clean[0])
-    assert isinstance(draw(ready, orders[1:2], on_error="return")[0], RequestError)
+    assert all(isinstance(one, RequestError) for one in draw(ready, orders[1:2], on_error="return")[0])
 
     def broken(engine, picture):
         raise RuntimeError("nobody can begin")

@@ -138,6 +138,8 @@ def encode_subject(
     """
     if not isinstance(subject, FusedSubject):
         raise TypeError(f"subjects must be FusedSubject objects, got {type(subject).__name__}")
+    if not isinstance(subject.prompt, str):
+        raise TypeError(f"prompt of a FusedSubject must be text, got {type(subject.prompt).__name__}")
     if fusion is None:
         raise ValueError("subjects need a fusion module: give generate fusion=SubjectFusion.load(...)")
     if (subject.image is None) == (subject.embeds is None):

@@ -105,6 +105,8 @@ def _check_texts(request: Request, limits: RequestLimits) -> None:
             raise TypeError(f"{name} must be text, got {type(words).__name__}")
         if len(words) > limits.text:
             raise ValueError(f"{name} must have at most {limits.text} letters, got {len(words)}")
+        if any("\ud800" <= letter <= "\udfff" for letter in words):  # which JSON can write and no tokenizer takes
+            raise ValueError(f"{name} must be text, got half of a surrogate pair: {shown(words)}")
 
 
 def _pair(given: Any, name: str) -> tuple[Any, Any] | None:

@@ -93,7 +93,8 @@ def generate(
             cross_attention_kwargs, timesteps, sigmas, denoising_end, pag_scale, num_frames ...
 
     Returns:
-        Per request its image, or the list of its images where ``num_images`` is above 1.
+        Per request its image, or the list of its images where ``num_images`` is above 1; see ``on_error`` for what
+        stands in the place of one that could not be drawn.
 
     Raises:
         RequestError: see ``on_error``.
@@ -128,6 +129,7 @@ def generate(
         prompts = [picture.plan.wordings[0] for picture in pictures]
         most = max(len(picture.plan.row.images) for picture in pictures)
         check_words(record, engine.denoiser.encoders()[0].tokenizer, prompts, most)
+    late: list[RequestError] = []
     recorded: dict[tuple[int, int], WordMaps] = {}
     batches = list(_batches(pictures, max_batch))
     shown = dict(getattr(pipe, "_progress_bar_config", {}))
@@ -137,17 +139,16 @@ def generate(
         if len(batches) > 1:
             engine.pipe.set_progress_bar_config(**{"desc": f"batch {number} of {len(batches)}", **shown})
         batch, failed = _loaded(engine, members)
-        for error in failed:
-            results[error.index] = error
+        for picture, error in failed:
+            results[picture.request][picture.image] = error
+            late.append(error)
         if batch is None:
             continue
         for picture, image in zip(batch.pictures, engine.draw(batch, callbacks), strict=True):
-            drawn = results[picture.request]
+            results[picture.request][picture.image] = image
             if isinstance(image, RequestError):
-                results[picture.request] = image
-            elif isinstance(drawn, list):
-                drawn[picture.image] = image
-            if callback_on_image is not None and image is not None and not isinstance(image, RequestError):
+                late.append(image)
+            elif callback_on_image is not None and image is not None:
                 callback_on_image(picture.request, picture.image, image)
         if batch.readout is not None and batch.position == batch.steps:
             for row, picture in enumerate(batch.pictures):
@@ -155,28 +156,24 @@ def generate(
     if record is not None:
         record.images += [recorded[key] for key in sorted(recorded)]
     images = [r[0] if isinstance(r, list) and len(r) == 1 else r for r in results]
-    late = next((image for image in images if isinstance(image, RequestError)), None)
-    if late is not None and on_error == "raise":
-        late.images = images
-        raise late
+    if late and on_error == "raise":
+        late[0].images = images
+        raise late[0]
     return images
 
 
-def _loaded(engine: Engine, members: list[Picture]) -> tuple[Batch | None, list[RequestError]]:
-    """A batch of all that can be loaded, and the requests that cannot."""
+def _loaded(engine: Engine, members: list[Picture]) -> tuple[Batch | None, list[tuple[Picture, RequestError]]]:
+    """A batch of all that can be loaded, and the pictures that cannot."""
     try:
         return engine.load(members), []
-    except Exception as error:
-        cause = error
-    good, failed = [], []
-    for picture in members:  # which of them is it?
+    except Exception:  # which of them is it?
+        good, failed = [], []
+    for picture in members:
         try:
             engine.release(engine.load([picture]))
             good.append(picture)
         except Exception as error:
-            failed.append(RequestError(picture.request, picture.plan.request, reason_of(error)))
-    if not failed:  # none of them: it is the batch as a whole
-        raise cause
+            failed.append((picture, RequestError(picture.request, picture.plan.request, reason_of(error))))
     return engine.load(good) if good else None, failed
 
 

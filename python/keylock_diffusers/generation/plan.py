@@ -324,7 +324,12 @@ def _resolve(use: Use | str | Concept, bank: Mapping[str, Concept] | None) -> Co
     if isinstance(concept, str):
         if bank is None:
             raise ValueError(f"concept {shown(concept)} is an id, but generate was given no bank")
-        concept = bank[concept]
+        try:
+            concept = bank[concept]
+        except KeyError as error:
+            if type(error) is not KeyError:  # a bank's own says more
+                raise
+            raise KeyError(f"no concept {shown(concept)} in the bank") from None
     if not isinstance(concept, Concept):
         raise TypeError(f"a concept must be an id or a Concept, got {type(concept).__name__}")
     if use.lock not in _LOCKS:
