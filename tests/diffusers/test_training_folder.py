@@ -28,6 +28,7 @@ from keylock_diffusers.training import (
 from keylock_diffusers.training.advice import quarters
 from tests.diffusers.test_cli import fail, run, tiny_model  # noqa: F401
 from tests.diffusers.test_training import metric, pictures, same, subject  # noqa: F401
+from tests.diffusers.test_training_loop import ctrl_c  # noqa: F401
 
 
 def fill(folder, *names):
@@ -328,7 +329,8 @@ def test_a_full_output_disk_says_so_leaves_no_file_and_loses_nothing(quick, caps
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_train_goes_on_with_the_same_command(quick, capsys, monkeypatch, tmp_path, number):
+def test_an_interrupted_train_goes_on_with_the_same_command(request, quick, capsys, monkeypatch, tmp_path, number):
+    """SIGTERM also where nobody can press Ctrl-C: a process in the background ignores it."""
     from keylock_diffusers.training import trainer
 
     step, done = trainer._step, []
@@ -341,6 +343,11 @@ def test_an_interrupted_train_goes_on_with_the_same_command(quick, capsys, monke
 
     monkeypatch.setattr(trainer, "_step", interrupted)
     before = signal.getsignal(signal.SIGTERM)
+    if number == signal.SIGTERM:
+        ignored = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        request.addfinalizer(lambda: signal.signal(signal.SIGINT, ignored))
+    else:
+        request.getfixturevalue("ctrl_c")
     monkeypatch.setattr(sys, "argv", ["keylock", *map(str, command(tmp_path, "--steps", 4))])
     with pytest.raises(SystemExit) as stopped:
         cli.main()

@@ -143,6 +143,16 @@ class Interrupted(Counted):
         return super().step(number)
 
 
+@pytest.fixture
+def ctrl_c():
+    """Python's own handler, which a process in the background does not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupted_step_is_done_and_kept(tmp_path):
     path = tmp_path / "run.safetensors"
     with pytest.raises(
@@ -150,11 +160,11 @@ def test_an_interrupted_step_is_done_and_kept(tmp_path):
     ) as said:
         loop.run(first := Interrupted(3), loop.Run(8, path, "mine", 100, desc="knitting", progress=False))
     assert str(said.value).startswith("knitting was stopped") and first.done == [0, 1, 2, 3]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     loop.run(second := Counted(), loop.Run(8, path, "mine", progress=False))
     assert second.restored == ([0, 1, 2, 3], None) and second.done == [4, 5, 6, 7]
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_second_interrupt_does_not_wait_and_without_a_checkpoint_none_does(tmp_path):
     path = tmp_path / "run.safetensors"
     with pytest.raises(KeyboardInterrupt):
@@ -163,7 +173,6 @@ def test_a_second_interrupt_does_not_wait_and_without_a_checkpoint_none_does(tmp
     with pytest.raises(KeyboardInterrupt):
         loop.run(bare := Interrupted(3), loop.Run(8, progress=False))
     assert bare.done == [0, 1, 2]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_an_applications_own_handler_and_other_threads_are_left_alone(tmp_path):
@@ -181,6 +190,7 @@ def test_an_applications_own_handler_and_other_threads_are_left_alone(tmp_path):
     assert counted.done == [0, 1, 2]
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupt_that_cannot_be_kept_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "write_tensors", full)
     with pytest.raises(KeyboardInterrupt, match="what 2 steps have learned could not be kept"):
@@ -219,6 +229,7 @@ def test_a_checkpoint_is_written_every_two_minutes_besides(tmp_path, monkeypatch
     assert written == [3, 5, 8]
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_the_second_of_two_runs_on_one_checkpoint_is_told(tmp_path):
     path = tmp_path / "folder" / "run.safetensors"
 

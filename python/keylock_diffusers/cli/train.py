@@ -118,8 +118,8 @@ def train(
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """Ctrl-C says where it goes on; the system's SIGTERM is taken for one."""
-    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    """Ctrl-C says where it goes on; the system's SIGTERM is taken for one, in the background too, which has none."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt as stopped:

@@ -210,7 +210,8 @@ def _steps(trainable: Trainable, how: Run, stopped: Callable[[], bool]) -> None:
 def _interrupts(put_off: bool) -> Iterator[Callable[[], bool]]:
     """Puts Ctrl-C off and gives what tells whether it came; the second one is not put off.
 
-    Where Python's own handler is not at work, in a thread or in an application with one of its own, nothing changes.
+    So it does with SIGTERM where that has been given Python's handler of Ctrl-C. Where this handler is not at work, in
+    a thread or in an application with one of its own, nothing changes.
     """
     asked: list[int] = []
 
@@ -219,15 +220,17 @@ def _interrupts(put_off: bool) -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         asked.append(number)
 
-    main = threading.current_thread() is threading.main_thread()
-    ours = put_off and main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if ours:
-        signal.signal(signal.SIGINT, ask)
+    ours = []
+    if put_off and threading.current_thread() is threading.main_thread():
+        pythons = signal.default_int_handler
+        ours = [kind for kind in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(kind) is pythons]
+    for kind in ours:
+        signal.signal(kind, ask)
     try:
         yield lambda: bool(asked)
     finally:
-        if ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        for kind in ours:
+            signal.signal(kind, signal.default_int_handler)
 
 
 class _Objective(nn.Module):
@@ -305,8 +308,8 @@ def fit(
 ) -> None:
     """Minimises `loss(step)` over `module`'s parameters with AdamW, cosine decay and a weight average.
 
-    Resumes from the checkpoint where it exists and writes it every two minutes and on Ctrl-C. At the end the module holds the
-    averaged weights.
+    Resumes from the checkpoint where it exists and writes it every two minutes and on Ctrl-C. At the end the module
+    holds the averaged weights.
 
     Args:
         module: what learns; it is moved to the accelerator's device.
