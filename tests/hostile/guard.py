@@ -31,7 +31,7 @@ _OWN = (
 _FORBIDDEN = ("socket.connect", "socket.getaddrinfo", "socket.bind", "subprocess.Popen", "os.system", "os.exec",
               "os.posix_spawn", "os.fork", "os.forkpty", "pickle.find_class", "urllib.Request",
               "webbrowser.open")  # fmt: skip
-_FILES = ("open", "os.listdir", "os.scandir", "os.remove", "os.rename", "os.mkdir", "os.link", "os.rmdir")
+_FILES = ("open", "os.remove", "os.rename", "os.mkdir", "os.link", "os.rmdir")
 _watched: list[tuple[tuple[Path, ...], list[str]]] = []
 _hooked = False
 
