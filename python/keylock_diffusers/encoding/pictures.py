@@ -27,9 +27,7 @@ def inpainting_mask(
     pipe: Any, mask: Any, size: Size, limits: RequestLimits = RequestLimits()
 ) -> Tensor:  # [1, 1, height, width]
     """Where a picture is filled in, 0 or 1."""
-    processor = VaeImageProcessor(
-        vae_scale_factor=pipe.vae_scale_factor, do_normalize=False, do_binarize=True, do_convert_grayscale=True
-    )
+    processor = VaeImageProcessor(vae_scale_factor=pipe.vae_scale_factor, do_normalize=False, do_binarize=True)
     read: Any = read_mask(mask, "mask", limits.picture)
     if isinstance(mask, Image.Image):  # which pipelines resize in another way than tensors
         read = Image.fromarray((read * 255).round().byte().numpy())

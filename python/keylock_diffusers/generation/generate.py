@@ -166,17 +166,14 @@ def _loaded(engine: Engine, members: list[Picture]) -> tuple[Batch | None, list[
     """A batch of all that can be loaded, and the pictures that cannot."""
     try:
         return engine.load(members), []
-    except Exception as error:
-        cause = error
-    good, failed = [], []
-    for picture in members:  # which of them is it?
+    except Exception:  # which of them is it?
+        good, failed = [], []
+    for picture in members:
         try:
             engine.release(engine.load([picture]))
             good.append(picture)
         except Exception as error:
             failed.append((picture, RequestError(picture.request, picture.plan.request, reason_of(error))))
-    if not failed:  # none of them: it is the batch as a whole
-        raise cause
     return engine.load(good) if good else None, failed
 
 
