@@ -187,7 +187,7 @@ FUNCTIONS: dict[str, Function] = {
     ),
     "AttentionMaps": Function(
         lambda place, **changed: kd.AttentionMaps(**{"words": ["cat"], **changed}),
-        {"words": _SEVERAL, "layers": (*_LIST, *_NONE, *_TEXT), "every_step": _ANY},
+        {"words": _SEVERAL, "layers": (*_LIST, *_NONE), "every_step": _ANY},
     ),
     "record_attention": Function(
         _record, {"pipe": (), "words": _SEVERAL, "layers": (*_LIST, *_NONE)}, {"layers": ("layer",)}
