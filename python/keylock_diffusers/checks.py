@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -62,16 +63,35 @@ def number(value: Any, name: str, least: float | None = None, most: float | None
     return found
 
 
-def whole(value: Any, name: str, least: int, most: int) -> int:
-    """A whole number from `least` to `most`.
+def whole(value: Any, name: str, least: int, most: int | None = None) -> int:
+    """A whole number from `least` to `most`, by default the largest of 64 bits.
 
     Raises:
         ValueError: it is none.
     """
     right = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not right or not least <= int(value) <= most:
-        raise ValueError(f"{name} must be a whole number from {least} to {most}, got {shown(value)}")
+    if not right or not least <= int(value) <= (2**63 - 1 if most is None else most):
+        wanted = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} must be a whole number {wanted}, got {shown(value)}")
     return int(value)
+
+
+def check_field(config: Any, name: str, check: Callable[..., Any], *bounds: Any, optional: bool = False) -> None:
+    """Checks a field of a frozen dataclass, which then holds what `check` makes of it.
+
+    Args:
+        config: the dataclass.
+        name: of the field.
+        check: `number` or `whole`.
+        bounds: its last arguments.
+        optional: whether None is left as it is.
+
+    Raises:
+        ValueError: the field is not what it should be.
+    """
+    value = getattr(config, name)
+    if value is not None or not optional:
+        object.__setattr__(config, name, check(value, f"{type(config).__name__}: {name}", *bounds))
 
 
 def listed(value: Any, name: str, most: int | None = None) -> list[Any] | tuple[Any, ...]:

@@ -4,36 +4,159 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
+import logging
 import os
 import secrets
-from collections.abc import Callable, Mapping
+import stat
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+logger = logging.getLogger(__name__)
+_TEMPORARY = ".tmp"
+_ABANDONED_SECONDS = 60
 
-def write_atomically(path: str | os.PathLike[str], data: bytes, *, overwrite: bool = True) -> None:
+
+def write_atomically(
+    path: str | os.PathLike[str], data: bytes, *, overwrite: bool = True, folder: int | None = None
+) -> None:
     """Write a file so that readers see the old one or the new one whole, and a failure leaves the old one.
+
+    Args:
+        path: the file.
+        data: its content.
+        overwrite: whether it may exist.
+        folder: an open folder that `path` is relative to; default the working folder.
 
     Raises:
         FileExistsError: the file exists and ``overwrite`` is False; also when it appeared meanwhile.
+        OSError: writing failed, naming the file.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}{_TEMPORARY}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     try:
-        with open(temporary, "xb") as stream:
+        with open(os.open(temporary, flags, 0o666, dir_fd=folder), "wb") as stream:
+            _lock(stream.fileno())  # a sign of life to `sweep`
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        if overwrite or not _link_new(temporary, path):
-            os.replace(temporary, path)
+            if overwrite or not _link_new(temporary, path, folder):
+                os.replace(temporary, path, src_dir_fd=folder, dst_dir_fd=folder)
+    except OSError as error:
+        if error.filename is None or str(error.filename) == str(temporary):  # a full disk names no file
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+        raise
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        with contextlib.suppress(OSError):
+            os.unlink(temporary, dir_fd=folder)
+
+
+def sweep(folder: int) -> None:
+    """Delete what killed writers left half written in an open folder.
+
+    A living writer's file is locked from the moment it was made; the minute covers that moment.
+    """
+    for name in os.listdir(folder):
+        if not (name.startswith(".") and name.endswith(_TEMPORARY)):
+            continue
+        with contextlib.suppress(OSError):
+            held = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+            try:
+                if time.time() - os.fstat(held).st_mtime > _ABANDONED_SECONDS and _lock(held):
+                    os.unlink(name, dir_fd=folder)
+            finally:
+                os.close(held)
+
+
+@contextlib.contextmanager
+def held(path: str | os.PathLike[str]) -> Iterator[bool]:
+    """Hold a file for this process, by a hidden lock file beside it; gives False where somebody else holds it.
+
+    The operating system lets go when the process ends, however it ends.
+
+    Raises:
+        OSError: the lock file cannot be made, or the file system has no locks.
+    """
+    lock = Path(path).with_name(f".{Path(path).name}.lock")
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        mine = _lock(descriptor, strict=True) and _is_at(descriptor, lock)
+        yield mine
+        if mine:
+            with contextlib.suppress(OSError):
+                lock.unlink()
+    finally:
+        os.close(descriptor)
+
+
+def require_place(path: str | os.PathLike[str], what: str) -> None:
+    """Make sure, before the work, that a file can be written; its folder is made if need be.
+
+    Args:
+        path: the file.
+        what: names it in errors, such as ``--output``.
+
+    Raises:
+        ValueError: it is a folder, or its folder cannot be made or written to.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{what} must be a file, got the folder {path}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"{what}: {path} cannot be written: {error.strerror or error}") from error
+
+
+def open_regular(path: str | os.PathLike[str], *, flags: int = 0, folder: int | None = None) -> IO[bytes]:
+    """Open a regular file, which is looked at once it is open: a look at its path might see another file.
+
+    Args:
+        path: the file.
+        flags: of `os.open` besides.
+        folder: an open folder that `path` is relative to; default the working folder.
+
+    Raises:
+        ValueError: it is something else; a pipe is not waited for.
+        OSError: it cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | flags, dir_fd=folder)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError(f"{path}: not a regular file")
+    return open(descriptor, "rb")
+
+
+def read_text(path: str | os.PathLike[str], most: int = 1 << 16) -> str:
+    """A file of text in UTF-8, with or without a byte order mark.
+
+    Args:
+        path: the file.
+        most: the bytes that it may have.
+
+    Raises:
+        ValueError: it is no regular file, larger, or not UTF-8, naming the file.
+        OSError: it cannot be opened.
+    """
+    with open_regular(path) as stream:
+        data = stream.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"{path} must have at most {most} bytes of text")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be text in UTF-8, and byte {error.start} is not") from None
 
 
 def strict_json(text: str | bytes) -> Any:
@@ -98,14 +221,62 @@ def read_tensors(
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
-def _link_new(temporary: Path, path: Path) -> bool:
+def keep_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], facts: Mapping[str, str], what: str
+) -> bool:
+    """`write_tensors` for what is kept to save time: a disk that is full or read-only costs a warning, not the work.
+
+    Args:
+        path: the file.
+        tensors: what it holds.
+        facts: texts of its header.
+        what: names it in the warning.
+
+    Returns:
+        Whether it was written.
+    """
+    try:
+        write_tensors(path, tensors, facts)
+    except (OSError, SafetensorError) as error:
+        logger.warning("%s %s cannot be written (%s); the work goes on without it", what, path, error)
+        return False
+    return True
+
+
+def _lock(descriptor: int, *, strict: bool = False) -> bool:
+    """Take an open file's lock, without waiting for it; it ends with the last descriptor.
+
+    A file system without locks counts as locked, or raises if `strict`.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        if strict:
+            raise
+        return False
+    return True
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is still the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
+    except FileNotFoundError:
+        return False
+
+
+def _link_new(temporary: Path, path: Path, folder: int | None) -> bool:
     """Give a finished file its name unless the name is taken; False where the file system has no hard links."""
     try:
-        os.link(temporary, path)
+        os.link(temporary, path, src_dir_fd=folder, dst_dir_fd=folder)
     except FileExistsError:
         raise FileExistsError(errno.EEXIST, "exists already", str(path)) from None
     except OSError:
-        if os.path.lexists(path):
-            raise FileExistsError(errno.EEXIST, "exists already", str(path)) from None
-        return False
+        try:
+            os.stat(path, dir_fd=folder, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        raise FileExistsError(errno.EEXIST, "exists already", str(path)) from None
     return True

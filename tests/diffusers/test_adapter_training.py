@@ -1,6 +1,7 @@
 """Trainers of image prompt adapters and of subject fusion: they learn, resume, and leave the pipeline as it was."""
 
 import dataclasses
+import io
 
 import pytest
 import torch
@@ -32,6 +33,13 @@ def ready(pipe):
     for name, module in image_encoder().items():
         pipe.register_modules(**{name: module})
     return pipe
+
+
+def damaged():
+    """A PNG whose end is missing."""
+    stored = io.BytesIO()
+    picture(1).save(stored, "PNG")
+    return Image.open(io.BytesIO(stored.getvalue()[:-60]))
 
 
 def adapter_examples():
@@ -201,6 +209,14 @@ def test_fusion_goes_on_from_given_weights_and_learns_where_subjects_are(ready):
             r"encodings must be \[32\], as wide as the text's, got \[3\]",
         ),
         ("adapter", [AdapterExample(picture(1), "a cat")], TypeError, "pipe must have an image_encoder"),
+        ("adapter", None, TypeError, "examples must have a length and items, got None"),
+        ("fusion", "ab", TypeError, "examples must have a length and items, got 'ab'"),
+        (
+            "adapter",
+            [AdapterExample(damaged(), "a cat", random(WIDTH))],
+            ValueError,
+            "image of example 0 cannot be decoded",
+        ),
     ],
 )
 def test_wrong_examples_are_named(pipe, kind, examples, error, message):
@@ -212,14 +228,19 @@ def test_wrong_examples_are_named(pipe, kind, examples, error, message):
 @pytest.mark.parametrize(
     ("config", "changes", "message"),
     [
-        (ADAPTER, {"steps": 0}, "steps must be at least 1"),
+        (ADAPTER, {"steps": 0}, "steps must be a whole number of at least 1"),
         (ADAPTER, {"learning_rate": 0.0}, "learning_rate must be above 0"),
         (ADAPTER, {"drop_text": 0.9, "drop_image": 0.2}, "must be shares"),
-        (FUSION, {"batch_size": 0}, "batch_size must be at least 1"),
-        (FUSION, {"localize": -1.0}, "localize must be at least 0"),
-        (FUSION, {"drop_text": -0.1}, "must be shares"),
+        (FUSION, {"batch_size": 0}, "batch_size must be a whole number of at least 1"),
+        (FUSION, {"localize": -1.0}, "localize must be a finite number of at least 0"),
+        (FUSION, {"drop_text": -0.1}, r"drop_text must lie in \[0, 1\], got -0.1"),
+        (ADAPTER, {"drop_image": float("nan")}, r"drop_image must lie in \[0, 1\], got nan"),
+        (ADAPTER, {"warmup": -1}, "warmup must be a whole number of at least 0"),
+        (ADAPTER, {"weight_decay": float("inf")}, "weight_decay must be a finite number of at least 0"),
+        (ADAPTER, {"average_decay": 1.5}, r"average_decay must lie in \[0, 1\]"),
+        (ADAPTER, {"seed": "1"}, "seed must be a whole number"),
         (FUSION, {"localization_form": "l2"}, "localization_form must be one of"),
-        (FUSION, {"learning_rate": -1.0}, "learning_rate must be above 0"),
+        (FUSION, {"learning_rate": -1.0}, "learning_rate must be a finite number of at least 0"),
     ],
 )
 def test_wrong_settings_are_named(config, changes, message):

@@ -177,6 +177,62 @@ def test_an_id_cannot_lead_out_of_the_bank(capsys, monkeypatch, tmp_path, pipe, 
     assert not (tmp_path / "x.safetensors").exists()
 
 
+def test_a_bank_is_listed_whatever_is_in_it(capsys, monkeypatch, tmp_path, pipe, concept_for):
+    bank, long = kd.ConceptBank(tmp_path), f"{'a' * 90}/{'b' * 60}"
+    concept = concept_for(pipe)
+    for name, words in ((long, "cat [/]"), ("bob/cat", "[bold red]cat"), ("carol/cat", "cat"), ("dave/cat", "cat")):
+        bank.add(name, concept.with_(super_class=words))
+    file = tmp_path / "carol" / "cat.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    monkeypatch.setattr(sys, "argv", ["keylock", "bank", "list", "--bank", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    said = capsys.readouterr()
+    assert stopped.value.code == 1
+    assert [line.split()[0] for line in said.out.splitlines()] == [long, "bob/cat", "dave/cat"]
+    assert "cat [/]" in said.out and "[bold red]cat" in said.out
+    assert "carol/cat: " in said.err and "1 of 4 cannot be read" in said.err
+
+    result = CliRunner().invoke(cli.app, ["bank", "list", "--json", "--bank", str(tmp_path)])
+    rows = json.loads(result.stdout)
+    assert [row["id"] for row in rows] == [long, "bob/cat", "carol/cat", "dave/cat"]
+    assert (
+        rows[0]["super_class"] == "cat [/]" and rows[0]["nbytes"] == (tmp_path / f"{long}.safetensors").stat().st_size
+    )
+    assert "carol" in rows[2]["error"] and "placeholder" not in rows[2]
+
+    file.write_bytes(concept.to_bytes()[:-1] + b"\x7f")  # which the header alone does not show
+    assert "carol/cat" in run("bank", "list", "--bank", tmp_path)
+    assert "carol/cat" in fail(capsys, monkeypatch, "bank", "list", "--check", "--bank", tmp_path)
+
+    file.unlink()
+    page = ["bank", "list", "--bank", str(tmp_path), "--limit", "1", "--after"]
+    result = CliRunner().invoke(cli.app, [*page, long])
+    assert result.stdout.split()[0] == "bob/cat" and "1 more: go on with --after bob/cat" in result.stderr
+    result = CliRunner().invoke(
+        cli.app, ["bank", "list", "--limit", "1", "--after", "bob/cat", "--bank", str(tmp_path)]
+    )
+    assert result.stdout.split()[0] == "dave/cat" and "more" not in result.stderr
+
+
+def test_a_misspelt_bank_is_no_empty_one(capsys, monkeypatch, tmp_path):
+    assert f"there is no bank at {tmp_path / 'typo'}" in fail(
+        capsys, monkeypatch, "bank", "list", "--bank", tmp_path / "typo"
+    )
+    assert run("bank", "list", "--bank", tmp_path) == ""
+    assert "nosuch" in fail(capsys, monkeypatch, "bank", "list", "--bank", "nosuch://bucket")
+
+
+def test_adding_says_which_version_it_is_and_replaces_nothing_unasked(capsys, monkeypatch, tmp_path, pipe, concept_for):
+    concept, bank = concept_for(pipe), tmp_path / "bank"
+    concept.save(tmp_path / "c.safetensors")
+    add = ["bank", "add", "alice/cat", tmp_path / "c.safetensors", "--bank", bank]
+    assert run(*add) == f"alice/cat@{concept.version}\n"
+    assert json.loads(run("bank", "show", f"alice/cat@{concept.version}", "--bank", bank))["version"] == concept.version
+    assert fail(capsys, monkeypatch, *add) == "keylock: alice/cat exists already; --overwrite replaces it\n"
+    run(*add, "--overwrite")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -1,8 +1,13 @@
 """Concept banks: ids stay inside, files are whole, and a replaced file is noticed."""
 
+import contextlib
+import errno
+import fcntl
+import hashlib
 import os
 import pickle
 import threading
+import time
 import uuid
 
 import fsspec
@@ -11,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from keylock_diffusers import files
 from keylock_diffusers.concepts import (
     BaseModel,
     Concept,
@@ -18,6 +24,7 @@ from keylock_diffusers.concepts import (
     ConceptFileError,
     TextEncoderInfo,
     UnknownConceptError,
+    places,
 )
 
 BASE = BaseModel((TextEncoderInfo("CLIPTextModel", 4, 1, 50),), (("mid_block.attn2", 1024),), 4)
@@ -72,16 +79,68 @@ def test_add_read_iterate_remove(root):
         bank.remove("alice/cat")
 
 
-def test_an_unknown_id_names_ids_like_it(root):
+def test_an_unknown_id_names_no_other_and_lists_nothing(root, monkeypatch):
     bank = ConceptBank(root)
-    with pytest.raises(UnknownConceptError, match="which is empty"):
+    with pytest.raises(UnknownConceptError, match="whose folder does not exist"):
         bank["alice/cat"]
     bank.add("alice/cat", make_concept())
-    bank.add("zebra", make_concept())
-    with pytest.raises(KeyError) as caught:
-        bank["alice/cats"]
-    assert str(caught.value) == f"no concept 'alice/cats' in the bank at {bank._files.root}; close to it: alice/cat"
-    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+    monkeypatch.setattr(bank._files, "paths", lambda: pytest.fail("listed"))
+    for use in (bank.__getitem__, bank.remove, bank.summary):
+        with pytest.raises(KeyError) as caught:
+            use("alice/cats")
+        assert str(caught.value) == "no concept 'alice/cats' in the bank"
+        assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+def test_a_version_is_that_one_or_unknown(root):
+    bank, first, second = ConceptBank(root), make_concept(), make_concept(fill=2.0)
+    bank.add("alice/cat", first)
+    assert first.version == hashlib.sha256(first.to_bytes()).hexdigest()[:16] != second.version
+    named = f"alice/cat@{first.version}"
+    assert bank[named] is bank["alice/cat"] and named in bank and bank.get(named) is not None
+    bank.add("alice/cat", second, overwrite=True)
+    assert named not in bank and f"alice/cat@{second.version}" in bank
+    with pytest.raises(UnknownConceptError, match=f"no version {first.version} of alice/cat .* has {second.version}"):
+        bank[named]
+    with pytest.raises(UnknownConceptError, match="no concept 'bob/cat' in the bank"):
+        bank[f"bob/cat@{first.version}"]
+    for version in ("", "1a2b", first.version.upper(), f"{first.version}0", f"{first.version}@"):
+        with pytest.raises(ValueError, match="after @ its version has 16 digits"):
+            bank[f"alice/cat@{version}"]
+        assert f"alice/cat@{version}" not in bank
+    for use in (bank.remove, bank.summary, lambda bad: bank.add(bad, first)):
+        with pytest.raises(ValueError, match="a concept's id looks like alice/cat"):
+            use(named)
+
+
+def test_a_summary_reads_the_header_alone(root):
+    bank, concept = ConceptBank(root), make_concept()
+    bank.add("alice/cat", concept)
+    summary = bank.summary("alice/cat")
+    assert (summary.placeholder, summary.super_class, summary.nbytes) == ("<alice-cat>", "cat", concept.nbytes)
+    assert (summary.beta, summary.tau) == (concept.beta, concept.tau)
+    data = bytearray(concept.to_bytes())
+    data[-1] ^= 1
+    changed = bytes(data)
+    wide = concept.with_(training={"notes": "x" * 20_000})  # a header longer than the first read
+    for content, message in ((changed, None), (wide.to_bytes(), None), (changed[:-1], "past|past the|pass the end")):
+        with fsspec.open(f"{root}/alice/cat.safetensors", "wb") as stream:
+            stream.write(content)
+        if message is None:
+            assert bank.summary("alice/cat").nbytes == len(content)
+        else:
+            with pytest.raises(ConceptFileError, match=f"alice/cat.safetensors: .*({message})"):
+                bank.summary("alice/cat")
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 7, b"\xff" * 64, b"\0" * 4096, b"no concept at all" * 99])
+def test_a_summary_of_what_is_no_concept_is_refused(root, content):
+    with fsspec.open(f"{root}/alice.safetensors", "wb", auto_mkdir=True) as stream:
+        stream.write(content)
+    bank = ConceptBank(root)
+    assert list(bank) == ["alice"]
+    with pytest.raises(ConceptFileError, match="alice.safetensors: "):
+        bank.summary("alice")
 
 
 def test_overwriting_is_asked_for(root):
@@ -210,7 +269,7 @@ def test_a_failed_write_changes_nothing(folder, monkeypatch, overwrite):
     old = make_concept()
     bank.add("alice/cat", old)
 
-    def fail(*_):
+    def fail(*_, **__):
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "replace", fail)
@@ -228,6 +287,9 @@ def test_what_is_no_concept_is_not_listed(folder):
         (folder / "alice" / name).write_bytes(b"")
     (folder / "folder.safetensors").mkdir()
     (folder / "file").write_text("")
+    (folder / "1" / "2" / "3" / "4").mkdir(parents=True)
+    make_concept().save(folder / "1" / "2" / "3" / "4" / "deep.safetensors")
+    assert sorted(bank._files.paths())[-1] == "alice/cat.safetensors"
     assert list(bank) == ["alice/cat"] and len(bank) == 1
     for concept_id in ("folder", "file/cat"):
         assert concept_id not in bank
@@ -251,10 +313,280 @@ def test_a_damaged_file_is_named(root):
         bank["alice/cat"]
 
 
-def test_a_root_that_is_a_file_is_refused(tmp_path):
+def test_a_root_that_is_none_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="must be a folder"):
         ConceptBank(tmp_path / "file")
+    for wrong in (None, 3, b"concepts", ""):
+        with pytest.raises(TypeError, match="path_or_url must be a folder or an fsspec URL, got "):
+            ConceptBank(wrong)
+    for wrong in (-1, 2.5, True, None):
+        with pytest.raises(ValueError, match=f"cache_size must be a whole number of at least 0, got {wrong}"):
+            ConceptBank(tmp_path / "bank", cache_size=wrong)
+
+
+def test_nothing_may_be_kept_in_memory(root):
+    bank = ConceptBank(root, cache_size=0)
+    bank.add("alice/cat", make_concept())
+    assert bank["alice/cat"].digest == bank["alice/cat"].digest and not bank._cache
+
+
+def test_a_missing_driver_is_named(monkeypatch):
+    def absent(protocol):
+        raise ImportError(f"Install {protocol}fs to access it")
+
+    monkeypatch.setattr(fsspec.core, "get_filesystem_class", absent)
+    with pytest.raises(ValueError, match=r"ConceptBank: s3://bucket/concepts cannot be opened: Install .*fs") as caught:
+        ConceptBank("s3://key:secret@bucket/concepts?token=abc")
+    assert "secret" not in str(caught.value) and "abc" not in str(caught.value)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="nosuch://bucket cannot be opened: .*nosuch"):
+        ConceptBank("nosuch://bucket")
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("memory://bank/concepts", "memory://bank/concepts"),
+        ("memory://user:pass@bank/concepts?token=abc", "memory://bank/concepts"),
+        ("memory://user:pa/ss@bank/concepts", "memory://bank/concepts"),
+        ("memory://bank/a@b", "memory://bank/a@b"),
+    ],
+)
+def test_a_bank_shows_its_protocol_and_no_credentials(url, shown, tmp_path):
+    assert repr(ConceptBank(url)) == f"ConceptBank({shown!r})"
+    assert repr(ConceptBank(tmp_path)) == f"ConceptBank({str(tmp_path)!r})"
+
+
+def test_a_loop_of_links_is_not_in_the_bank(folder):
+    bank = ConceptBank(folder)
+    bank.add("alice/cat", make_concept())
+    (folder / "x.safetensors").symlink_to("x.safetensors")
+    (folder / "y.safetensors").symlink_to("z.safetensors")
+    (folder / "z.safetensors").symlink_to("y.safetensors")
+    assert list(bank) == ["alice/cat"]
+    for loop in ("x", "y"):
+        assert loop not in bank
+        for use in (bank.__getitem__, bank.summary):
+            with pytest.raises(ValueError, match="symbolic link that leads nowhere"):
+                use(loop)
+
+
+def test_a_pipe_is_no_concept_and_not_waited_for(folder):
+    bank = ConceptBank(folder)
+    folder.mkdir()
+    os.mkfifo(folder / "pipe.safetensors")
+    assert "pipe" not in bank and list(bank) == []
+    for use in (bank.__getitem__, bank.summary):
+        with pytest.raises(UnknownConceptError):
+            use("pipe")
+    with pytest.raises(ConceptFileError, match="not a regular file"):
+        Concept.load(folder / "pipe.safetensors")
+
+
+def test_a_concept_removed_between_two_looks_is_unknown(root, monkeypatch):
+    bank = ConceptBank(root)
+    for use in (bank.__getitem__, bank.summary):
+        bank.add("alice/cat", make_concept())
+        name = "read" if use == bank.__getitem__ else "header"
+        read = getattr(bank._files, name)
+
+        def late(path, read=read):
+            ConceptBank(root).remove("alice/cat")
+            return read(path)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(bank._files, name, late)
+            with pytest.raises(UnknownConceptError):
+                use("alice/cat")
+
+
+def test_what_is_removed_while_others_read_is_never_damaged(folder):
+    writer, reader, wrong, end = ConceptBank(folder), ConceptBank(folder, cache_size=0), [], threading.Event()
+    concept = make_concept()
+
+    def read(use):
+        while not end.is_set():
+            try:
+                use("alice/cat")
+            except UnknownConceptError:
+                pass
+            except BaseException as error:
+                wrong.append(error)
+
+    threads = [threading.Thread(target=read, args=(use,)) for use in (reader.__getitem__, reader.summary)]
+    for thread in threads:
+        thread.start()
+    for _ in range(150):
+        writer.add("alice/cat", concept)
+        writer.remove("alice/cat")
+    end.set()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_removing_leaves_no_empty_folder_and_no_other_is_touched(folder):
+    bank = ConceptBank(folder)
+    for concept_id in ("a/b/c/d", "a/b/x", "solo"):
+        bank.add(concept_id, make_concept())
+    bank.remove("a/b/c/d")
+    assert sorted(os.listdir(folder / "a" / "b")) == ["x.safetensors"]
+    bank.remove("a/b/x")
+    assert sorted(os.listdir(folder)) == ["solo.safetensors"]
+    bank.remove("solo")
+    assert folder.is_dir() and not os.listdir(folder)
+
+
+def test_a_folder_that_is_removed_before_the_file_is_made_is_made_again(folder, monkeypatch):
+    write, calls = places.write_atomically, []
+
+    def late(*given, **more):
+        calls.append(1)
+        if len(calls) < 3:
+            (folder / "alice").rmdir()
+        write(*given, **more)
+
+    monkeypatch.setattr(places, "write_atomically", late)
+    ConceptBank(folder).add("alice/cat", make_concept())
+    assert list(ConceptBank(folder)) == ["alice/cat"] and len(calls) == 3
+
+    def gone(*_, **__):
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "cat")
+
+    monkeypatch.setattr(places, "write_atomically", gone)
+    with pytest.raises(FileNotFoundError, match="bank/alice/dog.safetensors"):
+        ConceptBank(folder).add("alice/dog", make_concept())
+
+
+def test_what_has_no_version_is_read_every_time(root, monkeypatch):
+    bank = ConceptBank(root)
+    bank.add("alice/cat", make_concept())
+    monkeypatch.setattr(bank._files, "version", lambda path: None)
+    read = bank._files.read
+    monkeypatch.setattr(bank._files, "read", lambda path: (read(path)[0], None))
+    assert bank["alice/cat"] is not bank["alice/cat"] and not bank._cache
+
+
+def test_adding_into_a_folder_that_is_being_removed_succeeds(folder):
+    bank, concept, failures = ConceptBank(folder), make_concept(), []
+
+    def work(name):
+        try:
+            for _ in range(60):
+                ConceptBank(folder).add(f"alice/{name}", concept)
+                ConceptBank(folder).remove(f"alice/{name}")
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in ("cat", "dog")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures and list(bank) == []
+
+
+def test_what_killed_writers_left_is_swept_and_a_living_writers_is_not(folder):
+    bank = ConceptBank(folder)
+    bank.add("alice/cat", make_concept())
+    dead, young, alive, other = (
+        folder / "alice" / name for name in (".cat.safetensors.0.tmp", ".b.tmp", ".c.tmp", "d.tmp")
+    )
+    for file in (dead, young, alive, other):
+        file.write_bytes(b"half")
+        if file != young:
+            os.utime(file, (time.time() - 3600,) * 2)
+    with open(alive, "rb+") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        ConceptBank(folder).add("alice/dog", make_concept())
+        assert sorted(os.listdir(folder / "alice")) == sorted(
+            [young.name, alive.name, other.name, "cat.safetensors", "dog.safetensors"]
+        )
+    os.utime(young, (time.time() - 3600,) * 2)
+    ConceptBank(folder).remove("alice/dog")
+    assert sorted(os.listdir(folder / "alice")) == sorted([other.name, "cat.safetensors"])
+
+
+def test_a_writer_holds_the_lock_of_what_it_writes(folder, monkeypatch):
+    """Between making its file and naming it: `sweep` in another process would find it old and take it."""
+    seen, fsync = [], os.fsync
+
+    def slow(descriptor):
+        name = next(name for name in os.listdir(folder) if name.endswith(".tmp"))
+        os.utime(folder / name, (time.time() - 3600,) * 2)
+        opened = os.open(folder, os.O_RDONLY)
+        files.sweep(opened)
+        os.close(opened)
+        seen.append((folder / name).exists())
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    ConceptBank(folder).add("cat", make_concept())
+    assert seen == [True] and os.listdir(folder) == ["cat.safetensors"]
+
+
+@pytest.mark.parametrize("act", ["add", "read", "summary", "remove", "in"])
+def test_a_folder_exchanged_for_a_link_under_way_leads_nowhere(folder, tmp_path, monkeypatch, act):
+    """At the worst moment: when the folders were looked at, and the file is about to be opened."""
+    bank, outside = ConceptBank(folder), tmp_path / "outside"
+    bank.add("alice/cat", make_concept())
+    outside.mkdir()
+    make_concept(fill=9.0).save(outside / "cat.safetensors")
+    before = (outside / "cat.safetensors").read_bytes()
+    opened = os.open
+
+    def exchange(path, flags, *more, dir_fd=None):
+        found = opened(path, flags, *more, dir_fd=dir_fd)
+        if path == "alice":
+            os.rename(folder / "alice", folder / "gone")
+            (folder / "alice").symlink_to(outside)
+        return found
+
+    acts = {
+        "add": lambda: bank.add("alice/cat", make_concept(fill=3.0), overwrite=True),
+        "read": lambda: bank["alice/cat"].values[0] == 1 or pytest.fail("read through a link"),
+        "summary": lambda: bank.summary("alice/cat"),
+        "remove": lambda: bank.remove("alice/cat"),
+        "in": lambda: "alice/cat" in bank,
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", exchange)
+        with contextlib.suppress(ValueError):  # the next look at the folder sees the link
+            acts[act]()
+    assert os.listdir(outside) == ["cat.safetensors"] and (outside / "cat.safetensors").read_bytes() == before
+
+
+def test_a_full_disk_names_the_concepts_file_and_leaves_none(folder, monkeypatch):
+    bank = ConceptBank(folder)
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*bank/alice/cat.safetensors'"):
+        bank.add("alice/cat", make_concept())
+    assert os.listdir(folder / "alice") == []
+    with pytest.raises(OSError, match=r"No space left on device: '.*c.safetensors'"):
+        make_concept().save(folder / "c.safetensors")
+    assert os.listdir(folder) == ["alice"]
+
+
+def test_a_folder_that_cannot_be_read_hides_no_other(folder, monkeypatch):
+    bank, opened = ConceptBank(folder), os.open
+    for concept_id in ("alice/cat", "bob/cat"):
+        bank.add(concept_id, make_concept())
+
+    def refuse(path, flags, *more, dir_fd=None):
+        if path == "alice":
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return opened(path, flags, *more, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "open", refuse)
+    assert list(bank) == ["bob/cat"]
+    for use in (bank.__getitem__, bank.summary, bank.remove, bank.__contains__):
+        with pytest.raises(PermissionError, match="Permission denied: '.*bank/alice/cat.safetensors'"):
+            use("alice/cat")
 
 
 def test_readers_see_whole_concepts_while_writers_replace_them(root):

@@ -10,9 +10,16 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 
 import keylock_diffusers as kd
+from keylock_diffusers.concepts import Concept
 from keylock_diffusers.denoisers.unet import cross_attention_layers
 from keylock_diffusers.testing import UNETS
-from keylock_diffusers.training import Localization, localization_layers, localization_loss, train_concepts
+from keylock_diffusers.training import (
+    ConceptTrainingError,
+    Localization,
+    localization_layers,
+    localization_loss,
+    train_concepts,
+)
 from keylock_diffusers.training.localization import FORMS
 from tests.diffusers.accuracy import assert_as_accurate
 from tests.diffusers.compatibility import unet
@@ -162,7 +169,10 @@ def test_concepts_learn_otherwise_with_the_loss_and_each_as_if_alone(pipe, metri
 
 
 def test_the_loss_needs_masks(pipe, metric):  # noqa: F811
-    with pytest.raises(ValueError, match="localize needs masks, and the subject <alice-cat> has none"):
-        train_concepts(pipe, [subject()], dataclasses.replace(QUICK, localize=1e-3), metric=metric, progress=False)
+    subjects = [subject(), subject("bob", 2, masks=halves())]
+    config = dataclasses.replace(QUICK, localize=1e-3)
+    failure, bob = train_concepts(pipe, subjects, config, metric=metric, progress=False)
+    assert isinstance(failure, ConceptTrainingError) and isinstance(bob, Concept)
+    assert str(failure) == "<alice-cat>: localize needs masks, and the subject has none"
     with pytest.raises(ValueError, match="localization_form must be one of"):
         dataclasses.replace(QUICK, localization_form="l2")

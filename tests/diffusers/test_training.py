@@ -1,19 +1,25 @@
 """Training: many concepts together, each as if alone."""
 
+import dataclasses
+import errno
 import math
 import operator
+import re
 
 import numpy as np
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
 from PIL import Image
+from safetensors import SafetensorError
 
 import keylock_diffusers as kd
+from keylock_diffusers import files
 from keylock_diffusers.concepts import BaseModel, Concept, TextEncoderInfo
 from keylock_diffusers.denoisers.unet import cross_attention_layers
 from keylock_diffusers.embedded.captions import default_captions
 from keylock_diffusers.encoding import text
+from keylock_diffusers.files import read_tensors, write_tensors
 from keylock_diffusers.masks import soft_mask
 from keylock_diffusers.routing.personalization import Personalization
 from keylock_diffusers.routing.rows import ConceptUse, Row
@@ -329,7 +335,7 @@ def test_an_unusable_result_costs_the_others_nothing(pipe, metric):
 
 
 def test_pictures_are_turned_as_the_camera_noted_and_transparency_is_white():
-    from keylock_diffusers.training.frozen import upright
+    from keylock_diffusers.pictures import upright
 
     picture = Image.new("RGBA", (4, 2), (10, 20, 30, 0))
     picture.getexif()[0x0112] = 6  # turned by a quarter
@@ -346,7 +352,9 @@ def test_a_masks_weights_are_one_where_the_subject_is_surest():
     assert soft_mask(mask, (4, 4)).tolist() == [[[1.0, 1.0, 0.5, 0.5]] * 4]
 
 
-def test_the_pipeline_is_as_before(pipe, metric):
+def test_the_pipeline_is_as_before(pipe, metric, tmp_path):
+    damaged = tmp_path / "run.safetensors"
+    damaged.write_bytes(b"damaged")
     pipe.unet.train()
     before = dict(pipe.unet.attn_processors)
     weights = {name: p.clone() for name, p in pipe.unet.named_parameters()}
@@ -356,8 +364,8 @@ def test_the_pipeline_is_as_before(pipe, metric):
     assert all(p.requires_grad and torch.equal(p, weights[name]) for name, p in pipe.unet.named_parameters())
     kd.install(pipe)
     ours = dict(pipe.unet.attn_processors)
-    with pytest.raises(ValueError, match="<bob-cat>"):
-        train(pipe, [subject(captions=["<alice-cat>", "<bob-cat>"])], metric)
+    with pytest.raises(ValueError, match="of another run|cannot be read"):
+        train(pipe, [subject()], metric, checkpoint_path=damaged)
     assert all(pipe.unet.attn_processors[name] is ours[name] for name in ours)
 
 
@@ -402,9 +410,159 @@ def test_a_wrong_subject_is_refused(changes, message):
         subject(**changes)
 
 
-def test_an_empty_mask_is_refused(pipe, metric):
-    with pytest.raises(ValueError, match="a mask is empty"):
-        train(pipe, [subject(masks=[Image.new("L", (16, 16))] * 2)], metric)
+def truncated(folder):
+    """A JPEG whose end is missing, opened as PIL does it: decoded when it is used."""
+    Image.effect_noise((99, 99), 50).save(folder / "half.jpg")
+    (folder / "half.jpg").write_bytes((folder / "half.jpg").read_bytes()[:-900])
+    return Image.open(folder / "half.jpg")
+
+
+def unbounded(folder):
+    Image.new("L", (1, 100_000)).save(folder / "thin.png")
+    return Image.open(folder / "thin.png")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            lambda folder: {"images": [*pictures(9, 1), truncated(folder)]},
+            r"picture 1 \(.*half.jpg\) cannot be decoded",
+        ),
+        (
+            lambda folder: {"images": [unbounded(folder), *pictures(9, 1)]},
+            r"picture 0 \(.*thin.png\) must be at most 16",
+        ),
+        (lambda folder: {"masks": [Image.new("L", (16, 16), 255), Image.new("L", (16, 16))]}, "mask 1 is empty"),
+        (lambda folder: {"masks": [truncated(folder), *halves(1)]}, r"mask 0 \(.*half.jpg\) cannot be decoded"),
+        (lambda folder: {"captions": ["<sick-cat>", "a cat"]}, "the concept <sick-cat> was given but is not in"),
+        (lambda folder: {"captions": ["<sick-cat>", "<sick-cat> <bob-cat>"]}, "<bob-cat> is no concept"),
+        (lambda folder: {"captions": ["<sick-cat>", "word " * 90 + "<sick-cat>"]}, "<sick-cat>"),
+    ],
+)
+def test_what_is_wrong_with_one_users_pictures_or_words_stops_that_user_alone(pipe, metric, tmp_path, changes, message):
+    sick = subject("sick", 9, **changes(tmp_path))
+    clean = train(pipe, [subject("alice", 1), subject("bob", 2)], metric)
+    alice, failure, bob = train(pipe, [subject("alice", 1), sick, subject("bob", 2)], metric)
+    assert isinstance(failure, ConceptTrainingError) and str(failure).startswith("<sick-cat>: ")
+    assert re.search(message, str(failure)), str(failure)
+    assert far(alice, clean[0]) <= TOGETHER and far(bob, clean[1]) <= TOGETHER
+    (alone,) = train(pipe, [sick], metric)
+    assert str(alone) == str(failure)
+
+
+def test_a_grey_picture_of_16_bits_and_a_cut_out_teach_what_they_show(pipe, metric):
+    """The same as in 8 bits; a picture that turned white, or a mask of one everywhere, would teach something else."""
+    greys = [Image.fromarray(np.asarray(p.convert("L"))) for p in pictures(1)]
+    wide = [Image.fromarray(np.asarray(p).astype(np.uint16) * 257) for p in greys]
+    wide_masks = [Image.fromarray(np.asarray(m).astype(np.uint16) * 257) for m in halves(2)]
+    cut = [Image.merge("RGBA", [*Image.new("RGB", (16, 16), "white").split(), m]) for m in halves(2)]
+    (eight,) = train(pipe, [subject(images=greys, masks=halves(2))], metric)
+    for images, masks in ((wide, halves(2)), (greys, wide_masks), (greys, cut)):
+        assert same(train(pipe, [subject(images=images, masks=masks)], metric)[0], eight)
+
+
+def halves(count):
+    mask = Image.new("L", (16, 16))
+    mask.paste(255, (0, 0, 8, 16))
+    return [mask] * count
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"images": ["a.png", "b.png"]}, "images must be PIL images, got 'a.png' as number 0; open it first"),
+        ({"images": "ab"}, "images must be a list of PIL images, got 'ab'"),
+        ({"images": None}, "images must be a list of PIL images, got None"),
+        ({"images": Image.new("RGB", (8, 8))}, "images must be a list of PIL images"),
+        ({"captions": "ab"}, "captions must be a list of texts, got 'ab'"),
+        ({"captions": ["<alice-cat>", None]}, "captions must be texts, got None as number 1"),
+        ({"masks": [Image.new("L", (8, 8)), "m.png"]}, "masks must be PIL images, got 'm.png' as number 1; open it"),
+        ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
+    ],
+)
+def test_a_subject_of_other_kinds_is_refused(changes, message):
+    one = {field.name: getattr(subject(), field.name) for field in dataclasses.fields(Subject)}
+    with pytest.raises((TypeError, ValueError), match=f"^Subject.*: {message}"):
+        Subject(**{**one, **changes})
+
+
+def test_numpys_numbers_are_numbers(pipe, metric):
+    config = TrainingConfig(
+        steps=np.int64(4), batch_size=np.int32(2), values_rate=np.float64(0.05), embedding_rate=np.float64(0.05)
+    )
+    (ours,) = train(pipe, [subject(seed=np.int64(1))], metric, config)
+    assert same(ours, train(pipe, [subject()], metric)[0]) and Concept.load(ours.to_bytes()).training["seed"] == 1
+
+
+def test_arguments_of_other_kinds_are_named(pipe, metric):
+    for arguments, message in (
+        ((pipe, None), "subjects must be a list, got NoneType"),
+        ((pipe, subject()), "subjects must be a list, got Subject"),
+        ((pipe, [subject(), "bob"]), "subjects must be Subject objects, got 'bob'"),
+        ((None, [subject()]), "pipe must be a Stable Diffusion 1.x or 2.x pipeline .*, got NoneType"),
+        ((pipe, [subject()], {"steps": 1}), "config must be a TrainingConfig, got {'steps': 1}"),
+    ):
+        with pytest.raises(TypeError, match=f"^train_concepts: {message}"):
+            train_concepts(*arguments, metric=metric)
+    with pytest.raises(TypeError, match="^train_concepts: metric must be a Covariance, got None"):
+        train_concepts(pipe, [subject()], metric=None)
+    for every in (0, -1, 2.5, None):
+        with pytest.raises(ValueError, match=f"checkpoint_every must be a whole number of at least 1, got {every}"):
+            train(pipe, [subject()], metric, checkpoint_every=every)
+    with pytest.raises(ValueError, match=r"metric must be of this pipeline, \[32, 32\], got \[3, 3\]"):
+        train(pipe, [subject()], Covariance(torch.eye(3, dtype=torch.float64), {}))
+    for matrix in (torch.rand(4, 4), torch.full((4, 4), math.nan), torch.rand(4, 3)):
+        with pytest.raises(ValueError, match="^Covariance: matrix must be"):
+            Covariance(matrix.double(), {})
+
+
+def test_stable_diffusion_xl_is_refused_before_anything_is_encoded(pipe, metric):
+    pipe.text_encoder_2 = pipe.text_encoder
+    pipe.text_encoder.register_forward_hook(lambda *_: pytest.fail("encoded"))
+    for ask in (lambda: covariance(pipe, ["a cat"]), lambda: train(pipe, [subject()], metric)):
+        with pytest.raises(TypeError, match="one text encoder, got two: Stable Diffusion XL cannot be trained"):
+            ask()
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "vae", "unet"])
+def test_a_pipeline_without_a_part_is_refused(pipe, metric, part):
+    setattr(pipe, part, None)
+    with pytest.raises(TypeError, match=f"2.x pipeline with its {part}, got StableDiffusionPipeline"):
+        train(pipe, [subject()], metric)
+
+
+def test_a_caller_may_have_switched_gradients_off_or_another_precision_on(pipe, metric):
+    expected = train(pipe, [subject()], metric)[0]
+    with torch.no_grad():
+        assert same(train(pipe, [subject()], metric)[0], expected)
+        assert not torch.is_grad_enabled()
+    with torch.inference_mode():
+        assert same(train(pipe, [subject()], metric)[0], expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert same(train(pipe, [subject()], metric)[0], expected)
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            assert same(train(pipe, [subject()], metric)[0], expected)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+def test_the_concepts_so_far_are_given_after_every_step(pipe, metric):
+    seen = []
+
+    def look(step, concepts):
+        seen.append((step, concepts()))
+
+    (last,) = train(pipe, [subject()], metric, on_step=look)
+    assert [step for step, _ in seen] == [1, 2, 3, 4]
+    assert [concepts[0].training["steps"] for _, concepts in seen] == [1, 2, 3, 4]
+    assert same(seen[-1][1][0], last) and not same(seen[0][1][0], last)
+    assert same(last, train(pipe, [subject()], metric)[0])
+    sick = subject("sick", 9, captions=["", ""])
+    train(pipe, [sick, subject()], metric, on_step=look)
+    assert isinstance(seen[-1][1][0], ConceptTrainingError) and same(seen[-1][1][1], last)
 
 
 def test_what_cannot_train_is_refused(pipe, metric):
@@ -418,12 +576,24 @@ def test_what_cannot_train_is_refused(pipe, metric):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": 0}, "steps must be at least 1"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"steps": 0}, "steps must be a whole number of at least 1, got 0"),
+        ({"steps": 2.5}, "steps must be a whole number of at least 1, got 2.5"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
+        ({"batch_size": True}, "batch_size must be a whole number of at least 1, got True"),
+        ({"patience": 0}, "patience must be a whole number of at least 1, got 0"),
+        *(
+            ({name: value}, f"{name} must be a finite number")
+            for name in ("values_rate", "embedding_rate", "beta", "tau", "target_decay", "localize", "max_grad_norm")
+            for value in (math.nan, math.inf, "0.5", 10**400)
+        ),
+        *(({name: math.nan}, f"{name} must be a finite number") for name in ("inference_beta", "inference_tau")),
+        *(({name: -0.1}, f"{name} must be a finite number of at least 0") for name in ("tau", "inference_tau")),
+        ({"max_grad_norm": 0}, "max_grad_norm must be above 0"),
+        ({"localization_form": 3}, "localization_form must be one of"),
         ({"target_gradient": "some"}, "target_gradient must be one of"),
         ({"mixed_precision": "fp16"}, "mixed_precision must be"),
         ({"target_decay": 1.0}, r"target_decay must lie in \[0, 1\)"),
-        ({"values_rate": -1.0}, "values_rate must be at least 0"),
+        ({"values_rate": -1.0}, "values_rate must be a finite number of at least 0, got -1.0"),
     ],
 )
 def test_a_wrong_setting_is_refused(changes, message):
@@ -458,9 +628,42 @@ def test_the_covariance_is_taken_from_the_cache_and_never_from_another_encoder(p
     assert len(calls) == 1  # the probe that names the encoder
     assert torch.equal(first.matrix, again.matrix)
     assert not torch.equal(covariance(build_tiny(seed=4), captions, cache=tmp_path).matrix, first.matrix)
-    for file in tmp_path.iterdir():
+    files = sorted(tmp_path.iterdir())
+    for file in files:
         file.write_bytes(b"damaged")
     assert torch.equal(covariance(pipe, captions, cache=tmp_path).matrix, first.matrix)
+
+
+def test_a_cached_covariance_that_somebody_changed_is_made_again(pipe, tmp_path):
+    captions = default_captions(70)
+    first = covariance(pipe, captions, cache=tmp_path)
+    (file,) = tmp_path.iterdir()
+    held, facts = read_tensors(file)
+    for moment, said in (
+        (torch.rand(32, 32, dtype=torch.float64), facts),  # of the right shape, under the right name
+        (held["moment"] * 2, facts),
+        (held["moment"], {}),
+    ):
+        write_tensors(file, {"moment": moment}, said)
+        assert torch.equal(covariance(pipe, captions, cache=tmp_path).matrix, first.matrix)
+        assert read_tensors(file)[1] == facts
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error")])
+def test_a_disk_that_is_full_or_read_only_costs_a_warning(pipe, metric, tmp_path, monkeypatch, caplog, error):
+    def full(*_):
+        raise error
+
+    whole = train(pipe, [subject()], metric)[0]
+    expected = covariance(pipe, ["a cat on blue"], cache=tmp_path / "there").matrix
+    monkeypatch.setattr(files, "write_tensors", full)
+    made = covariance(pipe, ["a cat on blue"], cache=tmp_path / "cache")
+    assert torch.equal(made.matrix, expected)
+    assert re.search(r"covariance .*cache.covariance-.* cannot be written .*; the work goes on", caplog.text)
+    caplog.clear()
+    path = tmp_path / "run.safetensors"
+    assert same(train(pipe, [subject()], metric, checkpoint_path=path, checkpoint_every=2)[0], whole)
+    assert caplog.text.count(f"checkpoint {path} cannot be written") == 2 and not path.exists()
 
 
 def test_a_nearly_singular_covariance_warns(pipe, tmp_path, caplog):
@@ -473,11 +676,15 @@ def test_a_nearly_singular_covariance_warns(pipe, tmp_path, caplog):
     [
         ({"captions": []}, "captions must not be empty"),
         ({"positions": "some"}, "positions must be one of"),
-        ({"ridge": -1.0}, "ridge must be at least 0"),
+        ({"ridge": -1.0}, "ridge must be a finite number of at least 0"),
+        ({"ridge": math.nan}, "ridge must be a finite number of at least 0"),
+        ({"captions": "a cat"}, "captions must be a list of texts, got 'a cat'"),
+        ({"captions": None}, "captions must be a list of texts, got None"),
+        ({"captions": ["a cat", 3]}, "captions must be texts, got 3 among them"),
     ],
 )
 def test_a_wrong_covariance_argument_is_refused(pipe, tmp_path, arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         covariance(pipe, cache=tmp_path, **{"captions": ["a cat"], **arguments})
 
 

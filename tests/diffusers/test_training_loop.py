@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import signal
+import subprocess
+import sys
+import threading
 
 import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
 
+from keylock_diffusers import files
 from keylock_diffusers.training import checkpoint, loop
 from tests.diffusers.accuracy import FLOAT64
 from tests.diffusers.drawing import random
@@ -121,6 +127,156 @@ def test_a_run_is_written_every_so_many_steps_and_at_its_end_and_goes_on_after_t
         loop.run(Counted(), loop.Run(20, path, "mine", progress=False))
     loop.run(Counted(), loop.Run(2, tmp_path / "other.safetensors", writes=False, progress=False))
     assert not (tmp_path / "other.safetensors").exists()
+
+
+class Interrupted(Counted):
+    """Somebody presses Ctrl-C so often in the step `at`."""
+
+    def __init__(self, at, times=1):
+        super().__init__()
+        self.at, self.times = at, times
+
+    def step(self, number):
+        if number == self.at:
+            for _ in range(self.times):
+                signal.raise_signal(signal.SIGINT)
+        return super().step(number)
+
+
+@pytest.fixture
+def ctrl_c():
+    """Python's own handler, which a process in the background does not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_an_interrupted_step_is_done_and_kept(tmp_path):
+    path = tmp_path / "run.safetensors"
+    with pytest.raises(
+        KeyboardInterrupt, match="what 4 steps have learned is in .*run.safetensors, from where"
+    ) as said:
+        loop.run(first := Interrupted(3), loop.Run(8, path, "mine", 100, desc="knitting", progress=False))
+    assert str(said.value).startswith("knitting was stopped") and first.done == [0, 1, 2, 3]
+    loop.run(second := Counted(), loop.Run(8, path, "mine", progress=False))
+    assert second.restored == ([0, 1, 2, 3], None) and second.done == [4, 5, 6, 7]
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_a_second_interrupt_does_not_wait_and_without_a_checkpoint_none_does(tmp_path):
+    path = tmp_path / "run.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        loop.run(first := Interrupted(3, times=2), loop.Run(8, path, "mine", 2, progress=False))
+    assert first.done == [0, 1, 2] and checkpoint.restore(path, "mine")[2] == 2
+    with pytest.raises(KeyboardInterrupt):
+        loop.run(bare := Interrupted(3), loop.Run(8, progress=False))
+    assert bare.done == [0, 1, 2]
+
+
+def test_an_applications_own_handler_and_other_threads_are_left_alone(tmp_path):
+    pressed = []
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(1))
+    try:
+        loop.run(mine := Interrupted(1), loop.Run(3, tmp_path / "run.safetensors", "mine", progress=False))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert pressed == [1] and mine.done == [0, 1, 2]
+    counted = Counted()
+    thread = threading.Thread(target=loop.run, args=(counted, loop.Run(3, tmp_path / "b", "mine", progress=False)))
+    thread.start()
+    thread.join()
+    assert counted.done == [0, 1, 2]
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_an_interrupt_that_cannot_be_kept_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "write_tensors", full)
+    with pytest.raises(KeyboardInterrupt, match="what 2 steps have learned could not be kept"):
+        loop.run(Interrupted(1), loop.Run(8, tmp_path / "run.safetensors", "mine", progress=False))
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_costs_a_warning_and_a_later_write_succeeds(tmp_path, monkeypatch, caplog):
+    path = tmp_path / "run.safetensors"
+
+    class Filled(Counted):
+        def step(self, number):
+            monkeypatch.setattr(files, "write_tensors", full if number < 4 else files_write)
+            return super().step(number)
+
+    files_write = files.write_tensors
+    loop.run(mine := Filled(), loop.Run(8, path, "mine", 3, progress=False))
+    assert mine.done == list(range(8)) and checkpoint.restore(path, "mine")[2] == 8
+    assert caplog.text.count("cannot be written") == 1 and str(path) in caplog.text
+
+
+def test_a_checkpoint_is_written_every_two_minutes_besides(tmp_path, monkeypatch):
+    written, clock = [], [0.0]
+    monkeypatch.setattr(loop.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(checkpoint, "save", lambda *_, step, **__: written.append(step) or True)
+
+    class Slow(Counted):
+        def step(self, number):
+            clock[0] += 50
+            return super().step(number)
+
+    loop.run(Slow(), loop.Run(8, tmp_path / "run.safetensors", "mine", 5, progress=False))
+    assert written == [3, 5, 8]
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_the_second_of_two_runs_on_one_checkpoint_is_told(tmp_path):
+    path = tmp_path / "folder" / "run.safetensors"
+
+    class Nested(Counted):
+        def step(self, number):
+            with pytest.raises(ValueError, match=f"checkpoint {path} is being written by another run"):
+                loop.run(Counted(), loop.Run(8, path, "mine", progress=False))
+            loop.run(Counted(), loop.Run(1, path, "mine", writes=False, progress=False))  # another process of this run
+            return super().step(number)
+
+    loop.run(Nested(), loop.Run(2, path, "mine", progress=False))
+    with pytest.raises(KeyboardInterrupt):
+        loop.run(Interrupted(2), loop.Run(4, path, "mine", progress=False))
+    loop.run(Counted(), loop.Run(4, path, "mine", progress=False))
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+_HOLDER = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); input()"
+
+
+def test_a_killed_run_is_resumed(tmp_path):
+    """Its lock file stays, and its lock does not."""
+    path, lock = tmp_path / "run.safetensors", tmp_path / ".run.safetensors.lock"
+    loop.run(Counted(), loop.Run(3, path, "mine", progress=False))
+    with subprocess.Popen(
+        [sys.executable, "-c", _HOLDER, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        other.stdout.readline()
+        with pytest.raises(ValueError, match="is being written by another run"):
+            loop.run(Counted(), loop.Run(8, path, "mine", progress=False))
+        other.kill()
+        other.wait()
+    assert lock.exists()
+    loop.run(mine := Counted(), loop.Run(8, path, "mine", progress=False))
+    assert mine.done == [3, 4, 5, 6, 7] and not lock.exists()
+
+
+def test_a_checkpoint_that_cannot_be_locked_warns_and_one_that_is_a_folder_is_refused(tmp_path, monkeypatch, caplog):
+    with pytest.raises(ValueError, match=f"checkpoint_path must be a file, got the folder {tmp_path}"):
+        loop.run(Counted(), loop.Run(2, tmp_path, "mine", progress=False))
+
+    def without(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", without)
+    loop.run(mine := Counted(), loop.Run(2, tmp_path / "run.safetensors", "mine", progress=False))
+    assert mine.done == [0, 1] and "cannot be locked" in caplog.text and (tmp_path / "run.safetensors").exists()
 
 
 def test_figures_are_shown_smoothed(monkeypatch):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +19,8 @@ def train(
     pictures: Annotated[
         Path,
         typer.Argument(
-            help="Folder of pictures of one subject; NAME.txt beside NAME.png is its caption, NAME-mask.png its mask."
+            help="Folder of pictures of one subject; NAME.txt beside NAME.png is its caption, NAME-mask.png its mask. "
+            "Captions and masks make a concept better: what they tell apart is not learned as the subject's."
         ),
     ],
     placeholder: Annotated[str, typer.Option(help="The word for it in prompts, such as <alice-cat>.")],
@@ -39,15 +44,29 @@ def train(
     ] = 0.0,
     mixed_precision: Annotated[str, typer.Option(help="no or bf16")] = "no",
     target_gradient: Annotated[str, typer.Option(help="none, straight-through or exact")] = "none",
-    checkpoint: Annotated[Path | None, typer.Option(help="File to resume from and to write.")] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="File to resume from and to write; default a hidden one beside the output, gone at the end."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace the output, if it is there.")] = False,
+    samples_every: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps after which pictures are drawn, into OUTPUT.samples.png beside the output."),
+    ] = None,
 ) -> None:
     """Learn a concept from a few pictures."""
     from dataclasses import replace
 
     from keylock_diffusers.demo.story import TRAINING
-    from keylock_diffusers.training import TrainingConfig, covariance, train_concepts
+    from keylock_diffusers.files import require_place, write_atomically
+    from keylock_diffusers.training import PictureFolder, Samples, TrainingConfig, advice, covariance, train_concepts
+    from keylock_diffusers.training.frozen import check_pipeline
 
-    subject = _subject(pictures, placeholder, super_class, seed)
+    if output.exists() and not output.is_dir() and not overwrite:
+        raise ValueError(f"--output: {output} exists already; --overwrite replaces it")
+    require_place(output, "--output")
+    folder = PictureFolder.read(pictures)
+    subject = folder.subject(placeholder, super_class, seed)
     given: dict[str, Any] = {
         "steps": steps,
         "batch_size": batch_size,
@@ -61,19 +80,60 @@ def train(
         TRAINING if model == "embedded" else TrainingConfig(),
         **{name: value for name, value in given.items() if value is not None},
     )
+    if localize and not folder.masks:
+        raise ValueError(f"--localize needs masks, and {pictures} has none")
     lines = _captions(model, captions)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    print(f"{pictures}: {folder}")
     pipe = common.load(model)
-    metric = covariance(pipe, lines, progress=True)
-    concept = train_concepts(pipe, [subject], config, metric=metric, checkpoint_path=checkpoint)[0]
+    check_pipeline(pipe, "keylock train")
+    pipe.set_progress_bar_config(disable=True)  # of samples: it would tear training's own
+    own = checkpoint or output.with_name(f".{output.name}.checkpoint")
+    samples = Samples(pipe, subject, output.with_name(f"{output.name}.samples.png"), samples_every or config.steps)
+    with _stoppable():
+        metric = covariance(pipe, lines, progress=True)
+        (concept,) = train_concepts(
+            pipe,
+            [subject],
+            config,
+            metric=metric,
+            checkpoint_path=own,
+            on_step=samples if samples_every else None,
+        )
     if isinstance(concept, Exception):
+        if checkpoint is None:
+            own.unlink(missing_ok=True)
         raise concept
-    print(f"{output}: {concept.save(output)} bytes")
+    try:
+        write_atomically(output, concept.to_bytes(), overwrite=overwrite)
+    except OSError as error:
+        kept = f"what was learned is in {own}: the same command goes on from there" if own.exists() else "it is lost"
+        raise OSError(f"{error}; {kept}") from error
+    if checkpoint is None:
+        own.unlink(missing_ok=True)
+    if samples_every and samples.path.exists():
+        print(f"{samples.path}: samples, beside the super-class {super_class}")
+    print(advice(concept.training))
+    print(f"{output}: {output.stat().st_size} bytes, version {concept.version}")
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Ctrl-C says where it goes on; the system's SIGTERM is taken for one, in the background too, which has none."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        print(f"keylock: {stopped}" if stopped.args else "keylock: stopped", file=sys.stderr)
+        raise typer.Exit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _captions(model: str, file: Path | None) -> list[str]:
     if file is not None:
-        return [line for line in file.read_text().splitlines() if line.strip()]
+        from keylock_diffusers.files import read_text
+
+        return [line for line in read_text(file, 1 << 26).splitlines() if line.strip()]
     if model != "embedded":
         raise ValueError(
             "--captions must name a text file, a caption a line, for a model of your own: a few thousand captions of "
@@ -82,30 +142,3 @@ def _captions(model: str, file: Path | None) -> list[str]:
     from keylock_diffusers.embedded.captions import default_captions
 
     return default_captions()
-
-
-def _subject(folder: Path, placeholder: str, super_class: str, seed: int) -> Any:
-    from PIL import Image
-
-    from keylock_diffusers.training import Subject
-
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder of pictures")
-    kinds = {".png", ".jpg", ".jpeg", ".webp"}
-    files = sorted(f for f in folder.iterdir() if f.suffix.lower() in kinds and not f.stem.endswith("-mask"))
-    if not files:
-        raise ValueError(f"{folder} holds no pictures (png, jpg, webp)")
-    texts = [f.with_suffix(".txt") for f in files]
-    masks = [f.with_name(f"{f.stem}-mask.png") for f in files]
-    for what, sidecars in (("caption", texts), ("mask", masks)):
-        present = [s.exists() for s in sidecars]
-        if any(present) and not all(present):
-            raise ValueError(f"{files[present.index(False)]} has no {what}, but other pictures of {folder} have one")
-    return Subject(
-        placeholder,
-        super_class,
-        [Image.open(f) for f in files],
-        [t.read_text().strip() for t in texts] if texts[0].exists() else None,
-        [Image.open(m) for m in masks] if masks[0].exists() else None,
-        seed,
-    )

@@ -1,15 +1,17 @@
 """Concepts: what personalisation learns about one subject, as a small file, and banks of many of them."""
 
-from keylock_diffusers.concepts.bank import ConceptBank, UnknownConceptError
+from keylock_diffusers.concepts.bank import ConceptBank, ConceptExistsError, UnknownConceptError
 from keylock_diffusers.concepts.base_model import BaseModel, TextEncoderInfo
-from keylock_diffusers.concepts.concept import Concept
+from keylock_diffusers.concepts.concept import Concept, ConceptSummary
 from keylock_diffusers.concepts.files import ConceptFileError
 
 __all__ = [
     "BaseModel",
     "Concept",
     "ConceptBank",
+    "ConceptExistsError",
     "ConceptFileError",
+    "ConceptSummary",
     "TextEncoderInfo",
     "UnknownConceptError",
 ]

@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
-import itertools
 import os
 import re
-import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Mapping
-from pathlib import Path
-from typing import Any, Protocol
 
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
+from keylock_diffusers.checks import whole
+from keylock_diffusers.concepts.concept import VERSION_DIGITS, Concept, ConceptSummary
+from keylock_diffusers.concepts.places import MAX_SEGMENTS, SUFFIX, open_place
 
-from keylock_diffusers.concepts.concept import Concept
-from keylock_diffusers.concepts.files import MAX_FILE_BYTES, ConceptFileError, read_bounded
-from keylock_diffusers.files import write_atomically
-
-_SUFFIX = ".safetensors"
 _SEGMENT = re.compile(r"[a-z0-9][a-z0-9._-]*")
-_MAX_SEGMENTS = 4
+_VERSION = re.compile(rf"[0-9a-f]{{{VERSION_DIGITS}}}")
 _MAX_SEGMENT = 100
-_SUGGESTIONS_AMONG = 1000
-# What fsspec's file systems call the time or version of a file.
-_VERSION_KEYS = (
-    "mtime", "modified", "LastModified", "last_modified", "updated", "created", "ino",
-    "etag", "ETag", "md5", "md5Hash", "checksum", "generation", "version_id", "VersionId",
-)  # fmt: skip
 
 
 class UnknownConceptError(KeyError):
@@ -39,17 +24,28 @@ class UnknownConceptError(KeyError):
         return str(self.args[0])
 
 
+class ConceptExistsError(ValueError):
+    """A bank has a concept of that id already."""
+
+
 class ConceptBank(Mapping[str, Concept]):
     """Concepts by id, such as ``alice/cat``, stored as ``<root>/alice/cat.safetensors``.
 
     An id has 1 to 4 segments of lower-case letters, digits, ``.``, ``_`` and ``-``, each starting with a letter or
     digit; ids come from requests, so nothing else reaches the file system, and a symbolic link cannot lead out of
     the root. Reading keeps the most recently used concepts in memory and reads a file again when it was replaced,
-    by this process or another. A bank may be shared by threads.
+    by this process or another. A bank may be shared by threads and processes; what killed writers left half written is
+    swept by later ones, and folders that `remove` empties go.
+
+    ``alice/cat@0123456789abcdef`` is ``alice/cat`` if its `Concept.version` is that one: who has noted it can ask for
+    exactly what was used before.
 
     Args:
         path_or_url: a folder, which need not exist yet, or an fsspec URL such as ``s3://bucket/concepts``.
         cache_size: how many concepts stay in memory, about 40 KB each on Stable Diffusion 1.5.
+
+    Raises:
+        TypeError, ValueError: an argument is not what this says; for a URL, also a package that is missing.
 
     Example:
         >>> bank = ConceptBank("memory://doctest-concepts")
@@ -58,8 +54,11 @@ class ConceptBank(Mapping[str, Concept]):
     """
 
     def __init__(self, path_or_url: str | os.PathLike[str], *, cache_size: int = 1024) -> None:
-        self._files = _open_files(os.fspath(path_or_url))
-        self._cache_size = cache_size
+        path_or_url = os.fspath(path_or_url) if isinstance(path_or_url, os.PathLike) else path_or_url
+        if not isinstance(path_or_url, str) or not path_or_url:
+            raise TypeError(f"ConceptBank: path_or_url must be a folder or an fsspec URL, got {path_or_url!r:.80}")
+        self._cache_size = whole(cache_size, "ConceptBank: cache_size", 0)
+        self._files = open_place(path_or_url)
         self._cache: OrderedDict[str, tuple[Hashable, Concept]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -67,30 +66,40 @@ class ConceptBank(Mapping[str, Concept]):
         """Read a concept.
 
         Raises:
-            UnknownConceptError: there is none of that id; a KeyError that lists ids like it.
+            UnknownConceptError: there is none of that id and version; a KeyError.
             ConceptFileError: its file is damaged.
             ValueError: the id is not one, or its file lies outside the bank.
         """
+        concept_id, version = _split(concept_id)
+        concept = self._read(concept_id)
+        if version is not None and concept.version != version:
+            raise UnknownConceptError(f"no version {version} of {concept_id} in the bank, which has {concept.version}")
+        return concept
+
+    def summary(self, concept_id: str) -> ConceptSummary:
+        """What the header of a concept's file says, without reading the rest.
+
+        Raises:
+            UnknownConceptError, ConceptFileError, ValueError: as for reading the concept.
+        """
         path = _path_of(concept_id)
         try:
-            version = self._files.version(path)
-            with self._lock:
-                cached = self._cache.get(concept_id)
-                if cached is not None and version is not None and cached[0] == version:
-                    self._cache.move_to_end(concept_id)
-                    return cached[1]
-            concept = Concept.from_bytes(self._files.read(path), source=self._files.describe(path))
-            unchanged = version is not None and self._files.version(path) == version
+            header, size = self._files.header(path)
         except (FileNotFoundError, NotADirectoryError):
             raise UnknownConceptError(self._unknown(concept_id)) from None
-        if unchanged:
-            self._remember(concept_id, version, concept)
-        return concept
+        return ConceptSummary.of(header, size, self._files.describe(path))
+
+    def exists(self) -> bool:
+        """Whether the bank's folder is there, which `add` makes."""
+        return self._files.exists()
 
     def __contains__(self, concept_id: object) -> bool:
         try:
+            concept_id, version = _split(concept_id)
+            if version is not None:
+                return self._read(concept_id).version == version
             self._files.version(_path_of(concept_id))
-        except (FileNotFoundError, NotADirectoryError, ValueError, TypeError):
+        except (FileNotFoundError, NotADirectoryError, UnknownConceptError, ValueError, TypeError):
             return False
         return True
 
@@ -102,7 +111,12 @@ class ConceptBank(Mapping[str, Concept]):
         return sum(1 for _ in self._ids())
 
     def __repr__(self) -> str:
-        return f"ConceptBank({self._files.root!r})"
+        return f"ConceptBank({self.shown!r})"
+
+    @property
+    def shown(self) -> str:
+        """The bank's place for people: a folder, or a URL without credentials."""
+        return self._files.shown
 
     # A bank is a place, not a value: Mapping's comparison would read every file.
     __eq__ = object.__eq__
@@ -115,7 +129,7 @@ class ConceptBank(Mapping[str, Concept]):
         time may there both succeed.
 
         Raises:
-            ValueError: the id is not one, or exists and ``overwrite`` is False.
+            ValueError: the id is not one; a ConceptExistsError, it exists and ``overwrite`` is False.
             OSError: writing failed; what was stored before is unchanged.
         """
         path = _path_of(concept_id)
@@ -124,7 +138,7 @@ class ConceptBank(Mapping[str, Concept]):
         try:
             self._files.write(path, concept.to_bytes(), overwrite=overwrite)
         except FileExistsError:
-            raise ValueError(
+            raise ConceptExistsError(
                 f"ConceptBank.add: {concept_id} exists already; pass overwrite=True to replace it"
             ) from None
         finally:
@@ -146,7 +160,7 @@ class ConceptBank(Mapping[str, Concept]):
 
     def _ids(self) -> Iterator[str]:
         for path in self._files.paths():
-            concept_id = path.removesuffix(_SUFFIX)
+            concept_id = path.removesuffix(SUFFIX)
             if concept_id != path and _refusal(concept_id) is None:
                 yield concept_id
 
@@ -161,163 +175,39 @@ class ConceptBank(Mapping[str, Concept]):
         with self._lock:
             self._cache.pop(concept_id, None)
 
+    def _read(self, concept_id: str) -> Concept:
+        path = _path_of(concept_id)
+        try:
+            version = self._files.version(path)
+            with self._lock:
+                cached = self._cache.get(concept_id)
+                if cached is not None and version is not None and cached[0] == version:
+                    self._cache.move_to_end(concept_id)
+                    return cached[1]
+            data, version = self._files.read(path)
+        except (FileNotFoundError, NotADirectoryError):
+            raise UnknownConceptError(self._unknown(concept_id)) from None
+        concept = Concept.from_bytes(data, source=self._files.describe(path))
+        if version is not None:
+            self._remember(concept_id, version, concept)
+        return concept
+
     def _unknown(self, concept_id: str) -> str:
-        message = f"no concept {concept_id!r} in the bank at {self._files.root}"
-        ids = list(itertools.islice(self._ids(), _SUGGESTIONS_AMONG))
-        if not ids:
-            return f"{message}, which is empty"
-        close = difflib.get_close_matches(concept_id, ids, n=3)
-        return f"{message}; close to it: {', '.join(close)}" if close else message
+        """Names no other id and reads no listing: ids come from requests, which are not to learn of others'."""
+        return f"no concept {concept_id!r} in the bank{'' if self.exists() else ', whose folder does not exist'}"
 
 
-class _Files(Protocol):
-    """What a bank needs of a file system; paths are relative to ``root``, with forward slashes."""
-
-    root: str
-
-    def version(self, path: str) -> Hashable | None: ...  # changes with the content; None if that cannot be told
-    def read(self, path: str) -> bytes: ...
-    def write(self, path: str, data: bytes, *, overwrite: bool) -> None: ...
-    def delete(self, path: str) -> None: ...
-    def paths(self) -> Iterator[str]: ...
-    def describe(self, path: str) -> str: ...
-
-
-class _LocalFiles:
-    """A folder of this machine. Links may stand for files inside the root; nothing outside it is touched."""
-
-    def __init__(self, root: str) -> None:
-        self.root = os.path.abspath(os.path.expanduser(root))
-        if os.path.exists(self.root) and not os.path.isdir(self.root):
-            raise ValueError(f"ConceptBank: path_or_url must be a folder, got the file {self.root}")
-
-    def version(self, path: str) -> Hashable:
-        status = self._inside(path).stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise FileNotFoundError(path)
-        return status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_size
-
-    def read(self, path: str) -> bytes:
-        return read_bounded(self._inside(path))
-
-    def write(self, path: str, data: bytes, *, overwrite: bool) -> None:
-        target = self._parent_inside(path) / Path(path).name
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-        except FileExistsError as error:
-            raise NotADirectoryError(error.errno, "a file is in the way of a folder", str(target.parent)) from None
-        write_atomically(target, data, overwrite=overwrite)
-
-    def delete(self, path: str) -> None:
-        (self._parent_inside(path) / Path(path).name).unlink()
-
-    def paths(self) -> Iterator[str]:
-        for folder, folders, names in os.walk(self.root):
-            folders.sort()
-            depth = Path(folder).relative_to(self.root)
-            if len(depth.parts) == _MAX_SEGMENTS - 1:
-                folders.clear()
-            for name in names:
-                path = (depth / name).as_posix()
-                if name.endswith(_SUFFIX) and self._readable(path):
-                    yield path
-
-    def describe(self, path: str) -> str:
-        return os.path.join(self.root, path)
-
-    def _readable(self, path: str) -> bool:
-        try:
-            return self._inside(path).is_file()
-        except ValueError:
-            return False
-
-    def _parent_inside(self, path: str) -> Path:
-        """The folder of a path, which must be where it seems to be: a linked folder is refused."""
-        parent = os.path.join(os.path.realpath(self.root), *path.split("/")[:-1])
-        if os.path.realpath(parent) != parent:
-            raise ValueError(f"ConceptBank: {path} lies behind a symbolic link, which a bank does not follow")
-        return Path(parent)
-
-    def _inside(self, path: str) -> Path:
-        """Where a file really is, which must be inside the root."""
-        seeming = self._parent_inside(path) / path.split("/")[-1]
-        if seeming.is_symlink():
-            root, real = os.path.realpath(self.root), os.path.realpath(seeming)
-            if os.path.commonpath([root, real]) != root:
-                raise ValueError(f"ConceptBank: {path} is a symbolic link that leads out of the bank")
-            return Path(real)
-        return seeming
-
-
-class _RemoteFiles:
-    """Any other fsspec file system. Files are put whole, which object stores do atomically."""
-
-    def __init__(self, file_system: fsspec.AbstractFileSystem, root: str) -> None:
-        self._file_system = file_system
-        self.root = root.rstrip("/")
-
-    def version(self, path: str) -> Hashable | None:
-        info = self._info(path)
-        found = tuple((key, str(info[key])) for key in _VERSION_KEYS if info.get(key) is not None)
-        return (info.get("size"), *found) if found else None
-
-    def read(self, path: str) -> bytes:
-        size = self._info(path).get("size")
-        if size is not None and size > MAX_FILE_BYTES:
-            raise ConceptFileError(f"{self.describe(path)}: larger than a concept file may be ({MAX_FILE_BYTES} bytes)")
-        return self._file_system.cat_file(self._full(path))
-
-    def write(self, path: str, data: bytes, *, overwrite: bool) -> None:
-        full = self._full(path)
-        if not overwrite and self._exists(path):
-            raise FileExistsError(full)
-        self._file_system.makedirs(full.rpartition("/")[0], exist_ok=True)
-        self._file_system.pipe_file(full, data)
-
-    def delete(self, path: str) -> None:
-        self._info(path)
-        self._file_system.rm_file(self._full(path))
-
-    def paths(self) -> Iterator[str]:
-        self._file_system.invalidate_cache()
-        try:
-            found = self._file_system.find(self.root, maxdepth=_MAX_SEGMENTS)
-        except FileNotFoundError:
-            return
-        prefix = f"{self.root}/".lstrip("/")
-        for full in found:
-            relative = full.lstrip("/").removeprefix(prefix)
-            if relative.endswith(_SUFFIX):
-                yield relative
-
-    def describe(self, path: str) -> str:
-        return self._full(path)
-
-    def _exists(self, path: str) -> bool:
-        try:
-            self._info(path)
-        except FileNotFoundError:
-            return False
-        return True
-
-    def _info(self, path: str) -> dict[str, Any]:
-        full = self._full(path)
-        # Listings are cached by many file systems; another process may have replaced the file since.
-        self._file_system.invalidate_cache(full.rpartition("/")[0])
-        info = self._file_system.info(full)
-        if info.get("type", "file") != "file":
-            raise FileNotFoundError(full)
-        return info
-
-    def _full(self, path: str) -> str:
-        return f"{self.root}/{path}"
-
-
-def _open_files(path_or_url: str) -> _Files:
-    file_system, root = fsspec.core.url_to_fs(path_or_url)
-    if isinstance(file_system, LocalFileSystem):
-        return _LocalFiles(root)
-    return _RemoteFiles(file_system, root)
+def _split(concept_id: object) -> tuple[str, str | None]:
+    """An id and the version that it asks for."""
+    if not isinstance(concept_id, str):
+        raise TypeError(f"ConceptBank: a concept's id must be a string, got {type(concept_id).__name__}")
+    plain, at, version = concept_id.partition("@")
+    if at and not _VERSION.fullmatch(version):
+        raise ValueError(
+            f"ConceptBank: a concept's id looks like alice/cat; after @ its version has {VERSION_DIGITS} digits of "
+            f"0-9 and a-f, got {concept_id!r:.120}"
+        )
+    return plain, version if at else None
 
 
 def _path_of(concept_id: object) -> str:
@@ -326,19 +216,19 @@ def _path_of(concept_id: object) -> str:
     refusal = _refusal(concept_id)
     if refusal:
         raise ValueError(f"ConceptBank: a concept's id looks like alice/cat; {refusal}, got {concept_id!r:.120}")
-    return concept_id + _SUFFIX
+    return concept_id + SUFFIX
 
 
 def _refusal(concept_id: str) -> str | None:
     """Why a string is no id, or None if it is one."""
     segments = concept_id.split("/")
-    if len(segments) > _MAX_SEGMENTS:
-        return f"at most {_MAX_SEGMENTS} segments are allowed"
+    if len(segments) > MAX_SEGMENTS:
+        return f"at most {MAX_SEGMENTS} segments are allowed"
     for segment in segments:
         if not _SEGMENT.fullmatch(segment):
             return "each segment must be lower-case letters, digits, . _ - and start with a letter or digit"
         if ".." in segment or len(segment) > _MAX_SEGMENT:
             return f"a segment must not hold '..' and has at most {_MAX_SEGMENT} characters"
-        if segment.endswith(_SUFFIX):
-            return f"{_SUFFIX} is added to it and must be left out"
+        if segment.endswith(SUFFIX):
+            return f"{SUFFIX} is added to it and must be left out"
     return None

@@ -18,10 +18,18 @@ import torch
 from torch import Tensor
 
 from keylock_diffusers.concepts.base_model import BaseModel
-from keylock_diffusers.concepts.files import ConceptFileError, Header, pack, read_bounded, read_header, read_tensors
-from keylock_diffusers.files import strict_json, write_atomically
+from keylock_diffusers.concepts.files import (
+    ConceptFileError,
+    Header,
+    pack,
+    read_bounded,
+    read_header,
+    read_tensors,
+)
+from keylock_diffusers.files import open_regular, strict_json, write_atomically
 
 FORMAT_VERSION = 1
+VERSION_DIGITS = 16
 
 _PLACEHOLDER = re.compile(r"<[a-z0-9][a-z0-9_-]*>")
 _MAX_WORDS = 64
@@ -155,7 +163,13 @@ class Concept:
         if isinstance(path_or_bytes, (bytes, bytearray, memoryview)):
             concept = cls.from_bytes(bytes(path_or_bytes))
         else:
-            concept = cls.from_bytes(read_bounded(path_or_bytes), source=os.fspath(path_or_bytes))
+            source = os.fspath(path_or_bytes)
+            try:
+                opened = open_regular(path_or_bytes)
+            except ValueError as error:
+                raise ConceptFileError(str(error)) from None
+            with opened as stream:
+                concept = cls.from_bytes(read_bounded(stream, source), source=source)
         if pipe is not None:
             concept.check(pipe, strict=strict)
         return concept
@@ -263,6 +277,11 @@ class Concept:
         """A hash of everything the concept holds."""
         return hashlib.sha256(self.to_bytes()).hexdigest()[:32]
 
+    @property
+    def version(self) -> str:
+        """The digest's first 16 digits, which name this content in ``bank["alice/cat@..."]``."""
+        return self.digest[:VERSION_DIGITS]
+
     def __repr__(self) -> str:
         layers = len(self.base.layers)
         return f"Concept({self.placeholder}, {self.super_class!r}, {layers} layers, digest {self.digest[:8]})"
@@ -277,6 +296,39 @@ class Concept:
         product = terms.sum().item()
         if abs(product - 1) > min(1e-4 + rounding, 1e-2):
             raise ValueError(f"Concept: direction . target_input must be 1, got {product:.6g}")
+
+
+@dataclass(frozen=True)
+class ConceptSummary:
+    """What the header of a concept file says; its tensors are neither read nor compared with the checksum.
+
+    Args:
+        placeholder, super_class, beta, tau: see `Concept`.
+        nbytes: size of the file.
+    """
+
+    placeholder: str
+    super_class: str
+    beta: float
+    tau: float
+    nbytes: int
+
+    @classmethod
+    def of(cls, header: Header, nbytes: int, source: str) -> ConceptSummary:
+        """Check and read a header.
+
+        Raises:
+            ConceptFileError: it is not of a concept.
+        """
+        fields = header.fields
+        try:
+            _check_tensors(header, _check_fields(fields))
+            check_placeholder(fields["placeholder"])
+            check_super_class(fields["super_class"])
+            beta, tau = (_finite_number(name, fields[name]) for name in ("beta", "tau"))
+        except (ValueError, TypeError) as error:
+            raise ConceptFileError(f"{source}: {error}") from None
+        return cls(fields["placeholder"], fields["super_class"], beta, tau, nbytes)
 
 
 def check_placeholder(placeholder: object) -> None:

@@ -17,7 +17,7 @@ import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 import safetensors
 import safetensors.torch
@@ -28,6 +28,7 @@ from keylock_diffusers.files import strict_json
 
 MAX_FILE_BYTES = 16 << 20
 MAX_HEADER_BYTES = 1 << 20
+FIRST_BYTES = 8 << 10  # of a file, which hold most headers
 
 _FIELDS_KEY = "keylock_concept"
 _CHECKSUM_KEY = "checksum"
@@ -78,14 +79,19 @@ def pack(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
     return struct.pack("<Q", len(encoded)) + encoded + b"".join(raw for _, _, raw in entries)
 
 
-def read_header(data: bytes, source: str) -> Header:
+def read_header(data: bytes, source: str, size: int | None = None) -> Header:
     """Check a file's header against its size, allocating nothing that the header asks for.
+
+    Args:
+        data: the file's content, or its beginning as `header_bytes` counts it.
+        source: names it in errors.
+        size: of the whole file; default that of ``data``.
 
     Raises:
         ConceptFileError: naming ``source`` and what is wrong.
     """
     try:
-        return _read_header(data)
+        return _read_header(data, len(data) if size is None else size)
     except (ValueError, RecursionError) as error:
         raise ConceptFileError(f"{source}: {error or type(error).__name__}") from None
 
@@ -108,32 +114,49 @@ def read_tensors(data: bytes, header: Header, source: str) -> dict[str, Tensor]:
         raise ConceptFileError(f"{source}: {error}") from None
 
 
-def read_bounded(path: str | os.PathLike[str]) -> bytes:
+def read_bounded(stream: IO[bytes], source: str) -> bytes:
     """Read a file of at most `MAX_FILE_BYTES`.
 
     Raises:
-        ConceptFileError: it is larger, or not a regular file.
-        OSError: it cannot be opened.
+        ConceptFileError: it is larger.
     """
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise ConceptFileError(f"{path}: not a regular file")
-    with open(path, "rb") as stream:
-        data = stream.read(MAX_FILE_BYTES + 1)
+    data = stream.read(MAX_FILE_BYTES + 1)
     if len(data) > MAX_FILE_BYTES:
-        raise ConceptFileError(f"{path}: larger than a concept file may be ({MAX_FILE_BYTES} bytes)")
+        raise ConceptFileError(too_large(source))
     return data
 
 
-def _read_header(data: bytes) -> Header:
-    if len(data) > MAX_FILE_BYTES:
+def read_header_alone(stream: IO[bytes], source: str) -> tuple[Header, int]:
+    """The checked header of an open file, of which no more is read, and the file's size in bytes.
+
+    Raises:
+        ConceptFileError: the header is not one, or does not fit the file's size.
+    """
+    size = os.fstat(stream.fileno()).st_size
+    data = stream.read(FIRST_BYTES)
+    data += stream.read(max(0, header_bytes(data) - len(data)))
+    return read_header(data, source, size), size
+
+
+def header_bytes(data: bytes) -> int:
+    """How many bytes of a file `read_header` needs, by its first 8 of them."""
+    return 8 + min(int.from_bytes(data[:8], "little"), MAX_HEADER_BYTES)
+
+
+def too_large(source: str) -> str:
+    return f"{source}: larger than a concept file may be ({MAX_FILE_BYTES} bytes)"
+
+
+def _read_header(data: bytes, size: int) -> Header:
+    if size > MAX_FILE_BYTES:
         raise ValueError(f"larger than a concept file may be ({MAX_FILE_BYTES} bytes)")
     if len(data) < 8:
-        raise ValueError(f"too short for a safetensors file: {len(data)} bytes")
+        raise ValueError(f"too short for a safetensors file: {size} bytes")
     (length,) = struct.unpack_from("<Q", data)
     begin = 8 + length
     if length > MAX_HEADER_BYTES or begin > len(data):
         raise ValueError(
-            f"the header's length of {length} bytes does not fit: the file has {len(data)} bytes and a header at "
+            f"the header's length of {length} bytes does not fit: the file has {size} bytes and a header at "
             f"most {MAX_HEADER_BYTES}"
         )
     try:
@@ -148,7 +171,7 @@ def _read_header(data: bytes) -> Header:
     if _FIELDS_KEY not in metadata or _CHECKSUM_KEY not in metadata:
         raise ValueError(f"not a concept file: its metadata has no {_FIELDS_KEY} or no {_CHECKSUM_KEY}")
     tensors = {name: _read_entry(name, entry) for name, entry in header.items()}
-    _require_no_gaps(tensors, len(data) - begin)
+    _require_no_gaps(tensors, size - begin)
     try:
         fields = strict_json(metadata[_FIELDS_KEY])
     except ValueError as error:

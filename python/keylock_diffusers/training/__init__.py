@@ -1,10 +1,13 @@
 """Learning concepts from pictures."""
 
 from keylock_diffusers.denoisers.unet import localization_layers
+from keylock_diffusers.training.advice import advice
 from keylock_diffusers.training.config import ConceptTrainingError, Subject, TrainingConfig
 from keylock_diffusers.training.covariance import Covariance, covariance
+from keylock_diffusers.training.folder import PictureFolder
 from keylock_diffusers.training.image_adapter import AdapterConfig, AdapterExample, ImageAdapter, train_image_adapter
 from keylock_diffusers.training.localization import Localization, localization_loss
+from keylock_diffusers.training.samples import Samples
 from keylock_diffusers.training.subject_fusion import (
     FusionConfig,
     FusionExample,
@@ -23,8 +26,11 @@ __all__ = [
     "FusionSubject",
     "ImageAdapter",
     "Localization",
+    "PictureFolder",
+    "Samples",
     "Subject",
     "TrainingConfig",
+    "advice",
     "covariance",
     "localization_layers",
     "localization_loss",

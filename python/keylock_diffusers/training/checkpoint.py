@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from keylock_diffusers.files import read_tensors, write_tensors
+from keylock_diffusers.files import held, keep_tensors, read_tensors
+
+logger = logging.getLogger(__name__)
 
 
-def save(path: str | Path, tensors: Mapping[str, Tensor], facts: Any, *, run: str, step: int) -> None:
-    """Writes everything that the next step depends on.
+def save(path: str | Path, tensors: Mapping[str, Tensor], facts: Any, *, run: str, step: int) -> bool:
+    """Writes everything that the next step depends on; a disk that is full or read-only is warned of.
 
     Args:
         path: the file.
@@ -23,8 +27,30 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], facts: Any, *, run: st
         facts: the rest, as JSON.
         run: what makes the run the same run: see `digest`.
         step: the next one.
+
+    Returns:
+        Whether it was written.
     """
-    write_tensors(path, tensors, {"step": json.dumps(step), "run": run, "facts": json.dumps(facts)})
+    header = {"step": json.dumps(step), "run": run, "facts": json.dumps(facts)}
+    return keep_tensors(path, tensors, header, "checkpoint")
+
+
+def hold(stack: contextlib.ExitStack, path: str | Path) -> None:
+    """Holds a checkpoint for this run until `stack` is left, or the process ends.
+
+    Raises:
+        ValueError: another run holds it, or it is a folder.
+    """
+    if Path(path).is_dir():
+        raise ValueError(f"checkpoint_path must be a file, got the folder {path}")
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        mine = stack.enter_context(held(path))
+    except OSError as error:
+        logger.warning("checkpoint %s cannot be locked (%s); nothing keeps another run from writing it", path, error)
+        return
+    if not mine:
+        raise ValueError(f"checkpoint {path} is being written by another run; wait for it, or name another file")
 
 
 def restore(path: str | Path, run: str) -> tuple[dict[str, Tensor], Any, int]:
@@ -39,7 +65,8 @@ def restore(path: str | Path, run: str) -> tuple[dict[str, Tensor], Any, int]:
         raise ValueError(f"checkpoint {error}") from error
     if header.get("run") != run:
         raise ValueError(
-            f"checkpoint {path} is of another run: its pictures, settings, metric or model differ from these"
+            f"checkpoint {path} is of another run: its pictures, settings, metric or model differ from these; "
+            "remove it to begin anew, or name another file"
         )
     return tensors, json.loads(header["facts"]), int(json.loads(header["step"]))
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from PIL import Image
 
+from keylock_diffusers.checks import check_field, number, shown, whole
 from keylock_diffusers.concepts.concept import check_placeholder, check_super_class
 from keylock_diffusers.training.localization import FORMS
 
+DEFAULT_CAPTIONS = ("a photo of a {}", "a picture of the {}", "a {}", "the {}")
 _GRADIENTS = ("none", "straight-through", "exact")
 # Perfusion's learning rates, and the root mean squares on Stable Diffusion 1.5 of what they were chosen for: CLIP
 # ViT-L/14's word embeddings have a norm of about 0.39 in 768 dimensions; to_v's outputs are of the order of one.
@@ -44,14 +47,29 @@ class Subject:
     def __post_init__(self) -> None:
         check_placeholder(self.placeholder)
         check_super_class(self.super_class)
+        self._check("images", Image.Image, "PIL images")
         if not self.images:
             raise ValueError(f"Subject {self.placeholder}: images must not be empty")
-        for name in ("captions", "masks"):
-            given = getattr(self, name)
-            if given is not None and len(given) != len(self.images):
+        for name, kind, wanted in (("captions", str, "texts"), ("masks", Image.Image, "PIL images")):
+            if getattr(self, name) is None:
+                continue
+            self._check(name, kind, wanted)
+            given = len(getattr(self, name))
+            if given != len(self.images):
                 raise ValueError(
-                    f"Subject {self.placeholder}: {name} must hold one per picture, "
-                    f"{len(self.images)}, got {len(given)}"
+                    f"Subject {self.placeholder}: {name} must hold one per picture, {len(self.images)}, got {given}"
+                )
+        check_field(self, "seed", whole, 0)
+
+    def _check(self, name: str, kind: type, wanted: str) -> None:
+        values = getattr(self, name)
+        if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
+            raise TypeError(f"Subject {self.placeholder}: {name} must be a list of {wanted}, got {shown(values)}")
+        for place, value in enumerate(values):
+            if not isinstance(value, kind):
+                hint = "; open it first" if isinstance(value, (str, os.PathLike)) else ""
+                raise TypeError(
+                    f"Subject {self.placeholder}: {name} must be {wanted}, got {shown(value)} as number {place}{hint}"
                 )
 
 
@@ -97,19 +115,24 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if self.target_gradient not in _GRADIENTS:
             raise ValueError(
-                f"TrainingConfig: target_gradient must be one of {_GRADIENTS}, got {self.target_gradient!r}"
+                f"TrainingConfig: target_gradient must be one of {_GRADIENTS}, got {shown(self.target_gradient)}"
             )
         if self.mixed_precision not in ("no", "bf16"):
-            raise ValueError(f'TrainingConfig: mixed_precision must be "no" or "bf16", got {self.mixed_precision!r}')
-        for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"TrainingConfig: {name} must be at least 1, got {getattr(self, name)}")
+            raise ValueError(
+                f'TrainingConfig: mixed_precision must be "no" or "bf16", got {shown(self.mixed_precision)}'
+            )
+        for name in ("steps", "batch_size", "patience"):
+            check_field(self, name, whole, 1, optional=name == "patience")
+        for name in ("beta", "inference_beta"):
+            check_field(self, name, number)
+        for name in ("values_rate", "embedding_rate", "localize", "tau", "inference_tau", "target_decay"):
+            check_field(self, name, number, 0)
+        check_field(self, "max_grad_norm", number, 0, optional=True)
+        if self.max_grad_norm == 0:
+            raise ValueError("TrainingConfig: max_grad_norm must be above 0, or None for no bound, got 0")
         if self.localization_form not in FORMS:
             raise ValueError(
-                f"TrainingConfig: localization_form must be one of {FORMS}, got {self.localization_form!r}"
+                f"TrainingConfig: localization_form must be one of {FORMS}, got {shown(self.localization_form)}"
             )
-        for name in ("values_rate", "embedding_rate", "localize"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"TrainingConfig: {name} must be at least 0, got {getattr(self, name)}")
-        if not 0 <= self.target_decay < 1:
+        if self.target_decay >= 1:
             raise ValueError(f"TrainingConfig: target_decay must lie in [0, 1), got {self.target_decay}")

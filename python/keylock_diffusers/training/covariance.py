@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from keylock_diffusers.checks import number, shown
 from keylock_diffusers.encoding import text
-from keylock_diffusers.files import read_tensors, write_tensors
+from keylock_diffusers.files import keep_tensors, read_tensors
+from keylock_diffusers.training.frozen import check_encoder
 
 logger = logging.getLogger(__name__)
 _POSITIONS = ("prompt", "all")
@@ -30,6 +32,13 @@ class Covariance:
 
     matrix: Tensor  # [D, D] float64
     recipe: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        shape = list(self.matrix.shape)
+        if len(shape) != 2 or shape[0] != shape[1]:
+            raise ValueError(f"Covariance: matrix must be [D, D], got {shape}")
+        if not bool(self.matrix.isfinite().all()) or not torch.allclose(self.matrix, self.matrix.T):
+            raise ValueError("Covariance: matrix must be finite and symmetric")
 
     def direction(self, target: Tensor) -> tuple[Tensor, Tensor]:
         """C^-1 i* / energy [..., D] and the energy i*^T C^-1 i* [...], both float32, of target inputs [..., D].
@@ -63,17 +72,22 @@ def covariance(
         cache: folder for the result; default ``$KEYLOCK_CACHE`` or ``~/.cache/keylock``.
 
     Raises:
-        ValueError: an argument is not what this says.
+        TypeError, ValueError: an argument is not what this says.
 
     Paper: Perfusion, Tewel et al. 2023, arXiv 2305.01644; ROME, Meng et al. 2022, arXiv 2202.05262.
     """
+    check_encoder(pipe, "covariance")
+    if isinstance(captions, (str, bytes)) or not isinstance(captions, Iterable):
+        raise TypeError(f"covariance: captions must be a list of texts, got {shown(captions)}")
     captions = list(captions)
+    wrong = next((c for c in captions if not isinstance(c, str)), None)
+    if wrong is not None:
+        raise TypeError(f"covariance: captions must be texts, got {shown(wrong)} among them")
     if not captions:
         raise ValueError("covariance: captions must not be empty")
     if positions not in _POSITIONS:
         raise ValueError(f"covariance: positions must be one of {_POSITIONS}, got {positions!r}")
-    if not ridge >= 0:
-        raise ValueError(f"covariance: ridge must be at least 0, got {ridge}")
+    ridge = number(ridge, "covariance: ridge", 0)
     prompts = [text.tokenize(pipe.tokenizer, words) for words in captions]
     first = text.encode(pipe.text_encoder, prompts[:_BATCH])
     path = _cache_folder(cache) / f"covariance-{_key(first, captions, positions)}.safetensors"
@@ -92,7 +106,7 @@ def covariance(
             moment += rows.T @ rows
             count += len(rows)
         moment /= count
-        _write(path, moment)
+        keep_tensors(path, {"moment": moment}, {"checksum": _checksum(moment)}, "covariance")
     ridged = moment + ridge * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
     condition = float(torch.linalg.cond(ridged))
     if condition > _WARN_CONDITION:
@@ -120,14 +134,12 @@ def _key(first: Tensor, captions: Sequence[str], positions: str) -> str:
 
 def _read(path: Path, size: int) -> Tensor | None:
     try:
-        moment = read_tensors(path)[0]["moment"]
+        tensors, facts = read_tensors(path)
+        moment = tensors["moment"]
     except Exception:  # absent or damaged: it is made again
         return None
-    return moment if moment.shape == (size, size) and bool(moment.isfinite().all()) else None
+    return moment if moment.shape == (size, size) and facts.get("checksum") == _checksum(moment) else None
 
 
-def _write(path: Path, moment: Tensor) -> None:
-    try:
-        write_tensors(path, {"moment": moment})
-    except OSError as error:
-        logger.warning("covariance: %s cannot be written (%s); it is computed anew next time", path, error)
+def _checksum(moment: Tensor) -> str:
+    return hashlib.sha256(moment.contiguous().numpy().tobytes()).hexdigest()

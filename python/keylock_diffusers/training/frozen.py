@@ -10,9 +10,13 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from keylock_diffusers.checks import shown
 from keylock_diffusers.denoisers.unet import adapters
+from keylock_diffusers.pictures import decode, upright
 from keylock_diffusers.processors import CrossAttnProcessor, IPAdapterCrossAttnProcessor, install, uninstall, verify
 from keylock_diffusers.training import loop
+
+_TOGETHER = 16  # pictures that the autoencoder is given at a time
 
 
 def noise_levels(scheduler: Any, times: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -35,18 +39,45 @@ def prediction_target(scheduler: Any, clean: Tensor, noise: Tensor, signal: Tens
     raise ValueError(f"the scheduler's prediction_type {kind!r} is not known")
 
 
-def encode_images(pipe: Any, images: Sequence[Image.Image]) -> Tensor:
+def named(what: str, image: Image.Image) -> str:
+    """A picture for errors, with its file's name where it has one."""
+    file = getattr(image, "filename", "")
+    return f"{what} ({file})" if file else what
+
+
+def encode_images(pipe: Any, images: Sequence[Image.Image], names: Sequence[str] | None = None) -> Tensor:
+    """Pictures' scaled latents [n, c, h, w], of the middle square of each.
+
+    Args:
+        pipe: the pipeline.
+        images: the pictures; one is held at a time.
+        names: of them in errors; default their numbers.
+
+    Raises:
+        ValueError: one is damaged or too large, by its number and its file's name.
+    """
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    squares = [ImageOps.fit(upright(image), (side, side), Image.Resampling.LANCZOS) for image in images]
-    pixels = pipe.image_processor.preprocess(squares).to(pipe.vae.device, pipe.vae.dtype)
-    encoded = pipe.vae.encode(pixels)
-    latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
-    return latents * pipe.vae.config.scaling_factor
+    squares = []
+    for number in range(len(images)):
+        image = images[number]  # which may open a file
+        decode(image, named(names[number] if names else f"picture {number}", image))
+        squares.append(ImageOps.fit(upright(image), (side, side), Image.Resampling.LANCZOS))
+    parts = []
+    for first in range(0, len(squares), _TOGETHER):
+        group = squares[first : first + _TOGETHER]
+        encoded = pipe.vae.encode(pipe.image_processor.preprocess(group).to(pipe.vae.device, pipe.vae.dtype))
+        parts.append(encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode())
+    return torch.cat(parts) * pipe.vae.config.scaling_factor
 
 
-def latents_of(pipe: Any, images: Sequence[Image.Image | Tensor], device: torch.device) -> Tensor:  # [B, c, h, w]
+def latents_of(
+    pipe: Any, images: Sequence[Image.Image | Tensor], names: Sequence[str], device: torch.device
+) -> Tensor:  # [B, c, h, w]
     """Pictures' scaled latents in float32; those that are latents already are taken as they are."""
-    made = [image if isinstance(image, Tensor) else encode_images(pipe, [image])[0] for image in images]
+    made = [
+        image if isinstance(image, Tensor) else encode_images(pipe, [image], [name])[0]
+        for image, name in zip(images, names, strict=True)
+    ]
     return torch.stack([latents.to(device, torch.float32) for latents in made])
 
 
@@ -68,6 +99,7 @@ def encoded_prompts(
             continue
         if getattr(pipe, "image_encoder", None) is None:
             raise TypeError(f"{name}: pipe must have an image_encoder for pictures, got none")
+        decode(prompt, named(f"{name}: a picture", prompt))
         made.append(pipe.encode_image(upright(prompt), device, 1)[0][0].float())
     return torch.stack(made)
 
@@ -95,37 +127,63 @@ def draw(pipe: Any, examples: Sequence[Any], config: loop.Schedule, step: int, p
     """
     device = pipe.unet.device
     random = loop.generator(config.seed, step, process)
-    rows = [examples[n] for n in torch.randint(len(examples), (config.batch_size,), generator=random).tolist()]
+    chosen = torch.randint(len(examples), (config.batch_size,), generator=random).tolist()
+    rows = [examples[n] for n in chosen]
     times = torch.randint(pipe.scheduler.config.num_train_timesteps, (len(rows),), generator=random).to(device)
-    share = torch.rand(len(rows), generator=random).tolist()
-    clean = latents_of(pipe, [row.image for row in rows], device)
-    noise = torch.randn(clean.shape, generator=random).to(device)
+    share = torch.rand(len(rows), generator=random, dtype=torch.float32).tolist()
+    clean = latents_of(pipe, [row.image for row in rows], [f"the image of example {n}" for n in chosen], device)
+    noise = torch.randn(clean.shape, generator=random, dtype=torch.float32).to(device)
     signal, sigma = noise_levels(pipe.scheduler, times, device)
     noisy = (signal * clean + sigma * noise).to(pipe.unet.dtype)
     return Draw(rows, share, times, noisy, prediction_target(pipe.scheduler, clean, noise, signal, sigma))
+
+
+def check_encoder(pipe: Any, name: str, *parts: str) -> None:
+    """That a pipeline is of Stable Diffusion 1.x or 2.x, as far as its text goes.
+
+    Args:
+        pipe: the pipeline.
+        name: who asks.
+        parts: what else it must have.
+
+    Raises:
+        TypeError: it has two text encoders, or lacks something.
+    """
+    if getattr(pipe, "text_encoder_2", None) is not None:
+        raise TypeError(f"{name}: pipe must have one text encoder, got two: Stable Diffusion XL cannot be trained")
+    missing = [part for part in ("text_encoder", "tokenizer", *parts) if getattr(pipe, part, None) is None]
+    if missing:
+        raise TypeError(
+            f"{name}: pipe must be a Stable Diffusion 1.x or 2.x pipeline with its {', '.join(missing)}, "
+            f"got {type(pipe).__name__}"
+        )
 
 
 def check_pipeline(pipe: Any, name: str) -> None:
     """What every trainer here needs of a pipeline.
 
     Raises:
-        TypeError: it has two text encoders.
+        TypeError: see `check_encoder`.
         ValueError: it is in float16, or has an IP-Adapter loaded.
     """
-    if getattr(pipe, "text_encoder_2", None) is not None:
-        raise TypeError(f"{name}: pipe must have one text encoder, got two")
+    check_encoder(pipe, name, "unet", "vae", "scheduler")
     if pipe.unet.dtype == torch.float16:
         raise ValueError(f"{name}: gradients vanish in float16; load the pipeline in float32 or bfloat16")
     if adapters(pipe.unet):
         raise ValueError(f"{name}: pipe must have no IP-Adapter loaded; call pipe.unload_ip_adapter first")
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """An RGB picture turned as the camera noted, transparency on white."""
-    image = ImageOps.exif_transpose(image)
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert("RGB")
+def check_examples(examples: Any, name: str) -> None:
+    """That there is something to learn from.
+
+    Raises:
+        TypeError: it has no length and items.
+        ValueError: it is empty.
+    """
+    if not hasattr(examples, "__len__") or not hasattr(examples, "__getitem__") or isinstance(examples, (str, bytes)):
+        raise TypeError(f"{name}: examples must have a length and items, got {shown(examples)}")
+    if not len(examples):
+        raise ValueError(f"{name}: examples must not be empty")
 
 
 @contextmanager
@@ -151,7 +209,10 @@ def frozen(pipe: Any, device: torch.device | None = None) -> Iterator[None]:
                 module.to(device)
         install(pipe)
         verify(pipe)
-        yield
+        kind = (device or pipe.unet.device).type
+        # Whatever the caller has switched off, or on.
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(kind, enabled=False):
+            yield
     finally:
         if not installed:
             uninstall(pipe)

@@ -21,6 +21,7 @@ from keylock_diffusers.files import write_tensors
 from keylock_diffusers.processors import ImageStreams
 from keylock_diffusers.training import loop
 from keylock_diffusers.training.frozen import (
+    check_examples,
     check_pipeline,
     draw,
     encoded_prompts,
@@ -135,8 +136,7 @@ def train_image_adapter(
 
     Paper: Ye et al., IP-Adapter, arXiv 2308.06721.
     """
-    if not len(examples):
-        raise ValueError("train_image_adapter: examples must not be empty")
+    check_examples(examples, "train_image_adapter")
     accelerator = accelerator or Accelerator()
     device, unet = accelerator.device, pipe.unet
     check_pipeline(pipe, "train_image_adapter")

@@ -6,9 +6,12 @@ repeats what an uninterrupted run would have done, but for fp16's loss scale, wh
 
 from __future__ import annotations
 
+import contextlib
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +21,7 @@ from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from keylock_diffusers import checks
 from keylock_diffusers.concepts import BaseModel
 from keylock_diffusers.files import read_tensors
 from keylock_diffusers.training import checkpoint
@@ -59,12 +63,13 @@ class Schedule:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        name = type(self).__name__
-        for field in ("steps", "batch_size"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{name}: {field} must be at least 1, got {getattr(self, field)}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"{name}: learning_rate must be above 0, got {self.learning_rate}")
+        for field, least in (("steps", 1), ("batch_size", 1), ("warmup", 0), ("seed", 0)):
+            checks.check_field(self, field, checks.whole, least)
+        for field in ("learning_rate", "weight_decay"):
+            checks.check_field(self, field, checks.number, 0)
+        checks.check_field(self, "average_decay", checks.number, 0, 1, optional=True)
+        if self.learning_rate == 0:
+            raise ValueError(f"{type(self).__name__}: learning_rate must be above 0, got 0")
 
 
 def rate(schedule: Schedule, step: int) -> float:
@@ -83,8 +88,10 @@ def check_shares(config: Schedule, *fields: str) -> None:
     Raises:
         ValueError: they are none, or too many together.
     """
+    for field in fields:
+        checks.check_field(config, field, checks.number, 0, 1)
     shares = [getattr(config, field) for field in fields]
-    if min(shares) < 0 or sum(shares) > 1:
+    if sum(shares) > 1:
         raise ValueError(f"{type(config).__name__}: {', '.join(fields)} must be shares, got {shares}")
 
 
@@ -137,7 +144,7 @@ class Run:
         steps: how many.
         path: of its checkpoint, to resume from and to write; None: nothing is kept.
         digest: what makes the run the same run; a checkpoint of another is refused.
-        every: steps between two writes; None: one every two minutes.
+        every: steps between two writes; there is one every two minutes besides.
         desc: of the progress bar.
         progress: whether to show it.
         writes: whether this process writes the checkpoint.
@@ -155,14 +162,25 @@ class Run:
 def run(trainable: Trainable, how: Run) -> None:
     """Steps to the end, from where the checkpoint left off.
 
+    Ctrl-C waits for the end of a step and for the checkpoint; a second one does not. A checkpoint that cannot be
+    written is warned of, and the steps go on.
+
     Raises:
-        ValueError: the checkpoint is of another run, or cannot be read.
+        ValueError: the checkpoint is of another run, is written by another run at the time, or cannot be read.
+        KeyboardInterrupt: what it says is for people: where the run goes on.
     """
+    with contextlib.ExitStack() as stack:
+        if how.path is not None and how.writes:
+            checkpoint.hold(stack, how.path)
+        _steps(trainable, how, stack.enter_context(_interrupts(how.path is not None)))
+
+
+def _steps(trainable: Trainable, how: Run, stopped: Callable[[], bool]) -> None:
     first = 0
     if how.path is not None and Path(how.path).exists():
         tensors, facts, first = checkpoint.restore(how.path, how.digest)
         trainable.restore(tensors, facts)
-    written = time.monotonic()
+    written, kept = time.monotonic(), not how.writes
     bar = tqdm(
         range(first, how.steps),
         initial=first,
@@ -176,13 +194,43 @@ def run(trainable: Trainable, how: Run) -> None:
         if figures is None:
             break
         bar.set_postfix({key: f"{figure:.4g}" for key, figure in figures.items()}, refresh=False)
-        if how.every is None:
-            due = time.monotonic() - written > CHECKPOINT_SECONDS
-        else:
-            due = (number + 1) % how.every == 0
+        stop = stopped()
+        due = how.every is not None and (number + 1) % how.every == 0
+        due = due or stop or time.monotonic() - written > CHECKPOINT_SECONDS
         if how.path is not None and how.writes and (due or number + 1 == how.steps):
-            checkpoint.save(how.path, *trainable.state(), run=how.digest, step=number + 1)
+            kept = checkpoint.save(how.path, *trainable.state(), run=how.digest, step=number + 1)
             written = time.monotonic()
+        if stop:
+            bar.close()
+            where = f"is in {how.path}, from where the same call goes on" if kept else "could not be kept"
+            raise KeyboardInterrupt(f"{how.desc} was stopped; what {number + 1} steps have learned {where}")
+
+
+@contextlib.contextmanager
+def _interrupts(put_off: bool) -> Iterator[Callable[[], bool]]:
+    """Puts Ctrl-C off and gives what tells whether it came; the second one is not put off.
+
+    So it does with SIGTERM where that has been given Python's handler of Ctrl-C. Where this handler is not at work, in
+    a thread or in an application with one of its own, nothing changes.
+    """
+    asked: list[int] = []
+
+    def ask(number: int, _frame: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    ours = []
+    if put_off and threading.current_thread() is threading.main_thread():
+        pythons = signal.default_int_handler
+        ours = [kind for kind in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(kind) is pythons]
+    for kind in ours:
+        signal.signal(kind, ask)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for kind in ours:
+            signal.signal(kind, signal.default_int_handler)
 
 
 class _Objective(nn.Module):
@@ -260,8 +308,8 @@ def fit(
 ) -> None:
     """Minimises `loss(step)` over `module`'s parameters with AdamW, cosine decay and a weight average.
 
-    Resumes from the checkpoint where it exists and writes it every two minutes. At the end the module holds the
-    averaged weights.
+    Resumes from the checkpoint where it exists and writes it every two minutes and on Ctrl-C. At the end the module
+    holds the averaged weights.
 
     Args:
         module: what learns; it is moved to the accelerator's device.

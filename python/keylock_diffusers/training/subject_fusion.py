@@ -14,12 +14,13 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
+from keylock_diffusers.checks import check_field, number
 from keylock_diffusers.concepts import BaseModel
 from keylock_diffusers.encoding import text
 from keylock_diffusers.encoding.fusion import FusionUse, SubjectFusion, fuse
 from keylock_diffusers.masks import soft_mask
 from keylock_diffusers.training import loop
-from keylock_diffusers.training.frozen import check_pipeline, draw, encoded_prompts, frozen
+from keylock_diffusers.training.frozen import check_examples, check_pipeline, draw, encoded_prompts, frozen, named
 from keylock_diffusers.training.localization import FORMS, Localization, localization_loss
 
 
@@ -78,8 +79,7 @@ class FusionConfig(loop.Schedule):
     def __post_init__(self) -> None:
         super().__post_init__()
         loop.check_shares(self, "drop_text", "drop_subjects")
-        if not self.localize >= 0:
-            raise ValueError(f"FusionConfig: localize must be at least 0, got {self.localize}")
+        check_field(self, "localize", number, 0)
         if self.localization_form not in FORMS:
             raise ValueError(f"FusionConfig: localization_form must be one of {FORMS}, got {self.localization_form!r}")
 
@@ -116,8 +116,7 @@ def train_subject_fusion(
 
     Paper: Xiao et al., FastComposer, arXiv 2305.10431.
     """
-    if not len(examples):
-        raise ValueError("train_subject_fusion: examples must not be empty")
+    check_examples(examples, "train_subject_fusion")
     accelerator = accelerator or Accelerator()
     device, unet = accelerator.device, pipe.unet
     check_pipeline(pipe, "train_subject_fusion")
@@ -202,7 +201,9 @@ def _targets(
     for row, subjects in enumerate(masked):
         for place, (mask, token) in enumerate(subjects):
             tokens[row, place] = token
-            soft = mask if isinstance(mask, Tensor) else soft_mask(mask, size)
+            soft = (
+                mask if isinstance(mask, Tensor) else soft_mask(mask, size, named("the mask of a FusionSubject", mask))
+            )
             if soft.shape != (1, *size):
                 raise ValueError(f"FusionSubject: mask must be {[1, *size]}, got {list(soft.shape)}")
             masks[row, place] = soft[0]

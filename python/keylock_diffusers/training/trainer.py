@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from keylock_diffusers.checks import listed, reason_of, shown, whole
 from keylock_diffusers.concepts import BaseModel, Concept
 from keylock_diffusers.denoisers.unet import cross_attention_layers
 from keylock_diffusers.encoding import text
@@ -20,15 +21,24 @@ from keylock_diffusers.processors import RowUpdates
 from keylock_diffusers.processors.projection import project_vectors
 from keylock_diffusers.routing import edits
 from keylock_diffusers.training import checkpoint, loop
-from keylock_diffusers.training.config import ConceptTrainingError, Subject, TrainingConfig
+from keylock_diffusers.training.advice import quarters
+from keylock_diffusers.training.config import DEFAULT_CAPTIONS, ConceptTrainingError, Subject, TrainingConfig
 from keylock_diffusers.training.covariance import Covariance
-from keylock_diffusers.training.frozen import check_pipeline, encode_images, frozen, noise_levels, prediction_target
+from keylock_diffusers.training.frozen import (
+    check_pipeline,
+    encode_images,
+    frozen,
+    named,
+    noise_levels,
+    prediction_target,
+)
 from keylock_diffusers.training.localization import Localization, localization_loss
 
+# After a step: how many there were, and what gives the concepts as they are.
+OnStep = Callable[[int, Callable[[], list[Concept | ConceptTrainingError]]], None]
 # Of a learner, what a checkpoint keeps.
 _TENSORS = ("embedding", "values", "target")
-_FACTS = ("loss", "best", "best_step", "steps", "stopped")
-_DEFAULT_CAPTIONS = ("a photo of a {}", "a picture of the {}", "a {}", "the {}")
+_FACTS = ("loss", "best", "best_step", "steps", "stopped", "losses")
 
 
 @dataclass
@@ -44,6 +54,7 @@ class _Learner:
     values: nn.Parameter  # [sum O]
     target: Tensor  # [D]
     optimizer: torch.optim.Optimizer
+    losses: list[float] = field(default_factory=list)  # of every step
     loss: float = float("nan")  # smoothed
     best: float = float("inf")
     best_step: int = 0
@@ -65,6 +76,7 @@ def train_concepts(
     checkpoint_path: str | Path | None = None,
     checkpoint_every: int = 50,
     progress: bool = True,
+    on_step: OnStep | None = None,
 ) -> list[Concept | ConceptTrainingError]:
     """Learns a concept per subject; all of them share the U-Net's calls, and none influences another.
 
@@ -76,48 +88,83 @@ def train_concepts(
         subjects: what to learn.
         config: how.
         metric: C: see `covariance`.
-        checkpoint_path: a safetensors file to resume from and to write.
-        checkpoint_every: steps between two writes of it.
+        checkpoint_path: a safetensors file to resume from and to write; it is written on Ctrl-C, too.
+        checkpoint_every: steps between two writes of it; there is one every two minutes besides.
         progress: whether to show a progress bar.
+        on_step: called after every step with how many there were, and what gives the concepts as they are then, such
+            as `Samples`.
 
     Returns:
-        Per subject its concept, or the error that stopped it (a loss that was not finite).
+        Per subject its concept, or the error that stopped it: a picture, mask or caption that cannot be used, or a loss
+        that was not finite.
 
     Raises:
-        ValueError: no subjects, a subject's captions or masks, a pipeline in float16 or with an IP-Adapter, or a
-            checkpoint of another run.
+        ValueError: no subjects, a pipeline in float16 or with an IP-Adapter, or a checkpoint of another run.
+        TypeError: an argument is of another kind, or the pipeline has two text encoders.
 
     Paper: Perfusion, Tewel et al. 2023, arXiv 2305.01644.
     """
+    for name, value, kind in (("config", config, TrainingConfig), ("metric", metric, Covariance)):
+        if not isinstance(value, kind):
+            raise TypeError(f"train_concepts: {name} must be a {kind.__name__}, got {shown(value)}")
+    whole(checkpoint_every, "train_concepts: checkpoint_every", 1)
+    for subject in listed(subjects, "train_concepts: subjects"):
+        if not isinstance(subject, Subject):
+            raise TypeError(f"train_concepts: subjects must be Subject objects, got {shown(subject)}")
     if not subjects:
         raise ValueError("train_concepts: subjects must not be empty")
     check_pipeline(pipe, "train_concepts")
-    bare = [subject.placeholder for subject in subjects if subject.masks is None]
-    if config.localize and bare:
-        raise ValueError(f"train_concepts: localize needs masks, and the subject {bare[0]} has none")
-    started = time.monotonic()
+    width = pipe.unet.config.cross_attention_dim
+    if len(metric.matrix) != width:
+        shape = list(metric.matrix.shape)
+        raise ValueError(f"train_concepts: metric must be of this pipeline, [{width}, {width}], got {shape}")
     with frozen(pipe):
-        learners = [_begin(pipe, subject, config) for subject in subjects]
-        base = BaseModel.of(pipe)
-        trained = _Training(pipe, learners, config, metric)
-        run = loop.Run(
-            config.steps, checkpoint_path, trained.digest(base), checkpoint_every, "training concepts", progress
-        )
-        loop.run(trained, run)
-    return [_finish(learner, base, config, metric, time.monotonic() - started) for learner in learners]
+        trained = _Training(pipe, [_admit(pipe, subject, config) for subject in subjects], config, metric, on_step)
+        run = loop.Run(config.steps, checkpoint_path, trained.digest(), checkpoint_every, "training concepts", progress)
+        if trained.learners:
+            loop.run(trained, run)
+        return trained.concepts()
 
 
 class _Training:
-    """Many concepts, each with an optimiser of its own; a `loop.Trainable`."""
+    """Many concepts, each with an optimiser of its own; a `loop.Trainable`.
 
-    def __init__(self, pipe: Any, learners: list[_Learner], config: TrainingConfig, metric: Covariance) -> None:
-        self.pipe, self.learners, self.config, self.metric = pipe, learners, config, metric
+    Args:
+        pipe: the pipeline.
+        admitted: who learns, and whose subject could not be used.
+        config: how.
+        metric: C.
+        on_step: see `train_concepts`.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        admitted: list[_Learner | ConceptTrainingError],
+        config: TrainingConfig,
+        metric: Covariance,
+        on_step: OnStep | None,
+    ) -> None:
+        self.pipe, self.config, self.metric, self.on_step = pipe, config, metric, on_step
+        self.admitted = admitted
+        self.learners = [one for one in admitted if isinstance(one, _Learner)]
+        self.base, self.started = BaseModel.of(pipe), time.monotonic()
+
+    def concepts(self) -> list[Concept | ConceptTrainingError]:
+        """What was learned so far, or went wrong, in the order of the subjects."""
+        seconds = time.monotonic() - self.started
+        return [
+            _finish(one, self.base, self.config, self.metric, seconds) if isinstance(one, _Learner) else one
+            for one in self.admitted
+        ]
 
     def step(self, number: int) -> dict[str, float] | None:
         active = [learner for learner in self.learners if learner.stopped is None]
         if not active:
             return None
         _step(self.pipe, active, self.config, self.metric, number)
+        if self.on_step is not None:
+            self.on_step(number + 1, self.concepts)
         shown = [learner.loss for learner in self.learners if learner.failure is None]
         return {"loss": sum(shown) / max(len(shown), 1), "active": len(active)}
 
@@ -141,7 +188,7 @@ class _Training:
             learner.failure = fact["failure"] and ConceptTrainingError(fact["failure"])
             checkpoint.restore_optimizer(learner.optimizer, tensors, f"{number}/optimizer/")
 
-    def digest(self, base: BaseModel) -> str:
+    def digest(self) -> str:
         """Names what makes a run the same run; more steps continue it."""
         settings = {name: value for name, value in asdict(self.config).items() if name != "steps"}
         subjects = [
@@ -149,7 +196,7 @@ class _Training:
             for one in self.learners
         ]
         given = (tensor for one in self.learners for tensor in (one.latents, one.weights, one.super_encoding))
-        return checkpoint.digest([settings, subjects, base.to_json()], (self.metric.matrix, *given))
+        return checkpoint.digest([settings, subjects, self.base.to_json(), _FACTS], (self.metric.matrix, *given))
 
 
 def _step(pipe: Any, learners: list[_Learner], config: TrainingConfig, metric: Covariance, step: int) -> None:
@@ -223,7 +270,7 @@ class _Inputs:
     ) -> None:
         numbers = torch.arange(len(learners), dtype=torch.int32, device=encodings.device)
         slots = numbers.repeat_interleave(config.batch_size)[:, None]
-        full = torch.ones(slots.shape, device=encodings.device)
+        full = torch.ones(slots.shape, device=encodings.device, dtype=torch.float32)
         gates = edits.Gates(slots, full * config.beta, full * config.tau, full)
         directions, _ = metric.direction(targets)
         self._coefficients = edits.coefficients(encodings, directions, gates)
@@ -264,6 +311,7 @@ def _update(learner: _Learner, loss: float, config: TrainingConfig, step: int) -
         nn.utils.clip_grad_norm_(learner.parameters, config.max_grad_norm)
     learner.optimizer.step()
     learner.steps = step + 1
+    learner.losses.append(round(loss, 6))
     learner.loss = loss if learner.loss != learner.loss else 0.95 * learner.loss + 0.05 * loss
     if learner.loss < learner.best:
         learner.best, learner.best_step = learner.loss, step
@@ -277,7 +325,7 @@ def _draws(learner: _Learner, config: TrainingConfig, step: int, scheduler: Any)
     size = config.batch_size
     pictures = torch.randint(len(learner.latents), (size,), generator=generator)
     times = torch.randint(scheduler.config.num_train_timesteps, (size,), generator=generator)
-    return pictures, times, torch.randn(size, *learner.latents.shape[1:], generator=generator)
+    return pictures, times, torch.randn(size, *learner.latents.shape[1:], generator=generator, dtype=torch.float32)
 
 
 def word_encodings(encodings: Tensor, prompts: Sequence[text.TokenizedPrompt]) -> Tensor:
@@ -287,10 +335,22 @@ def word_encodings(encodings: Tensor, prompts: Sequence[text.TokenizedPrompt]) -
     return encodings[rows, positions]
 
 
+def _admit(pipe: Any, subject: Subject, config: TrainingConfig) -> _Learner | ConceptTrainingError:
+    """One user's pictures and words must not cost the others theirs, whatever is wrong with them."""
+    try:
+        return _begin(pipe, subject, config)
+    except Exception as error:
+        failure = ConceptTrainingError(f"{subject.placeholder}: {reason_of(error)}")
+        failure.__cause__ = error
+        return failure
+
+
 def _begin(pipe: Any, subject: Subject, config: TrainingConfig) -> _Learner:
+    if config.localize and subject.masks is None:
+        raise ValueError("localize needs masks, and the subject has none")
     super_ids = text.super_class_ids(pipe.tokenizer, subject.super_class)
     captions = subject.captions or [
-        _DEFAULT_CAPTIONS[n % len(_DEFAULT_CAPTIONS)].format(subject.placeholder) for n in range(len(subject.images))
+        DEFAULT_CAPTIONS[n % len(DEFAULT_CAPTIONS)].format(subject.placeholder) for n in range(len(subject.images))
     ]
     prompts = [text.tokenize(pipe.tokenizer, c, {subject.placeholder: subject.super_class}) for c in captions]
     device = pipe.unet.device
@@ -301,8 +361,10 @@ def _begin(pipe: Any, subject: Subject, config: TrainingConfig) -> _Learner:
             [project_vectors(attn.to_v, super_encoding[None])[0] for attn in cross_attention_layers(pipe.unet).values()]
         )
         latents = encode_images(pipe, subject.images)
-    name = f"Subject {subject.placeholder}: a mask"
-    masks = subject.masks or [Image.new("L", (8, 8), 255)] * len(subject.images)
+    if subject.masks is None:
+        weights = torch.ones(len(latents), 1, *latents.shape[-2:], dtype=torch.float32)
+    else:
+        weights = torch.stack([_soft(subject.masks[n], n, latents) for n in range(len(latents))])
     learned = nn.Parameter(embedding.clone().to(device)), nn.Parameter(values.clone().to(device))
     rates = (config.embedding_rate, config.values_rate)
     optimizer = torch.optim.AdamW(
@@ -316,13 +378,17 @@ def _begin(pipe: Any, subject: Subject, config: TrainingConfig) -> _Learner:
         subject=subject,
         prompts=prompts,
         latents=latents.float().cpu(),
-        weights=torch.stack([soft_mask(mask, latents.shape[-2:], name) for mask in masks]),
+        weights=weights,
         super_encoding=super_encoding.to(device),
         embedding=learned[0],
         values=learned[1],
         target=super_encoding.clone().to(device),
         optimizer=optimizer,
     )
+
+
+def _soft(mask: Image.Image, number: int, latents: Tensor) -> Tensor:  # [1, h, w]
+    return soft_mask(mask, latents.shape[-2:], named(f"mask {number}", mask))
 
 
 def _finish(
@@ -359,6 +425,7 @@ def _concept(learner: _Learner, base: BaseModel, config: TrainingConfig, metric:
             "pictures": len(learner.subject.images),
             "seed": learner.subject.seed,
             "loss": round(learner.loss, 5),
+            **quarters(learner.losses),
             "seconds": round(seconds, 1),
         },
     )
