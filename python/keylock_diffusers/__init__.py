@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from keylock_kernels._version import __version__
+
 if TYPE_CHECKING:
     from keylock_diffusers.concepts import Concept, ConceptBank
     from keylock_diffusers.encoding.fusion import SubjectFusion
     from keylock_diffusers.generation import generate, visualize
     from keylock_diffusers.generation.engine import Engine
     from keylock_diffusers.generation.maps import AttentionMaps, record_attention
+    from keylock_diffusers.generation.sweep import Sweep, sweep
     from keylock_diffusers.pictures import PictureLimits
     from keylock_diffusers.processors import install, uninstall
     from keylock_diffusers.requests import (
@@ -45,10 +48,12 @@ _HOME = {
     "RequestLimits": "requests",
     "Row": "routing.rows",
     "SubjectFusion": "encoding.fusion",
+    "Sweep": "generation.sweep",
     "Use": "requests",
     "generate": "generation.generate",
     "install": "processors",
     "record_attention": "generation.maps",
+    "sweep": "generation.sweep",
     "uninstall": "processors",
     "visualize": "generation.visualize",
 }
@@ -71,10 +76,13 @@ __all__ = [
     "RequestLimits",
     "Row",
     "SubjectFusion",
+    "Sweep",
     "Use",
+    "__version__",
     "generate",
     "install",
     "record_attention",
+    "sweep",
     "uninstall",
     "visualize",
 ]

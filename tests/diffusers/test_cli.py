@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def tiny_model(monkeypatch, pipe):
-    monkeypatch.setattr(common, "load", lambda model: pipe)
+    monkeypatch.setattr(common, "load", lambda model, **options: pipe)
     return pipe
 
 

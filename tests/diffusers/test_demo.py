@@ -39,7 +39,7 @@ def test_neighbours_change_nothing_and_company_only_rounding(report):
     assert measured["pictures_in_batch"] == 16
     assert measured["largest_difference_beside_others"] == 0
     assert measured["largest_difference_alone"] <= COMPANY * 255
-    assert measured["regions"] == {"pictures_in_batch": 5, "largest_difference_beside_others": 0}
+    assert measured["regions"] == {"pictures_in_batch": 5, "left_out": [], "largest_difference_beside_others": 0}
 
 
 def test_coats_and_expressions_are_counted_for_every_scene(report):

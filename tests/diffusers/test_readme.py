@@ -2,52 +2,87 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 from diffusers import ControlNetModel
 from PIL import Image
 
 import keylock_diffusers as kd
-from keylock_diffusers import embedded
-from keylock_diffusers.demo import regions
+from keylock_diffusers import cli, embedded
+from keylock_diffusers.demo import examples, regions
 from keylock_diffusers.demo.pictures import USERS
 from tests.diffusers.accuracy import assert_as_accurate
-from tests.diffusers.compatibility import save_adapter
+from tests.diffusers.test_cli import run
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+PAGES = (README, *((ROOT / "docs" / name).read_text() for name in ("install.md", "first-steps.md")))
+SHELL = [block for page in PAGES for block in re.findall(r"```sh\n(.*?)```", page, re.S)]
+FEW = {"train": ("--steps", 2, "--batch-size", 2), "sweep": ("--steps", 1), "generate": ("--steps", 2)}
 
 
-def test_the_drop_in_example_runs(concept_for, tmp_path, monkeypatch):
-    (block,) = [b for b in BLOCKS if "kd.ConceptBank" in b and "AttentionMaps" not in b]
-    monkeypatch.chdir(tmp_path)
-    pipe = embedded.load()
-    bank = kd.ConceptBank("concepts")
-    bank.add("alice/cat", concept_for(pipe))
-    bank.add("bob/dog", concept_for(pipe, "<bob-dog>", "dog", seed=2))
-    here = block.replace("path/to/sd15", str(embedded.BASE_MODEL)).replace('.to("cuda")', "").replace("=30", "=2")
+@pytest.fixture(scope="module")
+def ten_minutes(tmp_path_factory):
+    """A folder in which every line of the README's ten minutes was run, with few steps, one after another."""
+    folder = tmp_path_factory.mktemp("readme")
+    (block,) = [b for b in SHELL if "keylock train" in b]
+    said = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("KEYLOCK_CACHE", str(folder / "cache"))
+        for line in block.splitlines():
+            word, command, *rest = shlex.split(line)
+            assert word == "keylock"
+            said[command] = run(command, *rest, *FEW.get(command, ()))
+    return folder, said
+
+
+def test_every_line_of_the_ten_minutes_is_a_command_that_works(ten_minutes):
+    folder, said = ten_minutes
+    assert {*said} == {"example", "train", "bank", "sweep", "generate"}
+    assert "alice/cat" in said["bank"]
+    drawn = {path.name for path in (folder / "outputs").iterdir()}
+    assert {"000.png", "001-0.png", "001-1.png", "006.png", "attention.png"} <= drawn
+    assert Image.open(folder / "sweep.png").size == Image.open(ROOT / "docs" / "beta.png").size
+
+
+def test_every_line_of_the_documents_is_a_command_that_stands_alone():
+    known = {"example", "train", "bank", "sweep", "generate", "env", "demo", "schema"}
+    for line in [line for block in SHELL for line in block.splitlines()]:
+        word, *rest = shlex.split(line, comments=True)
+        assert word in ("keylock", "make", "python3", "pip", ".") and not {"|", "&&", ";"} & {*rest}
+        if word == "keylock":
+            assert rest[0] in known and run(rest[0], "--help")
+            named = {part for part in rest if part.startswith("--")}
+            assert all(name in typer_options(rest[0]) for name in named - {"--help"}), line
+
+
+def typer_options(command):
+    """The options that a command takes, those of its sub-commands among them."""
+    found = typer.main.get_command(cli.app).commands[command]
+    commands = [found, *getattr(found, "commands", {}).values()]
+    return {name for one in commands for parameter in one.params for name in parameter.opts}
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_first_two_examples_run_as_they_stand(ten_minutes, monkeypatch, number):
+    """As they are written, but for the number of steps, in the folder of the ten minutes."""
+    monkeypatch.chdir(ten_minutes[0])
+    block = BLOCKS[number].replace("=30", "=2")
     names: dict = {}
-    exec(here, names)
-    assert [image.size for image in names["images"]] == [(64, 64)] * 3
-
-
-def test_the_image_prompts_example_runs(concept_for, tmp_path, monkeypatch):
-    (block,) = [b for b in BLOCKS if "load_ip_adapter" in b]
-    monkeypatch.chdir(tmp_path)
-    pipe = embedded.load()
-    save_adapter(tmp_path / "path" / "to" / "ip-adapter", pipe)
-    region = torch.zeros(64, 64)
-    region[:, :32] = 1
-    picture = Image.new("RGB", (40, 30), "red")
-    names: dict = {"kd": kd, "pipe": pipe, "photo": picture, "painting": picture, "left_half": region}
     exec(block, names)
-    images = kd.generate(
-        pipe, names["requests"], bank={"alice/cat": concept_for(pipe)}, num_inference_steps=2, output_type="pt"
-    )
-    assert torch.stack(list(images)).isfinite().all()
+    assert [image.size for image in names["images"]] == [(64, 64)] * 3
+    assert ("load_adapter" in block) == bool(number)
+
+
+def test_the_documents_file_of_requests_is_the_examples():
+    (block,) = re.findall(r"```json\n(.*?)```", (ROOT / "docs" / "first-steps.md").read_text(), re.S)
+    assert block == examples.requests_json()
 
 
 def test_the_second_batchs_example_draws_the_demos(concept_for, tmp_path, monkeypatch):
@@ -90,8 +125,9 @@ def test_the_kernel_example_runs():
 
 
 def test_the_linked_files_exist():
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / target).exists(), target
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    links = [(page, target) for page in pages for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text())]
+    assert not [(page.name, target) for page, target in links if not (page.parent / target).exists()]
 
 
 @pytest.mark.parametrize("target", ["demo", "test"])

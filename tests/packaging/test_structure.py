@@ -11,7 +11,7 @@ PACKAGE = ROOT / "python" / "keylock_diffusers"
 NAME = "keylock_diffusers"
 # From the ground up; a module may import what stands in its own line or below.
 STOREYS = (
-    ("checks", "files", "pictures", "requests", "masks"),
+    ("checks", "files", "pictures", "requests", "requests_schema", "masks"),
     ("denoisers", "concepts"),
     ("processors",),
     ("routing",),

@@ -1,13 +1,16 @@
-"""The command ``keylock``: demo, train, generate, bank and env; a file each."""
+"""The command ``keylock``: a file each for its commands."""
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
+from typing import Annotated
 
 import typer
 
-from keylock_diffusers.cli import bank, demo, generate, train
+from keylock_diffusers import __version__
+from keylock_diffusers.cli import bank, common, demo, example, generate, schema, sweep, train
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -16,22 +19,41 @@ app = typer.Typer(
     help="Personalised text-to-image diffusion for many users in one batch.",
 )
 app.command()(demo.demo)
+app.command()(example.example)
 app.command()(train.train)
+app.command()(sweep.sweep)
 app.command()(generate.generate)
+app.command()(schema.schema)
 app.add_typer(bank.app, name="bank")
 
 
 def main() -> None:
-    """Runs the command; bad input ends it with one line on standard error and exit code 1."""
+    """Runs the command; whatever goes wrong ends it with one line on standard error and exit code 1."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
         app()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, TypeError, KeyError, AttributeError, OSError, RuntimeError) as error:
-        message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print(f"keylock: {message}", file=sys.stderr)
+    except Exception as error:
+        if os.environ.get("KEYLOCK_TRACEBACK"):
+            raise
+        print(f"keylock: {_line(error)}", file=sys.stderr)
         sys.exit(1)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"keylock {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _before(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    common.quiet()
 
 
 @app.command()
@@ -40,3 +62,12 @@ def env() -> None:
     from keylock_kernels.__main__ import report
 
     print(report())
+
+
+def _line(error: Exception) -> str:
+    """What went wrong in one line; what no argument explains says what it is, and how to see where."""
+    said = error.args[0] if isinstance(error, KeyError) and error.args else error
+    message = " ".join(str(said).split())
+    if isinstance(error, ValueError | OSError | KeyError | TypeError):
+        return message or type(error).__name__
+    return f"{type(error).__name__}: {message} (KEYLOCK_TRACEBACK=1 shows where)"

@@ -18,17 +18,21 @@ def demo(
     ),
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps per picture.")] = 25,
     training_steps: Annotated[int | None, typer.Option(min=1, help="Training steps; default the demo's own.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the pictures.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the pictures.")] = 0,
 ) -> None:
     """Teach three people's cats together on the embedded model and draw two mixed batches."""
     from dataclasses import replace
 
-    common.quiet()
+    common.without_loading_bars()
     from keylock_diffusers.demo import story
 
     training = story.TRAINING if training_steps is None else replace(story.TRAINING, steps=training_steps)
-    _print_report(story.run(output, steps=steps, training=training, seed=seed))
-    console.print(f"{output / 'grid.png'}\n{output / 'regions.png'}\n{output / 'report.json'}")
+    report = story.run(output, steps=steps, training=training, seed=seed)
+    _print_report(report)
+    for label in report["regions"]["left_out"]:
+        print(f"left out of regions.png: {label}; its concepts cannot be combined after so few training steps")
+    for name in ("grid.png", "regions.png", "report.json"):
+        print(output / name)
 
 
 def _print_report(report: dict[str, Any]) -> None:

@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from keylock_diffusers.cli import common
-from keylock_diffusers.cli.common import Bank, Model
+from keylock_diffusers.cli.common import Bank, Device, Dtype, Height, Model, Scheduler, Variant, Width
 
 
 def generate(
     requests: Annotated[
         Path,
         typer.Argument(
-            help="JSON file: a list of requests, each with the fields of keylock_diffusers.Request: prompt, concepts "
-            "(ids, or objects with concept, beta, tau, strength, lock, region), image_prompts (objects with "
-            "image, a file or several, and scale, region, start, end, adapter), regions and negative_regions "
-            "(objects with mask and prompt or tokens), endings, subjects (objects with prompt, image, region), "
-            "subject_start, image, strength, mask, controls (objects with name, image, scale, start, end), id, seed, "
-            "guidance_scale, negative_prompt, num_images ... Pictures and masks are files beside it."
+            help="JSON file: a list of requests with the fields of keylock_diffusers.Request, pictures and masks as "
+            "files beside it. `keylock schema` says what it may hold, `keylock example` writes one."
         ),
     ],
     bank: Bank = "concepts",
     output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("outputs"),
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Keep the folder's pictures of requests that are unchanged; draw the rest."),
+    ] = False,
+    outside: Annotated[
+        bool, typer.Option("--outside", help="Let requests name pictures outside of their file's folder.")
+    ] = False,
     model: Model = "embedded",
+    dtype: Dtype = None,
+    device: Device = None,
+    variant: Variant = None,
+    scheduler: Scheduler = None,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 30,
+    height: Height = None,
+    width: Width = None,
     max_batch: Annotated[int, typer.Option(min=1, help="Pictures per call of the U-Net.")] = 8,
     controlnet: Annotated[
         list[str] | None,
@@ -45,52 +53,72 @@ def generate(
         typer.Option(help="Words of the prompts whose attention is drawn beside each picture; once for each."),
     ] = None,
 ) -> None:
-    """Draw a list of requests, of different users, together."""
+    """Draw a list of requests, of different users, together.
+
+    Each picture is written as it is drawn, and says in its file what it was drawn from.
+    """
     import keylock_diffusers as kd
+    from keylock_diffusers.cli import drawn, orders, work
 
-    orders = _orders(requests)
-    pipe = common.load(model)
-    if model == "embedded" and not ip_adapter and any(order.image_prompts for order in orders):
-        from keylock_diffusers import embedded
+    listed, concepts = orders.read(requests, outside=outside), kd.ConceptBank(bank)
+    drawn.prepare(output)
+    nets = _named(controlnet or [])
+    for option, paths in {"ip-adapter": ip_adapter, "image-encoder": [image_encoder], "fusion": [fusion]}.items():
+        missing = [path for path in paths or () if path is not None and not path.exists()]
+        if missing:
+            raise ValueError(f"--{option}: there is no file {missing[0]}")
+    loading = {"dtype": dtype, "variant": variant, "scheduler": scheduler}
+    files = {"controlnet": controlnet, "ip_adapter": ip_adapter, "image_encoder": image_encoder, "fusion": fusion}
+    said = {"model": model, **loading, "steps": steps, "height": height, "width": width, **files}
+    settings = {name: _plain(value) for name, value in said.items() if value is not None}
+    identity = orders.Identity(requests.parent, settings, concepts)
+    pictures = work.Work(listed, output, identity, resume)
+    if pictures.jobs:
+        pipe = common.load(model, **loading, device=device)
+        if model == "embedded" and not ip_adapter and any(order.request.image_prompts for order in listed):
+            from keylock_diffusers import embedded
 
-        embedded.load_adapter(pipe)
-    _load_ip_adapters(pipe, ip_adapter or [], image_encoder)
-    kd.install(pipe).set_progress_bar_config(disable=False)
-    options: dict[str, Any] = {
-        "bank": kd.ConceptBank(bank),
-        "num_inference_steps": steps,
-        "max_batch": max_batch,
-        "controlnets": _controlnets(controlnet or [], pipe),
-        "fusion": None if fusion is None else kd.SubjectFusion.load(fusion).to(pipe.device),
-    }
-    maps = kd.AttentionMaps(_shown(show_attention, orders, options["bank"])) if show_attention else None
-    images = kd.generate(pipe, orders, record=maps, **options)
-    output.mkdir(parents=True, exist_ok=True)
-    if maps is not None:
-        from keylock_diffusers.generation import visualize
-
-        flat = [image for drawn in images for image in (drawn if isinstance(drawn, list) else [drawn])]
-        visualize.grid(flat, maps.images).save(output / "attention.png")
-        print(output / "attention.png")
-    for index, drawn in enumerate(images):
-        for number, image in enumerate(drawn if isinstance(drawn, list) else [drawn]):
-            if image is None:  # the call was stopped before
-                continue
-            path = output / (f"{index:03d}.png" if not isinstance(drawn, list) else f"{index:03d}-{number}.png")
-            image.save(path)
-            print(path)
+            embedded.load_adapter(pipe)
+        _load_ip_adapters(pipe, ip_adapter or [], image_encoder)
+        kd.install(pipe).set_progress_bar_config(disable=False)
+        words = _shown(show_attention or [], listed, concepts)
+        pictures.draw(
+            pipe,
+            words,
+            bank=concepts,
+            num_inference_steps=steps,
+            height=height,
+            width=width,
+            max_batch=max_batch,
+            controlnets=_controlnets(nets, pipe),
+            fusion=None if fusion is None else kd.SubjectFusion.load(fusion).to(pipe.device),
+        )
+    pictures.tell()
 
 
-def _controlnets(given: list[str], pipe: Any) -> dict[str, Any]:
-    from diffusers import ControlNetModel
+def _plain(value: Any) -> Any:
+    """An option as JSON."""
+    return [str(one) for one in value] if isinstance(value, list) else str(value) if isinstance(value, Path) else value
 
+
+def _named(given: list[str]) -> dict[str, Path]:
+    """The folders of ControlNets by the names that requests' controls have."""
     found = {}
     for one in given:
         name, equals, folder = one.partition("=")
         if not name or not equals or not Path(folder).is_dir():
-            raise ValueError(f"--controlnet must be NAME=FOLDER of a ControlNet, got {one!r}")
-        found[name] = ControlNetModel.from_pretrained(folder, torch_dtype=pipe.unet.dtype).to(pipe.device)
+            raise ValueError(f"--controlnet must be NAME=FOLDER of a ControlNet, got {one!r:.80}")
+        found[name] = Path(folder)
     return found
+
+
+def _controlnets(folders: dict[str, Path], pipe: Any) -> dict[str, Any]:
+    from diffusers import ControlNetModel
+
+    return {
+        name: ControlNetModel.from_pretrained(folder, dtype=pipe.unet.dtype).to(pipe.device)
+        for name, folder in folders.items()
+    }
 
 
 def _load_ip_adapters(pipe: Any, files: list[Path], image_encoder: Path | None) -> None:
@@ -100,9 +128,6 @@ def _load_ip_adapters(pipe: Any, files: list[Path], image_encoder: Path | None) 
         encoder = CLIPVisionModelWithProjection.from_pretrained(image_encoder, dtype=pipe.unet.dtype)
         pipe.register_modules(image_encoder=encoder.to(pipe.device))
     if files:
-        missing = [file for file in files if not file.is_file()]
-        if missing:
-            raise ValueError(f"--ip-adapter: there is no file {missing[0]}")
         pipe.load_ip_adapter(
             [str(file.parent) for file in files],
             subfolder="",
@@ -117,21 +142,9 @@ def _shown(words: list[str], orders: list[Any], bank: Any) -> dict[str, tuple[st
 
     of_class: dict[str, list[str]] = {}
     for order in orders:
-        for use in order.concepts:
+        for use in order.request.concepts:
             concept = use.concept if isinstance(use, Use) else use
             if isinstance(concept, str) and concept in bank:
                 held = bank[concept]
                 of_class.setdefault(held.super_class, []).append(held.placeholder)
     return {word: (word, *dict.fromkeys(of_class.get(word, ()))) for word in words}
-
-
-def _orders(path: Path) -> list[Any]:
-    from keylock_diffusers import Request
-
-    try:
-        listed = json.loads(path.read_text())
-        if not isinstance(listed, list):
-            raise ValueError(f"must be a list of requests, got {type(listed).__name__}")
-        return [Request.from_json(order, path.parent) for order in listed]
-    except (ValueError, TypeError, OSError) as error:
-        raise ValueError(f"{path}: {error}") from error

@@ -14,6 +14,7 @@ from torch import Tensor
 from keylock_diffusers.concepts import Concept
 from keylock_diffusers.demo import grid, pictures
 from keylock_diffusers.embedded import render
+from keylock_diffusers.generation.engine import Engine, Settings
 from keylock_diffusers.generation.generate import generate
 from keylock_diffusers.generation.maps import AttentionMaps
 from keylock_diffusers.generation.visualize import overlay
@@ -92,10 +93,11 @@ def run(pipe: Any, bank: Mapping[str, Concept], output: Path, *, steps: int, see
         seed: of every picture.
 
     Returns:
-        How many pictures there are, and the largest difference, in units of 1/255, of the last from itself beside
-        other neighbours.
+        How many pictures there are, the lines that are left out, and the largest difference, in units of 1/255, of the
+        last picture from itself beside other neighbours.
     """
-    batch = rows(seed)
+    engine, asked = Engine(pipe, Settings(bank)), rows(seed)
+    batch = [row for row in asked if _can_be_drawn(engine, row.request)]
     requests = [row.request for row in batch]
     words = list(dict.fromkeys(word for row in batch for word in row.words))
     options: dict[str, Any] = {"bank": bank, "num_inference_steps": steps, "output_type": "np"}
@@ -115,5 +117,15 @@ def run(pipe: Any, bank: Mapping[str, Concept], output: Path, *, steps: int, see
     grid.draw_lines(lines).save(output / "regions.png")
     return {
         "pictures_in_batch": len(batch),
+        "left_out": [row.label for row in asked if row not in batch],
         "largest_difference_beside_others": float(np.abs(images[-1] - beside[-1]).max() * 255),
     }
+
+
+def _can_be_drawn(engine: Engine, request: Request) -> bool:
+    """Concepts that were hardly trained are still one and the same, which cannot be in a picture twice."""
+    try:
+        engine.plan(request)
+    except ValueError:
+        return False
+    return True

@@ -120,11 +120,10 @@ def run(
         "expressions": _expressions(cells, drawn),
         "torch_threads": torch.get_num_threads(),
     }
-    localized = regions.run(install(embedded.load_adapter(pipe)), bank, output, steps=steps, seed=seed)
-    report["regions"] = localized
     columns = [user.name for user in USERS] + [_VISITOR]
     rows = [scene.label for scene in (*SCENES, _PLAIN)]
     grid.draw(columns, rows, batch, {user.name: pictures.load(user)[0] for user in USERS}).save(output / "grid.png")
+    report["regions"] = regions.run(install(embedded.load_adapter(pipe)), bank, output, steps=steps, seed=seed)
     (output / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     return report
 

@@ -6,6 +6,8 @@ whole library anywhere, and no more than that.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +30,8 @@ def load(**kwargs: Any) -> StableDiffusionPipeline:
 
     if not (BASE_MODEL / "model_index.json").exists():
         raise FileNotFoundError(f"embedded: there is no base model in {BASE_MODEL}; this installation lacks its assets")
-    pipe = StableDiffusionPipeline.from_pretrained(BASE_MODEL, **kwargs)
+    with _without_notes():
+        pipe = StableDiffusionPipeline.from_pretrained(BASE_MODEL, **kwargs)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -41,7 +44,21 @@ def load_adapter(pipe: StableDiffusionPipeline) -> StableDiffusionPipeline:
     """
     if not (ADAPTER / ADAPTER_FILE).exists():
         raise FileNotFoundError(f"embedded: there is no adapter in {ADAPTER}; this installation lacks its assets")
-    pipe.load_ip_adapter(
-        str(ADAPTER), subfolder="", weight_name=ADAPTER_FILE, image_encoder_folder=IMAGE_ENCODER_FOLDER
-    )
+    with _without_notes():
+        pipe.load_ip_adapter(
+            str(ADAPTER), subfolder="", weight_name=ADAPTER_FILE, image_encoder_folder=IMAGE_ENCODER_FOLDER
+        )
     return pipe
+
+
+@contextmanager
+def _without_notes() -> Iterator[None]:
+    """Without what diffusers notes of this model: that its autoencoder is a tiny one is meant."""
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(max(before, logging.ERROR))
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

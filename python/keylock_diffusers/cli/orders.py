@@ -1,0 +1,127 @@
+"""Files of requests: reading one, and what identifies each of its pictures."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from keylock_diffusers.checks import reason_of, shown, whole
+from keylock_diffusers.concepts import Concept
+from keylock_diffusers.files import strict_json
+from keylock_diffusers.requests import _PICTURES, Request, RequestLimits, Use
+
+# What an order may change without any of its pictures changing.
+_NAMES = ("id", "num_images")
+
+
+@dataclass(frozen=True)
+class Order:
+    """One request of a file: its place, what the file says, and what that means."""
+
+    index: int
+    said: Mapping[str, Any]
+    request: Request
+
+
+def read(path: Path, *, outside: bool = False) -> list[Order]:
+    """The requests of a JSON file; its pictures are files beside it.
+
+    Args:
+        path: the file.
+        outside: whether its pictures may be elsewhere.
+
+    Raises:
+        ValueError: naming the file, and the request where one of them is wrong.
+        OSError: the file cannot be read.
+    """
+    try:
+        listed = strict_json(_text(path))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: must be a list of requests in JSON: {error}") from None
+    if not isinstance(listed, list):
+        raise ValueError(f"{path}: must be a list of requests, got {type(listed).__name__}")
+    orders = []
+    for index, said in enumerate(listed):
+        try:
+            orders.append(Order(index, said, _counted(Request.from_json(said, path.parent, outside=outside))))
+        except (ValueError, TypeError, OSError) as error:
+            raise ValueError(f"{path}: request {index} ({_name(said)}): {reason_of(error)}") from error
+    return orders
+
+
+def versions(order: Order, bank: Mapping[str, Concept]) -> dict[str, str | None]:
+    """The versions of the concepts that an order names by their ids; None for one that cannot be read."""
+    found: dict[str, str | None] = {}
+    for use in order.request.concepts:
+        name = use.concept if isinstance(use, Use) else use
+        try:
+            found[str(name)] = bank[name].digest
+        except Exception:  # planning the request says what is wrong with it
+            found[str(name)] = None
+    return found
+
+
+class Identity:
+    """What a picture of an order is drawn from, as one text: two of the same are the same picture.
+
+    Args:
+        folder: where the orders' pictures are.
+        settings: what all orders share, as JSON.
+        bank: of the orders' concepts.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], bank: Mapping[str, Concept]) -> None:
+        self.folder, self.settings, self.bank = folder, settings, bank
+
+    def of(self, order: Order, number: int) -> str:
+        """Of an order's image of that number."""
+        said = {name: value for name, value in order.said.items() if name not in _NAMES}
+        if said.get("seed") is not None:  # image k is the first one of seed + k
+            said["seed"], number = said["seed"] + number, 0
+        files = {name: hashlib.sha256((self.folder / name).read_bytes()).hexdigest() for name in _files(said)}
+        facts = [said, number, files, versions(order, self.bank), self.settings]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _counted(request: Request) -> Request:
+    """A request whose pictures have numbers, and seeds of their own."""
+    count = whole(request.num_images, "num_images", 1, RequestLimits().num_images)
+    if request.seed is not None:
+        whole(request.seed, "seed", 0, 2**63 - 1 - count)
+    return request
+
+
+def _text(path: Path) -> str:
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")  # Windows' editors put a byte order mark first
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise ValueError(
+            f"its text must be UTF-8, got the byte 0x{data[error.start]:02x} in line {line}; save it as UTF-8"
+        ) from None
+
+
+def _name(said: Any) -> str:
+    """What an error calls a request that could not be read."""
+    if not isinstance(said, Mapping):
+        return shown(said)
+    name, prompt = said.get("id"), shown(said.get("prompt"))
+    return prompt if name is None else f"{shown(name)}: {prompt}"
+
+
+def _files(said: Any) -> Iterator[str]:
+    """The names of the pictures that are in what a file says."""
+    if isinstance(said, list):
+        for item in said:
+            yield from _files(item)
+    elif isinstance(said, Mapping):
+        for name, value in said.items():
+            if name in _PICTURES:
+                yield from (one for one in (value if isinstance(value, list) else [value]) if one is not None)
+            else:
+                yield from _files(value)
