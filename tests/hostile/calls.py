@@ -70,7 +70,10 @@ def check(case: Case, place: Path) -> str:
     function, value = FUNCTIONS[case.kind], case.value()
     try:
         function.call(place, **{case.argument: value})
-    except (TypeError, ValueError, KeyError, OSError) as error:
+    except OSError as error:  # the system's own words, of the path that it was given
+        assert isinstance(value, (str, os.PathLike)), f"{case}: {error}"
+        return "refused, OSError"
+    except (TypeError, ValueError, KeyError) as error:
         return told(error, case.argument, *function.also.get(case.argument, ()))
     right = isinstance(value, function.takes[case.argument])
     assert right and not (isinstance(value, bool) and function.takes[case.argument] == _NUMBER), f"{case} was taken"
@@ -82,16 +85,16 @@ def _generate(place: Path, **changed: Any) -> None:
     kd.generate(**{"pipe": world.pipeline(), "requests": requests, **world.options(), **changed})
 
 
-def _bank(place: Path, path_or_url: Any = None, cache_size: Any = 4) -> None:
+def _bank(place: Path, **changed: Any) -> None:
     with _inside(place):
-        bank = kd.ConceptBank(place / "bank" if path_or_url is None else path_or_url, cache_size=cache_size)
+        bank = kd.ConceptBank(**{"path_or_url": "bank", **changed})
         with contextlib.suppress(kd.concepts.UnknownConceptError):
             bank["alice/cat"]
 
 
-def _add(place: Path, concept_id: Any = "alice/cat", concept: Any = None) -> None:
-    given = world.concepts()["alice/cat"] if concept is None else concept
-    kd.ConceptBank(place / "bank").add(concept_id, given, overwrite=True)
+def _add(place: Path, **changed: Any) -> None:
+    given = {"concept_id": "alice/cat", "concept": world.concepts()["alice/cat"], **changed}
+    kd.ConceptBank(place / "bank").add(**given, overwrite=True)
 
 
 def _record(place: Path, **changed: Any) -> None:
@@ -179,7 +182,7 @@ FUNCTIONS: dict[str, Function] = {
     "install": Function(lambda place, pipe: kd.install(pipe), {"pipe": ()}),
     "uninstall": Function(lambda place, pipe: kd.uninstall(pipe), {"pipe": ()}),
     "ConceptBank": Function(_bank, {"path_or_url": _PLACE, "cache_size": _NUMBER}),
-    "ConceptBank.add": Function(_add, {"concept_id": _TEXT, "concept": _NONE}, {"concept_id": ("id", "concept")}),
+    "ConceptBank.add": Function(_add, {"concept_id": _TEXT, "concept": ()}, {"concept_id": ("id", "concept")}),
     "Concept.load": Function(
         lambda place, path_or_bytes: kd.Concept.load(path_or_bytes),
         {"path_or_bytes": ()},
