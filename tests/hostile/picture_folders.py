@@ -187,7 +187,7 @@ def _renamed(rng: Random, files: dict[str, Any]) -> None:
             ".png",
             "0.heic",
             "Thumbs.db",
-            "[/].png",
+            "[red].png",
             "x" * 240 + ".png",
             "\u202e.png",
             "0.PNG",
