@@ -20,7 +20,7 @@ from keylock_diffusers.training import Subject, TrainingConfig, covariance, trai
 from tests.hostile import world
 from tests.hostile.values import python_value, told
 
-LONG = 2_000
+LONG = 1_000
 _ANY = (object,)
 _TEXT, _LIST, _NUMBER = (str,), (list, tuple), (numbers.Real,)
 _PLACE = (str, os.PathLike)
