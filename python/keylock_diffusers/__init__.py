@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from keylock_diffusers.encoding.fusion import SubjectFusion
     from keylock_diffusers.generation import generate, visualize
     from keylock_diffusers.generation.engine import Engine
-    from keylock_diffusers.generation.maps import AttentionMaps, record_attention
+    from keylock_diffusers.generation.maps import AttentionMaps
+    from keylock_diffusers.generation.recording import record_attention
     from keylock_diffusers.generation.sweep import Sweep, sweep
     from keylock_diffusers.pictures import PictureLimits
     from keylock_diffusers.processors import install, uninstall
@@ -52,7 +53,7 @@ _HOME = {
     "Use": "requests",
     "generate": "generation.generate",
     "install": "processors",
-    "record_attention": "generation.maps",
+    "record_attention": "generation.recording",
     "sweep": "generation.sweep",
     "uninstall": "processors",
     "visualize": "generation.visualize",

@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ _FORBIDDEN = ("socket.connect", "socket.getaddrinfo", "socket.bind", "subprocess
               "os.posix_spawn", "os.fork", "os.forkpty", "pickle.find_class", "urllib.Request",
               "webbrowser.open")  # fmt: skip
 _FILES = ("open", "os.remove", "os.rename", "os.mkdir", "os.link", "os.rmdir")
+tempfile.gettempdir()  # which tries places out when it is first asked for
 _watched: list[tuple[tuple[str, ...], list[str]]] = []
 _hooked = False
 

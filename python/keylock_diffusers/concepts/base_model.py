@@ -14,6 +14,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from keylock_diffusers.denoisers.neighbours import loading
 from keylock_diffusers.denoisers.unet import base_layer, cross_attention_layers, uncompiled
 
 # A pipeline's `load_textual_inversion` appends rows to the word embeddings. That is the same text encoder; one with
@@ -151,7 +152,7 @@ class BaseModel:
             text_encoders=tuple(TextEncoderInfo.of(encoder) for encoder in encoders),
             layers=tuple((name, int(base_layer(attn.to_v).out_features)) for name, attn in layers.items()),
             cross_attention_dim=dims[0],
-            weights_hash=_weights_hash(encoders, layers),
+            weights_hash=_weights_hash(encoders, uncompiled(unet), layers),
         )
 
     @property
@@ -233,34 +234,46 @@ def _word_embeddings(text_encoder: Any) -> Tensor:
     return base_layer(text_encoder.get_input_embeddings()).weight
 
 
-def _weights_hash(encoders: list[nn.Module], layers: Mapping[str, Attention]) -> str:
+def _weights_hash(encoders: list[nn.Module], unet: nn.Module, layers: Mapping[str, Attention]) -> str:
     digest = hashlib.sha256()
     try:
         for encoder in encoders:
             words = _word_embeddings(encoder)
-            known = words[: 1 << (words.shape[0].bit_length() - 1)]  # rows added behind them change nothing
-            signs = [_signs(known)] + [_signs(weight) for weight in _matrices(encoder) if weight is not words]
+            known = 1 << (words.shape[0].bit_length() - 1)  # rows added behind them change nothing
+            signs = [_signs(weight[:known] if weight is words else weight) for weight in _matrices(encoder)]
             # Sorted: releases of transformers name and order the same matrices differently.
             digest.update(b"".join(sorted(hashlib.sha256(row).digest() for row in signs)))
-        for attn in layers.values():
-            for projection in (attn.to_k, attn.to_v):
-                digest.update(_signs(base_layer(projection).weight))
+        with loading(unet, emptied=True) as bring:
+            for layer, attn in layers.items():
+                for side in ("to_k", "to_v"):
+                    name, projection = _unwrapped(f"{layer}.{side}", getattr(attn, side))
+                    bring(name)
+                    digest.update(_signs(projection.weight))
     except _UnreadableWeights:
         return ""
     return digest.hexdigest()[:32]
 
 
 def _matrices(module: nn.Module) -> Iterator[Tensor]:
-    """Every two-dimensional weight below a module once, adapters left out."""
+    """Every two-dimensional weight below a module once, adapters left out, each while it is loaded."""
     seen: set[int] = set()
-    pending: list[Any] = [module]
-    while pending:
-        current = base_layer(pending.pop())
-        weight = getattr(current, "weight", None)
-        if isinstance(weight, Tensor) and weight.ndim == 2 and id(weight) not in seen:
-            seen.add(id(weight))
-            yield weight
-        pending.extend(current.children())
+    pending: list[tuple[str, Any]] = [("", module)]
+    with loading(module, emptied=True) as bring:
+        while pending:
+            name, current = _unwrapped(*pending.pop())
+            bring(name)
+            weight = getattr(current, "weight", None)
+            if isinstance(weight, Tensor) and weight.ndim == 2 and id(weight) not in seen:
+                seen.add(id(weight))
+                yield weight
+            pending.extend((f"{name}.{child}", part) for child, part in current.named_children())
+
+
+def _unwrapped(name: str, module: Any) -> tuple[str, Any]:
+    """A module without the adapters around it, and its name."""
+    while hasattr(module, "base_layer"):
+        name, module = f"{name}.base_layer", module.base_layer
+    return name, module
 
 
 def _signs(weight: Tensor) -> bytes:

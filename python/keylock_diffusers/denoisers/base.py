@@ -68,6 +68,14 @@ class Denoiser(Protocol):
         """As `scaled`, of the text encoders."""
 
     @property
+    def tokenizer(self) -> Any:
+        """Of the words of prompts; None where no text encoder is loaded."""
+
+    @property
+    def can_encode(self) -> bool:
+        """Whether all its text encoders are loaded: where all encodings are given, they need not be."""
+
+    @property
     def text_width(self) -> int:
         """Of what cross-attention reads."""
 

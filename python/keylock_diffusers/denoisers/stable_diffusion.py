@@ -16,6 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from keylock_diffusers.denoisers.base import RowLayout, Schedule, Size
+from keylock_diffusers.denoisers.neighbours import own_forward, quiet
 from keylock_diffusers.denoisers.unet import (
     TextEncoder,
     adapters,
@@ -75,6 +76,7 @@ class StableDiffusion:
         self.pipe = pipe
         self.options: dict[str, Any] = {**self.OPTIONS, **options}
         self.unet: Any = unet_of(pipe)
+        self._scheduler = pipe.scheduler  # the pipeline's own, where batches are given another too
         given = dict(self.options["cross_attention_kwargs"] or {})
         self.lora_scale = given.pop("scale", None)
         self.attention_options = given
@@ -117,6 +119,7 @@ class StableDiffusion:
     def bound(self, inputs: Any, layout: RowLayout, options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """See `Denoiser`: as keywords, and with LoRA weights at this call's own scale."""
         with ExitStack() as held:
+            held.enter_context(quiet())
             held.enter_context(self.scaled())
             held.enter_context(perturbed_attention(self.pipe, "perturbed" in layout.parts, layout.guided))
             if are_compiled(self._blocks):
@@ -139,6 +142,16 @@ class StableDiffusion:
     def encoders(self) -> list[TextEncoder]:
         """See `Denoiser`."""
         return text_encoders(self.pipe)
+
+    @property
+    def tokenizer(self) -> Any:
+        """Of the words of prompts; None where no text encoder is loaded."""
+        return next((encoder.tokenizer for encoder in self.encoders()), None)
+
+    @property
+    def can_encode(self) -> bool:
+        """Whether all text encoders are loaded that cross-attention reads the encodings of."""
+        return sum(int(encoder.model.config.hidden_size) for encoder in self.encoders()) >= self.text_width
 
     @property
     def text_width(self) -> int:
@@ -242,7 +255,14 @@ class StableDiffusion:
         times, steps = retrieve_timesteps(made, steps, "cpu", **given)
         if share is not None:
             times = self._times_from(made, steps, share)
+        if self._followed:  # by its times in the pipeline's scheduler, where a row's first must be the first
+            self._scheduler.timesteps = times
         return Schedule(made, times)
+
+    @property
+    def _followed(self) -> bool:
+        """Whether somebody's code around the U-Net follows the steps, as DeepCache does, which skips some."""
+        return own_forward(self.unet) is not None
 
     def _times_from(self, scheduler: Any, steps: int, share: float) -> Tensor:
         """The times of an image-to-image row: the last share of the steps."""
@@ -280,6 +300,8 @@ class StableDiffusion:
 
     def predict(self, latents: Tensor, times: Tensor, text: Tensor, keywords: Mapping[str, Any]) -> Tensor:
         """See `Denoiser`."""
+        if self._followed and bool((times == times[0]).all()):
+            times = times[0]  # one number, as in the pipelines' own calls
         return self.pipe.unet(latents, times, encoder_hidden_states=text, return_dict=False, **keywords)[0]
 
     def guide(self, predictions: Tensor, scales: Tensor, layout: RowLayout, times: Tensor) -> Tensor:

@@ -25,11 +25,9 @@ class StableDiffusionXL(StableDiffusion):
     @property
     def pooled_width(self) -> int | None:
         """See `StableDiffusion`."""
-        encoders = self.encoders()
-        if encoders:
-            return int(encoders[-1].model.config.projection_dim)
         config = self.unet.config
-        return int(config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim)
+        numbers = 5 if getattr(self.pipe.config, "requires_aesthetics_score", False) else 6
+        return int(config.projection_class_embeddings_input_dim - numbers * config.addition_time_embed_dim)
 
     @property
     def begins_without_noise(self) -> bool:  # type: ignore[override]

@@ -12,6 +12,8 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import MultiIPAdapterImageProjection
 from torch import nn
 
+from keylock_diffusers.denoisers.neighbours import is_opaque
+
 _ORDER = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
 
 
@@ -159,7 +161,8 @@ def lora_scale(modules: Sequence[nn.Module], scale: float | None) -> Iterator[No
 class ProjectionState:
     """What the key and value projections of layers compute with, to notice whoever changes it.
 
-    It is asked in every step: a look at what was there, not a list made anew.
+    It is asked in every step: a look at what was there, not a list made anew. What somebody's own code projects may
+    change at any time: it counts as changed.
 
     Args:
         layers: the layers.
@@ -168,6 +171,7 @@ class ProjectionState:
     def __init__(self, layers: Mapping[str, Attention]) -> None:
         self._projections = [(attn, side, getattr(attn, side)) for attn in layers.values() for side in ("to_k", "to_v")]
         modules = [module for *_, projection in self._projections for module in projection.modules()]
+        self._modules, self._opaque = modules, any(is_opaque(module) for module in modules)
         # The parameters themselves: an address, or an id, is given to another tensor once they are gone.
         self._parameters = [
             (module._parameters, name, p, None if p.is_inference() else p._version)
@@ -181,12 +185,14 @@ class ProjectionState:
     def changed(self) -> bool:
         """Whether anything was changed since."""
         return (
-            any(getattr(attn, side) is not projection for attn, side, projection in self._projections)
+            self._opaque
+            or any(getattr(attn, side) is not projection for attn, side, projection in self._projections)
             or any(
                 held.get(name) is not p or (version is not None and p._version != version)
                 for held, name, p, version in self._parameters
             )
             or any(_adapters_of(tuner) != before for tuner, before in self._tuners)
+            or any(is_opaque(module) for module in self._modules)
         )
 
 

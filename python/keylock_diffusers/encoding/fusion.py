@@ -36,6 +36,7 @@ class SubjectFusion(nn.Module):
         super().__init__()
         self.mlp1, self.mlp2 = _Perceptron(2 * width, width), _Perceptron(width, width)
         self.layer_norm = nn.LayerNorm(width)
+        self.float()  # whatever the default dtype is
 
     @property
     def width(self) -> int:

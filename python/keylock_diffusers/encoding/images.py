@@ -17,6 +17,7 @@ from diffusers.models.embeddings import (
 from torch import Tensor
 
 from keylock_diffusers.checks import floats, is_number, number, reason_of, shown, whole
+from keylock_diffusers.denoisers.neighbours import loading
 from keylock_diffusers.denoisers.unet import adapters
 from keylock_diffusers.encoding.pictures import for_image_encoder
 from keylock_diffusers.masks import region_mask
@@ -149,13 +150,15 @@ class ImageEncoder:
         return self._regions[id(region)][1]
 
     def _project(self, projection: Any, embeds: Tensor, clip: Tensor | None) -> Tensor:  # [L, D]
-        device, dtype = next(projection.parameters()).device, self._unet.dtype
-        if device.type == "meta":  # sequential offloading: hooks move inputs to where the weights will be
-            device = self._pipe._execution_device
-        if clip is not None:  # FaceID-Plus reads it from itself: a copy of its own, sharing every weight
-            projection = copy.copy(projection)
-            projection.clip_embeds = clip.to(device, dtype)[None]
-        return projection(embeds.to(device, dtype)).flatten(0, -2)
+        with loading(self._unet, emptied=True) as bring:
+            bring("encoder_hid_proj")
+            device, dtype = next(projection.parameters()).device, self._unet.dtype
+            if device.type == "meta":  # sequential offloading: hooks move inputs to where the weights will be
+                device = self._pipe._execution_device
+            if clip is not None:  # FaceID-Plus reads it from itself: a copy of its own, sharing every weight
+                projection = copy.copy(projection)
+                projection.clip_embeds = clip.to(device, dtype)[None]
+            return projection(embeds.to(device, dtype)).flatten(0, -2)
 
 
 def _expanded(scale: Any, unet: Any) -> float | dict[str, float]:

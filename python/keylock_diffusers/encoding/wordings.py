@@ -157,7 +157,7 @@ def _learned(job: _Job, encoder: int) -> Mapping[str, Tensor]:
 
 def _fused(denoiser: Any, row: Wordings, layout: TextLayout) -> list[FusionUse]:
     """A row's subjects, each in the last token of its words in every wording."""
-    tokenizer = denoiser.encoders()[0].tokenizer if denoiser.encoders() else None
+    tokenizer = denoiser.tokenizer
     uses = []
     for phrase, embeds in row.subjects:
         places = []

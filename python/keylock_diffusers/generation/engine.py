@@ -269,7 +269,7 @@ class Engine:
         record = self.settings.record
         if record is not None and batch.readout is None:
             prompts = [[p[0] for p in plan.wordings.prompts] or None for plan in plans]
-            tokenizer, unet = denoiser.encoders()[0].tokenizer, denoiser.unet
+            tokenizer, unet = denoiser.tokenizer, denoiser.unet
             held, first = buffers.personalization, layout.parts.index("cond") * len(plans)
             images = [held.image_positions(first + row) for row in range(len(plans))]
             batch.readout = record.readout(unet, prompts, tokenizer, denoiser.latent_size(batch.size), images)

@@ -132,7 +132,7 @@ def generate(
     if record is not None and pictures and not any(isinstance(plan, RequestError) for plan in plans):
         prompts = [picture.plan.wordings[0] for picture in pictures]
         most = max(len(picture.plan.row.images) for picture in pictures)
-        check_words(record, engine.denoiser.encoders()[0].tokenizer, prompts, most)
+        check_words(record, engine.denoiser.tokenizer, prompts, most)
     late: list[RequestError] = []
     recorded: dict[tuple[int, int], WordMaps] = {}
     batches = list(_batches(pictures, max_batch))
@@ -154,7 +154,7 @@ def generate(
                 late.append(image)
             elif callback_on_image is not None and image is not None:
                 callback_on_image(picture.request, picture.image, image)
-        if batch.readout is not None and batch.position == batch.steps:
+        if batch.readout is not None and batch.position > 0:
             for row, picture in enumerate(batch.pictures):
                 recorded[picture.request, picture.image] = batch.readout.picture(row, str(picture.plan.request.prompt))
     if record is not None:

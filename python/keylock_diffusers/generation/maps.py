@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,13 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from keylock_diffusers.checks import shown
-from keylock_diffusers.denoisers.unet import cross_attention_layers, resolutions_of, unet_of
+from keylock_diffusers.denoisers.neighbours import check_pixels
+from keylock_diffusers.denoisers.unet import cross_attention_layers, resolutions_of
 from keylock_diffusers.encoding import text
 from keylock_diffusers.encoding.tokens import TokenizedPrompt
-from keylock_diffusers.processors import verify
 from keylock_diffusers.routing.rows import TextLayout
-
-_RECORDING: ContextVar[AttentionMaps | None] = ContextVar("recording", default=None)
 
 
 @dataclass(frozen=True)
@@ -31,8 +25,8 @@ class WordMaps:
 
     Args:
         prompt: the picture's.
-        maps: per word that the prompt has, per layer, [steps, height, width] float32 on the CPU, one map a step, or the
-            mean of all steps alone.
+        maps: per word that the prompt has, per layer, [steps, height, width] float32 on the CPU, one map a step in
+            which the layer was computed, or the mean of these alone.
     """
 
     prompt: str
@@ -105,8 +99,9 @@ class AttentionMaps:
         """The layers that are recorded.
 
         Raises:
-            ValueError: there is none of that name.
+            ValueError: there is none of that name, or pixels are merged before them.
         """
+        check_pixels(unet, "AttentionMaps: maps")
         known = list(cross_attention_layers(unet))
         chosen = known if self.layers is None else list(self.layers)
         absent = [name for name in chosen if name not in known]
@@ -189,20 +184,21 @@ class BatchReadout:
         self._owner, self._places, self._sizes = owner, places, sizes
         width = max((len(row) for row in places), default=0)
         self._own = torch.full((len(places), width), -1, dtype=torch.int32)
-        self._words = torch.zeros(len(places), width, len(owner.named))
+        self._words = torch.zeros(len(places), width, len(owner.named), dtype=torch.float32)
         for row, found in enumerate(places):
             for place, (word, position) in enumerate(found):
                 self._own[row, place] = position
                 self._words[row, place, word] = 1
         self._sums: dict[str, list[Tensor]] = {}  # [B, N, words]: of every step, or of all together
         self._read: dict[str, Tensor] = {}  # in the step at hand
-        self._live = torch.ones(len(places), 1, 1, dtype=torch.bool)  # the pictures that are drawn in this step
-        self.steps = [0] * len(places)  # of each picture
+        self._steps: dict[str, list[int]] = {}  # of each picture, in which a layer was computed: some skip steps
+        self.at_step([True] * len(places))
         self.lay_out(("cond",))
 
     def at_step(self, live: Sequence[bool]) -> None:
         """Which pictures are drawn in the step that comes; those that join later leave no maps of it."""
-        self._live = torch.tensor(live).view(-1, 1, 1).to(self._words.device)
+        self._drawn = list(live)
+        self._live = torch.tensor(self._drawn).view(-1, 1, 1).to(self._words.device)
 
     def lay_out(self, parts: Sequence[str]) -> BatchReadout:
         """Takes the conditional rows of a row layout."""
@@ -236,8 +232,8 @@ class BatchReadout:
                 held[0] = held[0] + maps
             else:
                 held.append(maps)
-        if self._read:
-            self.steps = [steps + bool(live) for steps, live in zip(self.steps, self._live.flatten(), strict=True)]
+            steps = self._steps.setdefault(layer, [0] * len(self._drawn))
+            self._steps[layer] = [count + drawn for count, drawn in zip(steps, self._drawn, strict=True)]
         self._read = {}
 
     def to(self, device: torch.device) -> BatchReadout:
@@ -249,10 +245,10 @@ class BatchReadout:
     def picture(self, row: int, prompt: str) -> WordMaps:
         """The maps of one picture."""
         self.commit()
-        every, count = self._owner.every_step, max(self.steps[row], 1)
+        every = self._owner.every_step
 
         def mapped(layer: str, word: int) -> Tensor:  # [S, h, w]
-            own = [maps[row, :, word] for maps in self._sums[layer]]
+            own, count = [maps[row, :, word] for maps in self._sums[layer]], max(self._steps[layer][row], 1)
             stacked = torch.stack(own[-count:]) if every else torch.stack(own) / count
             return stacked.view(-1, *self._sizes[layer]).cpu()
 
@@ -267,7 +263,7 @@ class BatchReadout:
 
 
 def check_words(
-    maps: AttentionMaps, tokenizer: Any, prompts: Iterable[Sequence[TokenizedPrompt] | None], images: int = 0
+    maps: AttentionMaps, tokenizer: Any, prompts: Sequence[Sequence[TokenizedPrompt] | None], images: int = 0
 ) -> None:
     """Every word that is to be recorded stands in a prompt, and there are as many image prompts.
 
@@ -275,139 +271,11 @@ def check_words(
         ValueError: one does not; it is named.
     """
     first = [prompt[0] for prompt in prompts if prompt is not None]
+    unknown = "" if len(first) == len(prompts) else "; in prompt_embeds no words are known"
     for name, parts in maps.named.items():
         seen = (
             part < images if isinstance(part, int) else any(_spots(tokenizer, prompt, part) for prompt in first)
             for part in parts
         )
         if not any(seen):
-            raise ValueError(f"AttentionMaps: the word {name!r} is in none of the prompts")
-
-
-@contextmanager
-def record_attention(
-    pipe: Any, words: Sequence[str], *, layers: Sequence[str] | None = None, every_step: bool = False
-) -> Iterator[AttentionMaps]:
-    """While it lasts, what the pipeline's own call draws in this thread leaves maps of chosen words.
-
-    (`generate` is given ``record=AttentionMaps(words)`` instead.)
-
-    They are read out of the attention in the same pass, whatever backend computes it, for each row of a mixed batch by
-    itself, and the pictures do not change. Only the conditional half of guidance is recorded.
-
-    Args:
-        pipe: a Stable Diffusion 1.x, 2.x or XL pipeline after `install`.
-        words: phrases as they stand in prompts, placeholders included; all their tokens count together, wherever they
-            stand. A prompt without a word has no map of it.
-        layers: names of cross-attention layers; default all.
-        every_step: whether to keep each step's maps, or their mean alone.
-
-    Yields:
-        The maps, filled as pictures are finished.
-
-    Raises:
-        ValueError: no words, or a layer that is not there.
-        TypeError: `pipe` is no pipeline.
-        RuntimeError: a layer does not have our processor.
-
-    Paper: maps of words as in Tang et al., DAAM, arXiv 2210.04885.
-
-    Example:
-        >>> with kd.record_attention(pipe, ["cat"]) as maps:  # doctest: +SKIP
-        ...     image = pipe("a cat on blue").images[0]
-        >>> maps.images[0].mean("cat")  # [height, width]
-    """
-    maps = AttentionMaps(words, layers, every_step)
-    unet = unet_of(pipe)
-    verify(pipe)
-    maps.layers_of(unet)
-    if not hasattr(pipe, "encode_prompt"):
-        raise TypeError(f"record_attention: pipe must be a text-to-image pipeline, got {type(pipe).__name__}")
-    plain = _PlainCalls(pipe, maps)
-    token = _RECORDING.set(maps)
-    try:
-        yield maps
-        plain.finish()
-    finally:
-        _RECORDING.reset(token)
-        plain.close()
-
-
-class _PlainCalls:
-    """Records calls of the pipeline itself, whose rows are known from what it encodes."""
-
-    def __init__(self, pipe: Any, maps: AttentionMaps) -> None:
-        self._pipe, self._maps = pipe, maps
-        self._prompts: list[str] = []  # per picture
-        self._guided = False
-        self._batch: BatchReadout | None = None
-        _watch(pipe, self)
-        # On what the pipeline calls, so that a compiled U-Net does not trace the hook.
-        self._hook = pipe.unet.register_forward_pre_hook(self._before, with_kwargs=True)
-
-    def encoding(self, given: Mapping[str, Any]) -> None:
-        """Takes the arguments of the pipeline's encode_prompt."""
-        if _RECORDING.get() is not self._maps:
-            return
-        self.finish()
-        prompt = given.get("prompt")
-        if prompt is not None:
-            prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-            self._prompts = [one for one in prompts for _ in range(given.get("num_images_per_prompt") or 1)]
-            self._guided = bool(given.get("do_classifier_free_guidance"))
-
-    def _before(self, _unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        options = kwargs.get("cross_attention_kwargs") or {}
-        if _RECORDING.get() is not self._maps or not self._prompts or "readout" in options:
-            return None
-        sample = args[0] if args else kwargs["sample"]
-        if self._batch is None:
-            tokenizer = self._pipe.tokenizer or self._pipe.tokenizer_2
-            prompts = [[text.as_given(tokenizer, text.converted(self._pipe, tokenizer, p))] for p in self._prompts]
-            self._batch = self._maps.readout(unet_of(self._pipe), prompts, tokenizer, tuple(sample.shape[-2:]))
-            self._batch.lay_out(("uncond", "cond") if self._guided else ("cond",)).to(sample.device)
-        self._batch.commit()  # of the step before
-        return args, {**kwargs, "cross_attention_kwargs": {**options, "readout": self._batch}}
-
-    def finish(self) -> None:
-        """Keeps the last call's maps, unless it was broken off."""
-        if self._batch is not None:
-            self._batch.commit()
-        if self._batch is not None and min(self._batch.steps) >= getattr(self._pipe, "num_timesteps", 0):
-            self._maps.images += [self._batch.picture(row, prompt) for row, prompt in enumerate(self._prompts)]
-        self._prompts, self._batch = [], None
-
-    def close(self) -> None:
-        self._hook.remove()
-        _unwatch(self._pipe, self)
-
-
-# Per pipeline that is recorded, who wants to know what it encodes: several may record it, in one thread or in many.
-_WATCHERS: dict[int, list[_PlainCalls]] = {}
-_LOCK = threading.Lock()
-
-
-def _watch(pipe: Any, watcher: _PlainCalls) -> None:
-    with _LOCK:
-        watchers = _WATCHERS.setdefault(id(pipe), [])
-        if not watchers:
-            encode = pipe.encode_prompt
-            signature = inspect.signature(encode)
-
-            def watched(*args: Any, **kwargs: Any) -> Any:
-                given = signature.bind(*args, **kwargs)
-                given.apply_defaults()
-                for each in tuple(watchers):
-                    each.encoding(given.arguments)
-                return encode(*args, **kwargs)
-
-            pipe.encode_prompt = watched
-        watchers.append(watcher)
-
-
-def _unwatch(pipe: Any, watcher: _PlainCalls) -> None:
-    with _LOCK:
-        watchers = _WATCHERS[id(pipe)]
-        watchers.remove(watcher)
-        if not watchers:
-            del _WATCHERS[id(pipe)], pipe.encode_prompt
+            raise ValueError(f"AttentionMaps: the word {name!r} is in none of the prompts{unknown}")

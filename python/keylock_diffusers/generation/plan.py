@@ -12,6 +12,7 @@ from torch import Tensor
 from keylock_diffusers.checks import floats, number, shown
 from keylock_diffusers.concepts import BaseModel, Concept
 from keylock_diffusers.denoisers.base import Size
+from keylock_diffusers.denoisers.neighbours import check_pixels
 from keylock_diffusers.encoding import images as image_prompts
 from keylock_diffusers.encoding import pictures, text
 from keylock_diffusers.encoding.fusion import SubjectFusion, encode_subject
@@ -120,6 +121,8 @@ class Planner:
             raise ValueError(
                 f"regions with a wording of their own must be at most max_regions, {self.max_regions}, got {most}"
             )
+        if any(half.row.uses for half in halves) or any(use.region is not None for use in (*drawn, *absent)):
+            check_pixels(self._unet, "regions")
         size, image, mask, controls = self._pictures(request)
         start = request.subject_start if uses or subjects else 0.0
         row = Row(uses, drawn, halves[0].row, start)
@@ -155,8 +158,9 @@ class Planner:
     def _prompts(self, request: Request, super_classes: Mapping[str, str]) -> tuple[Prompts | None, Prompts | None]:
         """The prompt and the negative prompt, each for every text encoder; None where encodings are given."""
         encoders = self.denoiser.encoders()
-        if not encoders and (request.prompt_embeds is None or request.negative_prompt_embeds is None):
-            if request.prompt is not None or is_guided(self.denoiser, request):
+        negative = request.negative_prompt_embeds is None and not self._zeros(request)
+        if request.prompt is not None or (negative and is_guided(self.denoiser, request)):
+            if not self.denoiser.can_encode:
                 raise ValueError("the pipeline's text encoder is not loaded: give prompt_embeds and negative ones")
 
         def tokenized(words: Sequence[str | None], names: Mapping[str, str] | None) -> Prompts:
@@ -181,10 +185,15 @@ class Planner:
     def _negative_wordings(self, request: Request, negatives: Prompts | None, half: PromptRegions) -> Wordings:
         if negatives is None:
             return Wordings((), request.negative_prompt_embeds, request.negative_pooled_prompt_embeds)
-        if request.negative_prompt is None and self.denoiser.zeros_without_negative and negatives:
-            zeros = torch.zeros(len(negatives[0].ids), self.denoiser.text_width)
-            return Wordings((), zeros, torch.zeros(self.denoiser.pooled_width))
+        if self._zeros(request):
+            length = len(request.prompt_embeds) if request.prompt_embeds is not None else len(negatives[0].ids)
+            zeros = torch.zeros(length, self.denoiser.text_width, dtype=torch.float32)
+            return Wordings((), zeros, torch.zeros(self.denoiser.pooled_width, dtype=torch.float32))
         return Wordings((negatives, *half.own))
+
+    def _zeros(self, request: Request) -> bool:
+        """Whether a negative prompt that is not given stands for zeros."""
+        return request.negative_prompt is None and self.denoiser.zeros_without_negative
 
     def _in_chunks(
         self,

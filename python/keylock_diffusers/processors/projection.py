@@ -7,12 +7,16 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
+from keylock_diffusers.denoisers.neighbours import own_forward
 from keylock_diffusers.denoisers.unet import base_layer
 from keylock_diffusers.processors.contract import RowUpdates
 from keylock_kernels import rank_one_linear, rank_one_update
 from keylock_kernels.ops.precision import exact_products
 from keylock_kernels.ops.rows import row_matmul
+
+_HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
 
 
 def keys_and_values(
@@ -55,33 +59,35 @@ def project_vectors(projection: nn.Module, vectors: Tensor, dtype: torch.dtype =
     """
     if is_plain_linear(projection):
         rows, weight = vectors.float()[:, None], projection.weight.float().T
-        with exact_products(vectors.device):
+        with exact_products(vectors.device), torch.autocast(vectors.device.type, enabled=False):
             if vectors.device.type == "cpu":
                 return row_matmul(rows, weight)[:, 0]
             return torch.cat([row @ weight for row in rows])
-    out = torch.cat([projection(vector.to(dtype)[None]) for vector in vectors])
+    out = torch.cat([projection(vector.to(dtype)[None, None])[0] for vector in vectors])
     if getattr(base_layer(projection), "bias", None) is not None:
-        out = out - projection(torch.zeros_like(vectors[:1], dtype=dtype))
+        out = out - projection(torch.zeros_like(vectors[:1], dtype=dtype)[None])[0]
     return out.float()
 
 
 def _nothing(projection: nn.Module, x: Tensor) -> RowUpdates:
     """Output vectors, slots and coefficients of no update at all."""
     slots = torch.full((len(x), 1), -1, dtype=torch.int32, device=x.device)
-    u = torch.zeros(1, base_layer(projection).out_features, device=x.device)
-    return RowUpdates(u, slots, torch.zeros(*x.shape[:2], 1, device=x.device))
+    kind: Any = {"dtype": torch.float32, "device": x.device}
+    u = torch.zeros(1, base_layer(projection).out_features, **kind)
+    return RowUpdates(u, slots, torch.zeros(*x.shape[:2], 1, **kind))
 
 
 def is_plain_linear(projection: Any) -> TypeGuard[nn.Linear]:
     """Whether a projection's weight may be used directly: no adapter, quantisation, hook or offloading on it."""
     return (
         type(projection) is nn.Linear
-        and "forward" not in vars(projection)  # some adapters replace it on the layer itself
+        and nn.Linear.forward.__code__.co_filename == nn.modules.linear.__file__  # nor has the class another
+        and own_forward(projection) is None
         and type(projection.weight) in (Tensor, nn.Parameter)  # torchao and DTensor keep nn.Linear
         and projection.weight.device.type != "meta"
         and projection.weight.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
         and not hasattr(projection, "_hf_hook")
         and not hasattr(projection, "_diffusers_hook")
-        and not projection._forward_hooks
-        and not projection._forward_pre_hooks
+        and not any(getattr(projection, f"_{when}_hooks") for when in _HOOKS)
+        and not _has_any_global_hook()
     )

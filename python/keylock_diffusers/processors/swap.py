@@ -125,11 +125,23 @@ def verify(pipe: Any) -> None:
     """
     for name, attn in cross_attention_layers(unet_of(pipe)).items():
         if not isinstance(attn.processor, _CROSS):
-            raise RuntimeError(
-                f"{name} has the processor {type(attn.processor).__name__}, which cannot personalise; "
-                "call keylock_diffusers.install(pipe) after anything that sets processors"
-            )
+            held = f"{name} has the processor {type(attn.processor).__name__}, which cannot personalise"
+            raise RuntimeError(f"{held}; {_remedy(name, attn)}")
         attn.processor.layer = name
+
+
+def _remedy(layer: str, attn: Attention) -> str:
+    """What to do about a layer that does not have our processor."""
+    if replacement(layer, attn) is not None:
+        return "call keylock_diffusers.install(pipe) after anything that sets processors"
+    if getattr(attn, "fused_projections", False):
+        return "call pipe.unfuse_qkv_projections(), then keylock_diffusers.install(pipe)"
+    if not is_plain(attn):
+        return "its heads share keys and values, which generate does not know"
+    return (
+        "install keeps it, since it does more than plain attention: take off what set it, or give this layer an "
+        "AttnProcessor2_0 with set_processor, then call keylock_diffusers.install(pipe)"
+    )
 
 
 def _shorten(names: list[str], limit: int = 3) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from keylock_diffusers.processors.projection import keys_and_values
 from keylock_diffusers.routing import edits
 from keylock_diffusers.routing.rows import ConceptUse, Row, TextLayout
 
-Pairs = dict[str, tuple[Tensor, Tensor]]  # a layer's keys and values
+Pair = tuple[Tensor, Tensor]  # a layer's keys and values
+Pairs = dict[str, Pair]
 Held = tuple[tuple[int, ...], ...]  # per row, which of its concepts count, by their place in it
 
 
@@ -36,13 +37,12 @@ class ConceptRouting:
         """Which rows' concepts do not count yet, each in its own (step, of how many)."""
         return tuple(step / total < row.start for row, (step, total) in zip(self._rows, steps, strict=True))
 
-    def project(
-        self, layers: Mapping[str, Any], text: Tensor, key_text: Tensor, layout: TextLayout, *, early: bool
-    ) -> Pairs:
-        """Every layer's keys and values.
+    def projecting(
+        self, text: Tensor, key_text: Tensor, layout: TextLayout, *, early: bool
+    ) -> Callable[[str, Any], Pair]:
+        """What projects a layer's keys and values, given its name and its module.
 
         Args:
-            layers: a U-Net's cross-attention layers.
             text: what values read, [B, T', D].
             key_text: what keys read, [B, T', D].
             layout: of the wordings in it.
@@ -55,14 +55,17 @@ class ConceptRouting:
         }
         tables = _Tables(self.concepts, text)
 
-        def updates(projection: str) -> RowUpdates | None:
-            layer, _, side = projection.rpartition(".")
-            if sides[side] is None:
-                return None
-            slots, coefficients = sides[side]  # type: ignore[misc]
-            return RowUpdates(tables(layers[layer], layer, side), slots, coefficients)
+        def project(layer: str, attn: Any) -> Pair:
+            def updates(projection: str) -> RowUpdates | None:
+                side = projection.rpartition(".")[2]
+                if sides[side] is None:
+                    return None
+                slots, coefficients = sides[side]  # type: ignore[misc]
+                return RowUpdates(tables(attn, layer, side), slots, coefficients)
 
-        return {name: keys_and_values(attn, name, (key_text, text), updates) for name, attn in layers.items()}
+            return keys_and_values(attn, layer, (key_text, text), updates)
+
+        return project
 
     def _coefficients(
         self, text: Tensor, locks: tuple[str, ...], early: bool, layout: TextLayout
@@ -91,8 +94,9 @@ class ConceptRouting:
         """The gates [B, R] of what each row holds, and how a row's concepts combine [B, R, R]; made once for each."""
         if (held, device) not in self._gates:
             size = len(self._rows), self._width
-            slots, beta = torch.full(size, -1, dtype=torch.int32), torch.zeros(size)
-            tau, strength, mix = torch.ones(size), torch.zeros(size), torch.zeros(*size, self._width)
+            slots = torch.full(size, -1, dtype=torch.int32)
+            beta, tau, strength = (torch.full(size, number, dtype=torch.float32) for number in (0.0, 1.0, 0.0))
+            mix = torch.zeros(*size, self._width, dtype=torch.float32)
             for number, (row, places) in enumerate(zip(self._rows, held, strict=True)):
                 for place in places:
                     use = row.uses[place]
@@ -112,10 +116,15 @@ class _Tables:
     def __init__(self, concepts: Sequence[Any], text: Tensor) -> None:
         self._dtype, device = text.dtype, text.device
         if concepts:
-            self._targets = torch.stack([concept.target_input for concept in concepts]).to(device)
-            self._supers = torch.stack([concept.super_class_encoding for concept in concepts]).to(device).float()
+            self._targets = _stacked(concept.target_input for concept in concepts).to(device)
+            self._supers = _stacked(concept.super_class_encoding for concept in concepts).to(device)
             self._values = [concept.values_per_layer() for concept in concepts]
 
     def __call__(self, attn: Any, layer: str, side: str) -> Tensor:
-        values = torch.stack([value[layer] for value in self._values]).to(self._targets.device)
+        values = _stacked(value[layer] for value in self._values).to(self._targets.device)
         return edits.table(attn, side, self._targets, self._supers, values, self._dtype)
+
+
+def _stacked(vectors: Iterable[Tensor]) -> Tensor:  # [S, D] float32
+    # Each by itself: autocast stacks no half precision but its own.
+    return torch.stack([vector.float() for vector in vectors])

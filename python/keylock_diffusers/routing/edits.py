@@ -72,7 +72,7 @@ def mixing(concepts: Sequence[Concept], strengths: Sequence[float]) -> Tensor:  
     metric = gram(
         torch.stack([concept.target_input for concept in concepts]),
         torch.stack([concept.direction for concept in concepts]),
-        torch.tensor([concept.energy for concept in concepts]),
+        torch.tensor([concept.energy for concept in concepts], dtype=torch.float64),
     )
     cosine = metric / (metric.diagonal()[:, None] * metric.diagonal()).sqrt()
     for i, j in torch.triu_indices(len(concepts), len(concepts), 1).T.tolist():

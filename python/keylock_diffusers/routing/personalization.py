@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from keylock_diffusers.denoisers.neighbours import loading
 from keylock_diffusers.denoisers.unet import ProjectionState, cross_attention_layers, resolutions_of, unet_of
 from keylock_diffusers.processors.contract import BOUND, Bound, ImageStreams, Kept
 from keylock_diffusers.routing.buffers import filled, filled_pairs, version_of, versions_of
@@ -134,25 +135,33 @@ class Personalization:
         if self._concepts.scheduled and early_text is None:
             raise ValueError("Personalization.prepare: early_text is needed for rows that start later, got None")
         unet = unet_of(pipe)
-        hook: Any = getattr(unet, "_hf_hook", None)
-        if type(hook).__name__ == "CpuOffload":  # whole-model offloading moves the U-Net in when it is called, or here
-            hook.pre_forward(unet)
         layers = cross_attention_layers(unet)
         self._made_with = ProjectionState(layers)
         options = {"read_text": read_text, "key_text": key_text, "early_text": early_text, "latent_size": latent_size}
         self._again = text, options
         self._tokens = text.shape[1]
         layout = TextLayout(self._tokens, read_text.shape[1] // self._tokens)
-        projected = self._concepts.project(layers, read_text, key_text, layout, early=False)
-        self._phases = None
+        projecting = [self._concepts.projecting(read_text, key_text, layout, early=False)]
         if early_text is not None and self._concepts.scheduled:
-            early = self._concepts.project(layers, early_text, early_text, layout, early=True)
-            self._phases = early, projected
+            projecting.append(self._concepts.projecting(early_text, early_text, layout, early=True))
+        if self._routing.flat_lengths:
+            places = self._routing.places().to(text.device)
+            projecting.append(lambda _, attn: projected_images(attn, self._routing.uses, places, text))
+        made: list[Pairs] = [{} for _ in projecting]
+        with loading(unet) as bring:
+            for name, attn in layers.items():
+                bring(name)
+                for pairs, project in zip(made, projecting, strict=True):
+                    pairs[name] = project(name, attn)
+        images = made.pop() if self._routing.flat_lengths else {}
+        projected, self._phases = made[0], None
+        if len(made) > 1:
+            self._phases = made[1], made[0]
             projected = self._current()
         sizes = resolutions_of(unet, layers, latent_size)
         self._sizes = {math.prod(size): size for size in sizes.values()}
         self._pixels_of = {name: math.prod(size) for name, size in sizes.items()}
-        self._prepare_images(layers, text, sizes)
+        self._prepare_images(images, text, sizes)
         self._prepare_regions(read_text)
         self._text = filled(self._text, text.clone())
         self._seen = weakref.ref(text), version_of(text)
@@ -377,26 +386,24 @@ class Personalization:
                 raise ValueError(f"Personalization: {pixels} pixels are no picture of {size}; give prepare latent_size")
         return self._regions.query_regions(size).to(device)
 
-    def _prepare_images(self, layers: Mapping[str, Any], text: Tensor, sizes: Mapping[str, tuple[int, int]]) -> None:
+    def _prepare_images(self, projected: Pairs, text: Tensor, sizes: Mapping[str, tuple[int, int]]) -> None:
         routing = self._routing
         if not routing.flat_lengths:
             self.image_kv, self._image_weights, self._image_groups, self._image_bias = {}, {}, {}, None
             self._masks = {}
             return
-        places = routing.places().to(text.device)
-        projected = {name: projected_images(attn, routing.uses, places, text) for name, attn in layers.items()}
         self.image_kv = filled_pairs(self.image_kv, projected)
         dtype = accumulate_dtype(text.dtype)
         bias = routing.key_bias(dtype)
         self._image_bias = None if bias is None else filled(self._image_bias, bias.to(text.device))
         # Layers whose streams count equally share their weights, but never where that could change between users.
-        patterns = {name: name if routing.fixed else routing.scale_pattern(name) for name in layers}
+        patterns = {name: name if routing.fixed else routing.scale_pattern(name) for name in projected}
         numbers = {pattern: number for number, pattern in enumerate(dict.fromkeys(patterns.values()))}
         self._image_groups = {name: numbers[pattern] for name, pattern in patterns.items()}
         self._layer_of = {group: name for name, group in self._image_groups.items()}
         resolutions = {name: math.prod(size) for name, size in sizes.items()}
         if not routing.per_pixel:
-            resolutions = dict.fromkeys(layers, 0)
+            resolutions = dict.fromkeys(projected, 0)
         wanted = {(self._image_groups[name], pixels) for name, pixels in resolutions.items()}
         self._image_weights = {key: tensor for key, tensor in self._image_weights.items() if key in wanted}
         self._masks = {

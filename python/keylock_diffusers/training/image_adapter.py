@@ -82,7 +82,7 @@ class ImageAdapter(nn.Module):
     def __init__(self, unet: Any, width: int) -> None:
         super().__init__()
         self.numbers = layer_numbers(unet)
-        self.projection = ImageProjection(width, unet.config.cross_attention_dim, TOKENS)
+        self.projection = ImageProjection(width, unet.config.cross_attention_dim, TOKENS).float()
         layers = cross_attention_layers(unet)
         self.keys = nn.ModuleDict({_key(name): _copy(attn.to_k) for name, attn in layers.items()})
         self.values = nn.ModuleDict({_key(name): _copy(attn.to_v) for name, attn in layers.items()})
@@ -106,6 +106,8 @@ class ImageAdapter(nn.Module):
         return write_tensors(path, self.published(dtype))
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def train_image_adapter(
     pipe: Any,
     examples: Sequence[AdapterExample],
@@ -147,11 +149,12 @@ def train_image_adapter(
         empty = text.tokenize(pipe.tokenizer, "")
         layers = cross_attention_layers(unet)
 
-        edges = torch.tensor([config.drop_text, config.drop_image, config.drop_both]).cumsum(0)
+        edges = torch.tensor([config.drop_text, config.drop_image, config.drop_both], dtype=torch.float32).cumsum(0)
 
         def loss(step: int) -> tuple[Tensor, dict[str, float]]:
             drawn = draw(pipe, examples, config, step, accelerator.process_index)
-            kind = torch.bucketize(torch.tensor(drawn.share), edges, right=True)  # without 0 text, 1 image, 2 either
+            shares = torch.tensor(drawn.share, dtype=torch.float32)
+            kind = torch.bucketize(shares, edges, right=True)  # without 0 text, 1 image, 2 either
             wordless, imageless = (kind == 0) | (kind == 2), (kind == 1) | (kind == 2)
             with torch.no_grad():
                 prompts = [
@@ -213,7 +216,7 @@ def _key(layer: str) -> str:
 
 def _copy(projection: nn.Module) -> nn.Linear:
     weight = base_layer(projection).weight
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=torch.float32)
     with torch.no_grad():
         made.weight.copy_(weight)
     return made

@@ -84,6 +84,8 @@ class FusionConfig(loop.Schedule):
             raise ValueError(f"FusionConfig: localization_form must be one of {FORMS}, got {self.localization_form!r}")
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def train_subject_fusion(
     pipe: Any,
     examples: Sequence[FusionExample],
@@ -197,7 +199,7 @@ def _targets(
     """The tokens that are localized, -1 for none, and their masks."""
     masked = [[(subject.mask, token) for subject, token in row if subject.mask is not None] for row in places]
     width = max(1, *(len(row) for row in masked))
-    tokens, masks = torch.full((len(places), width), -1), torch.zeros(len(places), width, *size)
+    tokens, masks = torch.full((len(places), width), -1), torch.zeros(len(places), width, *size, dtype=torch.float32)
     for row, subjects in enumerate(masked):
         for place, (mask, token) in enumerate(subjects):
             tokens[row, place] = token
