@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import numbers
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+_LONGEST_NAME, _LONGEST_PATH = 255, 4096  # bytes, on the file systems that there are
 _LARGEST = torch.finfo(torch.float32).max
 
 
@@ -74,6 +76,40 @@ def whole(value: Any, name: str, least: int, most: int | None = None) -> int:
         wanted = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise ValueError(f"{name} must be a whole number {wanted}, got {shown(value)}")
     return int(value)
+
+
+def one_of(value: Any, name: str, choices: Sequence[str]) -> str:
+    """A text among those that there are.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {shown(value)}")
+    return value
+
+
+def path_text(value: Any, name: str) -> str:
+    """What a path says, if a file may be called so.
+
+    Raises:
+        TypeError: it is no path.
+        ValueError: it is empty, too long, or holds what no file's name may hold.
+    """
+    text = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(text, str):
+        raise TypeError(f"{name} must be a path, got {shown(value)}")
+    try:
+        parts = text.encode("utf-8").split(b"/")
+    except UnicodeEncodeError:
+        parts = [b"\0"]
+    whole_length = sum(len(part) + 1 for part in parts)
+    if not text or b"\0" in b"".join(parts) or max(map(len, parts)) > _LONGEST_NAME or whole_length > _LONGEST_PATH:
+        raise ValueError(
+            f"{name} must be a path of names of at most {_LONGEST_NAME} bytes, in all {_LONGEST_PATH}, "
+            f"got {shown(text)}"
+        )
+    return text
 
 
 def check_field(config: Any, name: str, check: Callable[..., Any], *bounds: Any, optional: bool = False) -> None:

@@ -74,7 +74,7 @@ def test_a_picture_says_what_it_was_drawn_from_and_that_draws_it_again(place, pi
         )[0]
         assert np.abs(np.asarray(again, int) - np.asarray(image, int)).max() <= 1
     first = drawn.facts_of(place / "outputs" / "000.png")
-    assert first["concepts"] == {"alice/cat": bank["alice/cat"].digest}
+    assert first["concepts"] == {"alice/cat": bank["alice/cat"].version}
     seeds = [drawn.facts_of(place / "outputs" / f"001-{n}.png")["order"]["seed"] for n in range(2)]
     assert seeds[1] == seeds[0] + 1  # of one order, whose seed was drawn
 

@@ -73,7 +73,8 @@ def test_guidance_needs_no_concepts_and_a_seed_is_drawn_for_all(ready):
 
 def test_the_grid_has_each_picture_under_its_value_and_beside_its_row():
     images = [[Image.new("RGB", (20, 10), (60 * row, 60 * column, 9)) for column in range(3)] for row in range(2)]
-    sheet = np.asarray(sweeps._grid("a prompt", ["beta 0.1", "beta 0.2", "beta 0.3"], ["seed 3", "seed 4"], images))
+    heads = ["beta 0.1", "beta 0.2", "beta 0.3"]
+    sheet = np.asarray(sweeps.labelled_grid("a prompt", heads, ["seed 3", "seed 4"], images))
     ys, xs = np.nonzero(sheet[..., 2] == 9)
     assert sheet[..., 2].max() == 255 and len(ys) == 6 * 160 * 80
     left, top = xs.min(), ys.min()

@@ -495,7 +495,7 @@ def test_numpys_numbers_are_numbers(pipe, metric):
     assert same(ours, train(pipe, [subject()], metric)[0]) and Concept.load(ours.to_bytes()).training["seed"] == 1
 
 
-def test_arguments_of_other_kinds_are_named(pipe, metric):
+def test_arguments_of_other_kinds_are_named(pipe, metric, tmp_path):
     for arguments, message in (
         ((pipe, None), "subjects must be a list, got NoneType"),
         ((pipe, subject()), "subjects must be a list, got Subject"),
@@ -507,6 +507,9 @@ def test_arguments_of_other_kinds_are_named(pipe, metric):
             train_concepts(*arguments, metric=metric)
     with pytest.raises(TypeError, match="^train_concepts: metric must be a Covariance, got None"):
         train_concepts(pipe, [subject()], metric=None)
+    for path in (3, "", "x" * 999, tmp_path):
+        with pytest.raises((TypeError, ValueError), match="checkpoint_path must be a"):
+            train(pipe, [subject()], metric, checkpoint_path=path)
     for every in (0, -1, 2.5, None):
         with pytest.raises(ValueError, match=f"checkpoint_every must be a whole number of at least 1, got {every}"):
             train(pipe, [subject()], metric, checkpoint_every=every)
@@ -590,6 +593,9 @@ def test_what_cannot_train_is_refused(pipe, metric):
         *(({name: -0.1}, f"{name} must be a finite number of at least 0") for name in ("tau", "inference_tau")),
         ({"max_grad_norm": 0}, "max_grad_norm must be above 0"),
         ({"localization_form": 3}, "localization_form must be one of"),
+        ({"localization_form": np.zeros(2)}, "localization_form must be one of"),
+        ({"target_gradient": torch.zeros(2)}, "target_gradient must be one of none, straight-through, exact, got a te"),
+        ({"mixed_precision": None}, "mixed_precision must be one of no, bf16, got None"),
         ({"target_gradient": "some"}, "target_gradient must be one of"),
         ({"mixed_precision": "fp16"}, "mixed_precision must be"),
         ({"target_decay": 1.0}, r"target_decay must lie in \[0, 1\)"),
@@ -680,12 +686,17 @@ def test_a_nearly_singular_covariance_warns(pipe, tmp_path, caplog):
         ({"ridge": math.nan}, "ridge must be a finite number of at least 0"),
         ({"captions": "a cat"}, "captions must be a list of texts, got 'a cat'"),
         ({"captions": None}, "captions must be a list of texts, got None"),
+        ({"captions": {"a cat": 1}}, "captions must be a list of texts, got {'a cat': 1}"),
+        ({"positions": torch.zeros(2)}, "positions must be one of prompt, all, got a tensor"),
+        ({"cache": 3}, "cache must be a path, got 3"),
+        ({"cache": ""}, "cache must be a path of names"),
         ({"captions": ["a cat", 3]}, "captions must be texts, got 3 among them"),
+        ({"captions": [None]}, "captions must be texts, got None among them"),
     ],
 )
 def test_a_wrong_covariance_argument_is_refused(pipe, tmp_path, arguments, message):
     with pytest.raises((ValueError, TypeError), match=message):
-        covariance(pipe, cache=tmp_path, **{"captions": ["a cat"], **arguments})
+        covariance(pipe, **{"captions": ["a cat"], "cache": tmp_path, **arguments})
 
 
 def test_default_captions_are_the_same_every_time():

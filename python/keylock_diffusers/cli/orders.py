@@ -59,7 +59,7 @@ def versions(order: Order, bank: Mapping[str, Concept]) -> dict[str, str | None]
     for use in order.request.concepts:
         name = use.concept if isinstance(use, Use) else use
         try:
-            found[str(name)] = bank[name].digest
+            found[str(name)] = bank[name].version
         except Exception:  # planning the request says what is wrong with it
             found[str(name)] = None
     return found

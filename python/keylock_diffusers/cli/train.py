@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from keylock_diffusers.cli import common
-from keylock_diffusers.cli.common import Model
+from keylock_diffusers.cli.common import Device, Dtype, Model, Scheduler, Variant
 
 
 def train(
@@ -48,6 +48,10 @@ def train(
         Path | None,
         typer.Option(help="File to resume from and to write; default a hidden one beside the output, gone at the end."),
     ] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    variant: Variant = None,
+    scheduler: Scheduler = None,
     overwrite: Annotated[bool, typer.Option(help="Replace the output, if it is there.")] = False,
     samples_every: Annotated[
         int | None,
@@ -84,7 +88,7 @@ def train(
         raise ValueError(f"--localize needs masks, and {pictures} has none")
     lines = _captions(model, captions)
     print(f"{pictures}: {folder}")
-    pipe = common.load(model)
+    pipe = common.load(model, dtype=dtype, device=device, variant=variant, scheduler=scheduler)
     check_pipeline(pipe, "keylock train")
     pipe.set_progress_bar_config(disable=True)  # of samples: it would tear training's own
     own = checkpoint or output.with_name(f".{output.name}.checkpoint")

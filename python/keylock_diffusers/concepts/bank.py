@@ -8,7 +8,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Mapping
 
-from keylock_diffusers.checks import whole
+from keylock_diffusers.checks import path_text, whole
 from keylock_diffusers.concepts.concept import VERSION_DIGITS, Concept, ConceptSummary
 from keylock_diffusers.concepts.places import MAX_SEGMENTS, SUFFIX, open_place
 
@@ -54,11 +54,9 @@ class ConceptBank(Mapping[str, Concept]):
     """
 
     def __init__(self, path_or_url: str | os.PathLike[str], *, cache_size: int = 1024) -> None:
-        path_or_url = os.fspath(path_or_url) if isinstance(path_or_url, os.PathLike) else path_or_url
-        if not isinstance(path_or_url, str) or not path_or_url:
-            raise TypeError(f"ConceptBank: path_or_url must be a folder or an fsspec URL, got {path_or_url!r:.80}")
+        place = path_text(path_or_url, "ConceptBank: path_or_url")
         self._cache_size = whole(cache_size, "ConceptBank: cache_size", 0)
-        self._files = open_place(path_or_url)
+        self._files = open_place(place)
         self._cache: OrderedDict[str, tuple[Hashable, Concept]] = OrderedDict()
         self._lock = threading.Lock()
 

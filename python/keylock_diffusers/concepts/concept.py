@@ -11,12 +11,12 @@ import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from keylock_diffusers.checks import path_text
 from keylock_diffusers.concepts.base_model import BaseModel
 from keylock_diffusers.concepts.files import (
     ConceptFileError,
@@ -163,9 +163,9 @@ class Concept:
         if isinstance(path_or_bytes, (bytes, bytearray, memoryview)):
             concept = cls.from_bytes(bytes(path_or_bytes))
         else:
-            source = os.fspath(path_or_bytes)
+            source = path_text(path_or_bytes, "Concept.load: path_or_bytes")
             try:
-                opened = open_regular(path_or_bytes)
+                opened = open_regular(source)
             except ValueError as error:
                 raise ConceptFileError(str(error)) from None
             with opened as stream:
@@ -226,7 +226,7 @@ class Concept:
             OSError: the folder does not exist or cannot be written; a file that was there is unchanged.
         """
         data = self.to_bytes()
-        write_atomically(Path(path), data)
+        write_atomically(path_text(path, "Concept.save: path"), data)
         return len(data)
 
     def check(self, pipe: Any, *, strict: bool = False) -> None:

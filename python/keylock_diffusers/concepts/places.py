@@ -313,7 +313,7 @@ def open_place(path_or_url: str) -> Place:
     except (ImportError, ValueError) as error:
         # fsspec's own message names the package that is missing.
         shown = _CREDENTIALS.sub("//", path_or_url).partition("?")[0]
-        raise ValueError(f"ConceptBank: {shown:.120} cannot be opened: {error}") from error
+        raise ValueError(f"ConceptBank: path_or_url {shown:.120} cannot be opened: {error}") from error
     if isinstance(file_system, LocalFileSystem):
         return LocalPlace(root)
     return RemotePlace(file_system, root, path_or_url)

@@ -82,7 +82,7 @@ def sweep(
     )
     images = [drawn[first : first + len(values)] for first in range(0, len(drawn), len(values))]
     heads = [_label(columns, value) for value in values]
-    return Sweep(_grid(str(request.prompt), heads, [label for label, _, _ in settings], images), images, orders)
+    return Sweep(labelled_grid(str(request.prompt), heads, [label for label, _, _ in settings], images), images, orders)
 
 
 def _dials(request: Any, over: Any) -> list[tuple[str, list[Any]]]:
@@ -119,7 +119,7 @@ def _label(name: str, value: Any) -> str:
     return f"{name.replace('_', ' ')} {value:g}" if isinstance(value, float) else f"{name.replace('_', ' ')} {value}"
 
 
-def _grid(
+def labelled_grid(
     title: str, heads: Sequence[str], sides: Sequence[str], images: Sequence[Sequence[Image.Image]]
 ) -> Image.Image:
     """Pictures in rows and columns, their heads above and their sides on the left."""

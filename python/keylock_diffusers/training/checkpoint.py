@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from keylock_diffusers.checks import path_text
 from keylock_diffusers.files import held, keep_tensors, read_tensors
 
 logger = logging.getLogger(__name__)
@@ -35,14 +36,22 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], facts: Any, *, run: st
     return keep_tensors(path, tensors, header, "checkpoint")
 
 
+def check_path(path: Any) -> None:
+    """That a checkpoint could be there, or None.
+
+    Raises:
+        TypeError, ValueError: it is no path, or a folder.
+    """
+    if path is not None and Path(path_text(path, "checkpoint_path")).is_dir():
+        raise ValueError(f"checkpoint_path must be a file, got the folder {path}")
+
+
 def hold(stack: contextlib.ExitStack, path: str | Path) -> None:
     """Holds a checkpoint for this run until `stack` is left, or the process ends.
 
     Raises:
-        ValueError: another run holds it, or it is a folder.
+        ValueError: another run holds it.
     """
-    if Path(path).is_dir():
-        raise ValueError(f"checkpoint_path must be a file, got the folder {path}")
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         mine = stack.enter_context(held(path))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from keylock_diffusers.checks import check_field, number, shown, whole
+from keylock_diffusers.checks import check_field, number, one_of, shown, whole
 from keylock_diffusers.concepts.concept import check_placeholder, check_super_class
 from keylock_diffusers.training.localization import FORMS
 
@@ -113,14 +113,9 @@ class TrainingConfig:
     inference_tau: float = 0.15
 
     def __post_init__(self) -> None:
-        if self.target_gradient not in _GRADIENTS:
-            raise ValueError(
-                f"TrainingConfig: target_gradient must be one of {_GRADIENTS}, got {shown(self.target_gradient)}"
-            )
-        if self.mixed_precision not in ("no", "bf16"):
-            raise ValueError(
-                f'TrainingConfig: mixed_precision must be "no" or "bf16", got {shown(self.mixed_precision)}'
-            )
+        check_field(self, "target_gradient", one_of, _GRADIENTS)
+        check_field(self, "mixed_precision", one_of, ("no", "bf16"))
+        check_field(self, "localization_form", one_of, FORMS)
         for name in ("steps", "batch_size", "patience"):
             check_field(self, name, whole, 1, optional=name == "patience")
         for name in ("beta", "inference_beta"):
@@ -130,9 +125,5 @@ class TrainingConfig:
         check_field(self, "max_grad_norm", number, 0, optional=True)
         if self.max_grad_norm == 0:
             raise ValueError("TrainingConfig: max_grad_norm must be above 0, or None for no bound, got 0")
-        if self.localization_form not in FORMS:
-            raise ValueError(
-                f"TrainingConfig: localization_form must be one of {FORMS}, got {shown(self.localization_form)}"
-            )
         if self.target_decay >= 1:
             raise ValueError(f"TrainingConfig: target_decay must lie in [0, 1), got {self.target_decay}")

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from keylock_diffusers.checks import number, shown
+from keylock_diffusers.checks import number, one_of, path_text, shown
 from keylock_diffusers.encoding import text
 from keylock_diffusers.files import keep_tensors, read_tensors
 from keylock_diffusers.training.frozen import check_encoder
@@ -77,20 +77,20 @@ def covariance(
     Paper: Perfusion, Tewel et al. 2023, arXiv 2305.01644; ROME, Meng et al. 2022, arXiv 2202.05262.
     """
     check_encoder(pipe, "covariance")
-    if isinstance(captions, (str, bytes)) or not isinstance(captions, Iterable):
+    folder = _cache_folder(cache)
+    if isinstance(captions, (str, bytes)) or not isinstance(captions, Sequence):
         raise TypeError(f"covariance: captions must be a list of texts, got {shown(captions)}")
     captions = list(captions)
-    wrong = next((c for c in captions if not isinstance(c, str)), None)
-    if wrong is not None:
-        raise TypeError(f"covariance: captions must be texts, got {shown(wrong)} among them")
+    wrong = [caption for caption in captions if not isinstance(caption, str)]
+    if wrong:
+        raise TypeError(f"covariance: captions must be texts, got {shown(wrong[0])} among them")
     if not captions:
         raise ValueError("covariance: captions must not be empty")
-    if positions not in _POSITIONS:
-        raise ValueError(f"covariance: positions must be one of {_POSITIONS}, got {positions!r}")
+    one_of(positions, "covariance: positions", _POSITIONS)
     ridge = number(ridge, "covariance: ridge", 0)
     prompts = [text.tokenize(pipe.tokenizer, words) for words in captions]
     first = text.encode(pipe.text_encoder, prompts[:_BATCH])
-    path = _cache_folder(cache) / f"covariance-{_key(first, captions, positions)}.safetensors"
+    path = folder / f"covariance-{_key(first, captions, positions)}.safetensors"
     moment = _read(path, first.shape[-1])
     if moment is None:
         moment = torch.zeros(first.shape[-1], first.shape[-1], dtype=torch.float64)
@@ -122,7 +122,9 @@ def covariance(
 
 
 def _cache_folder(cache: str | os.PathLike[str] | None) -> Path:
-    return Path(cache or os.environ.get("KEYLOCK_CACHE") or Path.home() / ".cache" / "keylock").expanduser()
+    if cache is not None:
+        return Path(path_text(cache, "covariance: cache")).expanduser()
+    return Path(os.environ.get("KEYLOCK_CACHE") or Path.home() / ".cache" / "keylock").expanduser()
 
 
 def _key(first: Tensor, captions: Sequence[str], positions: str) -> str:

@@ -169,6 +169,7 @@ def run(trainable: Trainable, how: Run) -> None:
         ValueError: the checkpoint is of another run, is written by another run at the time, or cannot be read.
         KeyboardInterrupt: what it says is for people: where the run goes on.
     """
+    checkpoint.check_path(how.path)
     with contextlib.ExitStack() as stack:
         if how.path is not None and how.writes:
             checkpoint.hold(stack, how.path)

@@ -9,18 +9,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from keylock_diffusers.checks import reason_of, whole
 from keylock_diffusers.concepts import Concept
 from keylock_diffusers.files import write_atomically
 from keylock_diffusers.generation.generate import generate
+from keylock_diffusers.generation.sweep import labelled_grid
 from keylock_diffusers.requests import Request
 from keylock_diffusers.training.config import DEFAULT_CAPTIONS, ConceptTrainingError, Subject
 
 logger = logging.getLogger(__name__)
-_CELL, _GAP, _HEAD = 160, 6, 22
-_INK, _PAPER = (28, 30, 36), (255, 255, 255)
 
 
 class Samples:
@@ -83,22 +82,7 @@ class Samples:
             self._columns.append((self.subject.super_class, drawn[: len(self.seeds)]))
         self._columns.append((f"step {step}", drawn[-len(self.seeds) :]))
         stored = io.BytesIO()
-        _strip(self._columns).save(stored, "PNG")
+        heads, columns = zip(*self._columns, strict=True)
+        sides = [f"seed {seed}" for seed in self.seeds]
+        labelled_grid(words, heads, sides, list(zip(*columns, strict=True))).save(stored, "PNG")
         write_atomically(self.path, stored.getvalue())
-
-
-def _strip(columns: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
-    """Columns of pictures under their heads."""
-    first = columns[0][1][0]
-    scale = _CELL / max(first.size)
-    width, height = round(first.width * scale), round(first.height * scale)
-    rows = len(columns[0][1])
-    sheet = Image.new("RGB", (len(columns) * (width + _GAP) + _GAP, _HEAD + rows * (height + _GAP)), _PAPER)
-    pen = ImageDraw.Draw(sheet)
-    for place, (head, images) in enumerate(columns):
-        left = _GAP + place * (width + _GAP)
-        pen.text((left + width / 2, _HEAD / 2), head, fill=_INK, font_size=13, anchor="mm")
-        for row, image in enumerate(images):
-            picture = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
-            sheet.paste(picture, (left, _HEAD + row * (height + _GAP)))
-    return sheet

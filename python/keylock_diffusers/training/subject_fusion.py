@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
-from keylock_diffusers.checks import check_field, number
+from keylock_diffusers.checks import check_field, number, one_of
 from keylock_diffusers.concepts import BaseModel
 from keylock_diffusers.encoding import text
 from keylock_diffusers.encoding.fusion import FusionUse, SubjectFusion, fuse
@@ -80,8 +80,7 @@ class FusionConfig(loop.Schedule):
         super().__post_init__()
         loop.check_shares(self, "drop_text", "drop_subjects")
         check_field(self, "localize", number, 0)
-        if self.localization_form not in FORMS:
-            raise ValueError(f"FusionConfig: localization_form must be one of {FORMS}, got {self.localization_form!r}")
+        check_field(self, "localization_form", one_of, FORMS)
 
 
 @torch.inference_mode(False)

@@ -110,6 +110,7 @@ def train_concepts(
         if not isinstance(value, kind):
             raise TypeError(f"train_concepts: {name} must be a {kind.__name__}, got {shown(value)}")
     whole(checkpoint_every, "train_concepts: checkpoint_every", 1)
+    checkpoint.check_path(checkpoint_path)
     for subject in listed(subjects, "train_concepts: subjects"):
         if not isinstance(subject, Subject):
             raise TypeError(f"train_concepts: subjects must be Subject objects, got {shown(subject)}")
