@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from keylock_diffusers import checks
-from keylock_diffusers.checks import reason_of, shown, whole
+from keylock_diffusers.checks import number, reason_of, shown, whole
 from keylock_diffusers.concepts import Concept
 from keylock_diffusers.denoisers.unet import adapters, text_encoders
 from keylock_diffusers.encoding.fusion import SubjectFusion
@@ -137,11 +136,11 @@ def generate(
     recorded: dict[tuple[int, int], WordMaps] = {}
     batches = list(_batches(pictures, max_batch))
     shown = dict(getattr(pipe, "_progress_bar_config", {}))
-    for number, members in enumerate(batches, 1):
+    for nth, members in enumerate(batches, 1):
         if engine.stopped:
             break
         if len(batches) > 1:
-            engine.pipe.set_progress_bar_config(**{"desc": f"batch {number} of {len(batches)}", **shown})
+            engine.pipe.set_progress_bar_config(**{"desc": f"batch {nth} of {len(batches)}", **shown})
         batch, failed = _loaded(engine, members)
         for picture, error in failed:
             results[picture.request][picture.image] = error
@@ -230,7 +229,7 @@ def _check_kinds(pipe: Any, settings: Settings, **callbacks: Any) -> None:
         if value is not None:
             whole(value, f"generate: {name}", 1, 2**16)
     for name in {*_SHARES} & {*given}:
-        checks.number(given[name], f"generate: {name}", 0, 1)
+        number(given[name], f"generate: {name}", 0, 1)
     layers = [getattr(encoder.model.config, "num_hidden_layers", 1) for encoder in text_encoders(pipe)]
     if given.get("clip_skip") is not None and layers:
         whole(given["clip_skip"], "generate: clip_skip", 0, min(layers) - (len(layers) > 1))  # SDXL skips the last
