@@ -6,17 +6,18 @@ import contextlib
 import functools
 import numbers
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import torch
 from PIL import Image
 
 import keylock_diffusers as kd
-from keylock_diffusers.training import Subject, TrainingConfig, covariance, train_concepts
+from keylock_diffusers.training import Covariance, Subject, TrainingConfig, covariance, train_concepts
+from tests.diffusers.compatibility import WIDTH
 from tests.hostile import world
 from tests.hostile.values import python_value, told
 
@@ -115,7 +116,7 @@ def _train(place: Path, **changed: Any) -> None:
     given = {
         "subjects": subjects,
         "config": TrainingConfig(steps=1, batch_size=1),
-        "metric": _metric(),
+        "metric": Covariance(torch.eye(WIDTH, dtype=torch.float64), {}),
         "progress": False,
     }
     with _inside(place):
@@ -127,12 +128,6 @@ def _train(place: Path, **changed: Any) -> None:
 @functools.cache
 def _bare() -> Any:
     return world.build_tiny()
-
-
-@functools.cache
-def _metric() -> Any:
-    with tempfile.TemporaryDirectory() as cache:
-        return covariance(_bare(), ["a cat", "a dog", "a house on blue"], cache=cache)
 
 
 @contextlib.contextmanager
