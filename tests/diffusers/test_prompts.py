@@ -61,6 +61,18 @@ def test_a_weight_beyond_all_measure_is_refused(ready):
         draw(ready, [order("(a:1e9)")])
 
 
+def test_a_mean_that_is_chance_is_not_kept(pipe):
+    """A layer norm without weights leaves a mean of 0: a quotient of two such numbers says nothing, or is none."""
+    prompt = text.tokenize(pipe.tokenizer, weighted("a (cat:1.5)"))
+    plain = text.encode(pipe.text_encoder, [text.tokenize(pipe.tokenizer, "a cat")])
+    for shift, share in ((0.0, 1.0), (1.0, None)):
+        states = plain - plain.mean() + shift
+        (made,) = text._weighed(states, [prompt])
+        wanted = states[0] * torch.tensor(prompt.weights)[:, None]
+        share = share or float(states.mean() / wanted.mean())
+        torch.testing.assert_close(made, wanted * share, rtol=1e-5, atol=1e-6)
+
+
 def test_weighted_tokens_are_multiplied_and_the_mean_stays(pipe):
     prompt = text.tokenize(pipe.tokenizer, weighted("a (cat:1.5) on [blue]"))
     bare = text.tokenize(pipe.tokenizer, "a cat on blue")

@@ -22,6 +22,7 @@ from torch import Tensor
 from keylock_diffusers.denoisers.unet import TextEncoder
 from keylock_diffusers.encoding.tokens import TokenizedPrompt, Unit, pack, units_of
 
+_LEAST_MEAN = 1e-3  # of encodings, in units of their root mean square: below it a mean is chance
 PLACEHOLDER = re.compile(r"<[a-z0-9][a-z0-9_-]*>", re.IGNORECASE)
 
 
@@ -228,16 +229,19 @@ def encode_rows(
 
 
 def _weighed(states: Tensor, prompts: Sequence[TokenizedPrompt]) -> Tensor:  # [B * chunks, L, D] -> [B, T, D]
-    """Encodings times their tokens' weights; each prompt's mean stays what it was."""
+    """Encodings times their tokens' weights; each prompt's mean stays what it was, unless it is nearly 0."""
     states = states.reshape(len(prompts), -1, states.shape[-1])
     if not any(prompt.weights for prompt in prompts):
         return states
     rows = []
     for row, prompt in zip(states, prompts, strict=True):
         if prompt.weights:
-            weights = torch.tensor(prompt.weights, device=row.device)[:, None]
-            scaled = row.float() * weights
-            row = (scaled * (row.float().mean() / scaled.mean())).to(row)
+            weights = torch.tensor(prompt.weights, dtype=torch.float32, device=row.device)[:, None]
+            whole = row.float()
+            scaled = whole * weights
+            before, after = whole.mean(), scaled.mean()
+            told = torch.minimum(before.abs(), after.abs()) > _LEAST_MEAN * whole.square().mean().sqrt()
+            row = (scaled * torch.where(told, before / after, 1.0)).to(row)
         rows.append(row)
     return torch.stack(rows)
 
