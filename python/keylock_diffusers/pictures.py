@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from keylock_diffusers.checks import reason_of
+from keylock_diffusers.files import open_regular
 
 _LARGEST_GREY = 65535  # of a 16-bit picture
 
@@ -43,10 +43,7 @@ def open_picture(path: str | os.PathLike[str], limits: PictureLimits = PictureLi
         ValueError: it is no such picture, or damaged; the message names the file.
         OSError: the file cannot be opened.
     """
-    opened = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    with open(opened, "rb") as stream:
-        if not stat.S_ISREG(os.fstat(opened).st_mode):
-            raise ValueError(f"{path} must be a regular file")
+    with open_regular(path) as stream:
         try:
             picture = Image.open(stream, formats=limits.formats)
         except UnidentifiedImageError:
@@ -56,6 +53,7 @@ def open_picture(path: str | os.PathLike[str], limits: PictureLimits = PictureLi
         except Exception as error:  # Pillow's readers of damaged headers raise whatever they meet
             raise ValueError(f"{path} cannot be read as a picture: {reason_of(error)}") from error
         decode(picture, str(path), limits)
+        picture.filename = str(path)  # what is found wrong with it later can name it, too
         return picture
 
 

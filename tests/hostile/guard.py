@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,24 +16,19 @@ import keylock_diffusers
 import keylock_kernels
 
 # Where Python and the library read from themselves, at any time.
-_OWN = (
-    sys.prefix,
-    sys.base_prefix,
-    *keylock_diffusers.__path__,
-    *keylock_kernels.__path__,
-    *filter(None, sys.path),
-    Path(__file__).parents[1],
-    "/proc",
-    "/sys",
-    "/dev/null",
-    "/dev/urandom",
-    "/etc/mime.types",
+_OWN = tuple(
+    os.path.realpath(place)
+    for place in (
+        *(sys.prefix, sys.base_prefix, *keylock_diffusers.__path__, *keylock_kernels.__path__, *filter(None, sys.path)),
+        *(Path(__file__).parents[1], "/proc", "/sys", "/dev/null", "/dev/urandom", "/etc/mime.types"),
+    )
 )
 _FORBIDDEN = ("socket.connect", "socket.getaddrinfo", "socket.bind", "subprocess.Popen", "os.system", "os.exec",
               "os.posix_spawn", "os.fork", "os.forkpty", "pickle.find_class", "urllib.Request",
               "webbrowser.open")  # fmt: skip
-_FILES = ("open", "os.listdir", "os.scandir", "os.remove", "os.rename", "os.mkdir", "os.link", "os.rmdir")
-_watched: list[tuple[tuple[Path, ...], list[str]]] = []
+_FILES = ("open", "os.remove", "os.rename", "os.mkdir", "os.link", "os.rmdir")
+tempfile.gettempdir()  # which tries places out when it is first asked for
+_watched: list[tuple[tuple[str, ...], list[str]]] = []
 _hooked = False
 
 
@@ -48,7 +44,7 @@ def watched(*allowed: Path) -> Iterator[list[str]]:
         sys.addaudithook(_hear)
         _hooked = True
     escapes: list[str] = []
-    _watched.append((tuple(Path(p).resolve() for p in (*_OWN, *allowed)), escapes))
+    _watched.append((tuple(os.path.realpath(place) for place in allowed) + _OWN, escapes))
     try:
         yield escapes
     finally:
@@ -87,5 +83,5 @@ def _hear(event: str, arguments: tuple[Any, ...]) -> None:
         escapes.append(f"{event} {arguments[:2]!r:.120}")
     elif event in _FILES and isinstance(arguments[0], (str, bytes, os.PathLike)):
         path = os.path.realpath(os.path.abspath(os.fsdecode(arguments[0])))
-        if not any(path == str(place) or path.startswith(f"{place}{os.sep}") for place in allowed):
+        if not any(path == place or path.startswith(place + os.sep) for place in allowed):
             escapes.append(f"{event} {path:.120}")

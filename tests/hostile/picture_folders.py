@@ -17,7 +17,7 @@ from PIL import Image
 import keylock_diffusers as kd
 from tests.hostile import commands, pictures, world
 
-LONG = 400
+LONG = 300
 _SPECIAL = ("pipe", "folder", "link out", "link loop", "link to nothing", "empty")
 _OUT = "outside.png"  # beside the folder
 _CAPTIONS = (
@@ -187,7 +187,7 @@ def _renamed(rng: Random, files: dict[str, Any]) -> None:
             ".png",
             "0.heic",
             "Thumbs.db",
-            "[/].png",
+            "[red].png",
             "x" * 240 + ".png",
             "\u202e.png",
             "0.PNG",

@@ -17,7 +17,7 @@ import keylock_diffusers as kd
 from tests.hostile import commands, concept_files, pictures, world
 from tests.hostile.values import json_value
 
-LONG = 1_000
+LONG = 500
 _GOOD: list[dict[str, Any]] = [
     {"id": "first", "prompt": "a house", "seed": 1, "guidance_scale": 4.0, "negative_prompt": "a cat"},
     {"prompt": "a <alice-cat>", "concepts": ["alice/cat"], "seed": 2, "num_images": 2},

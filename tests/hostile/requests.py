@@ -17,7 +17,7 @@ import keylock_diffusers as kd
 from tests.hostile import world
 from tests.hostile.values import python_value, told
 
-LONG = 2_000
+LONG = 1_000
 ROUNDING = 2 / 255  # what another number of rows may change (docs of `generate`)
 Make = Callable[[], Any]
 _PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))

@@ -1,14 +1,16 @@
 """A short form of the hostile cases, the same every time; `make fuzz` is the long one (tests/hostile/run.py)."""
 
 import importlib
+import json
+import re
 import warnings
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from tests.hostile import guard
+from tests.hostile import guard, run
 
 # Cases of each kind: at least as many folders, files and calls as a person tried by hand.
 SHORT = {
@@ -35,7 +37,12 @@ def test_hostile_cases_are_right_or_refused_by_name(kind, tmp_path_factory):
     module = importlib.import_module(f"tests.hostile.{kind}")
 
     @settings(
-        max_examples=SHORT[kind], derandomize=True, deadline=None, database=None, suppress_health_check=[*HealthCheck]
+        max_examples=SHORT[kind],
+        derandomize=True,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate, Phase.shrink],
+        suppress_health_check=[*HealthCheck],
     )
     @given(st.randoms(use_true_random=False))
     def hold(rng):
@@ -70,3 +77,19 @@ def test_the_guard_bounds_time_and_memory():
     with pytest.raises(MemoryError), guard.bounded(60, 1 << 28):
         bytearray(1 << 30)
     bytearray(1 << 30)
+
+
+def test_the_pages_table_is_of_the_committed_figures():
+    page = run.PAGE.read_text().partition(run._START)[2].partition(run._END)[0]
+    measured = json.loads(run.NUMBERS.read_text())
+    assert page.strip() == run.table(measured)
+    assert {kind: found["cases"] for kind, found in measured.items()} == {
+        kind: importlib.import_module(f"tests.hostile.{kind}").LONG for kind in run.KINDS
+    }
+
+
+def test_every_test_that_the_page_names_exists():
+    named = set(re.findall(r"`(test_\w+\.py)::(test_\w+)`", run.PAGE.read_text()))
+    texts = {path.name: path.read_text() for path in (run.ROOT / "tests").rglob("test_*.py")}
+    assert len(named) > 30
+    assert not [name for file, name in sorted(named) if f"def {name}(" not in texts.get(file, "")]

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from keylock_diffusers.checks import reason_of, shown, whole
+from keylock_diffusers.checks import number, reason_of, shown, whole
 from keylock_diffusers.concepts import Concept
-from keylock_diffusers.denoisers.unet import adapters
+from keylock_diffusers.denoisers.unet import adapters, text_encoders
 from keylock_diffusers.encoding.fusion import SubjectFusion
 from keylock_diffusers.generation.batch import Batch, Picture
 from keylock_diffusers.generation.callbacks import Callbacks
@@ -28,6 +28,8 @@ _PER_REQUEST = frozenset(
     "aesthetic_score negative_aesthetic_score controlnet_conditioning_scale control_guidance_start "
     "control_guidance_end".split()
 )
+_OUTPUTS = ("pil", "np", "pt", "latent")
+_SHARES = ("eta", "guidance_rescale")  # keywords of the pipelines' calls that lie in 0..1
 
 
 def generate(
@@ -106,15 +108,16 @@ def generate(
         ...                             kd.Request("a house", seed=9)], bank=bank)  # doctest: +SKIP
     """
     settings = Settings(
-        bank, controlnets or {}, num_inference_steps, height, width, scheduler, image_lengths, max_regions, fusion,
-        record, output_type, strict, limits, kwargs,
+        bank, {} if controlnets is None else controlnets, num_inference_steps, height, width, scheduler,
+        image_lengths, max_regions, fusion, record, output_type, strict, limits, kwargs,
     )  # fmt: skip
+    _check_kinds(pipe, settings, callback_on_step_end=callback_on_step_end, callback_on_image=callback_on_image)
     requests = _check(pipe, requests, settings, max_batch, on_error)
     callbacks = None
     if callback_on_step_end is not None:
         callbacks = Callbacks(callback_on_step_end, callback_on_step_end_tensor_inputs)
-    pipe._interrupt = False
     engine = Engine(pipe, settings)
+    pipe._interrupt = False
     plans = [_planned(engine, index, request, on_error) for index, request in enumerate(requests)]
     results: list[Any] = [
         plan if isinstance(plan, RequestError) else [None] * plan.request.num_images for plan in plans
@@ -133,11 +136,11 @@ def generate(
     recorded: dict[tuple[int, int], WordMaps] = {}
     batches = list(_batches(pictures, max_batch))
     shown = dict(getattr(pipe, "_progress_bar_config", {}))
-    for number, members in enumerate(batches, 1):
+    for nth, members in enumerate(batches, 1):
         if engine.stopped:
             break
         if len(batches) > 1:
-            engine.pipe.set_progress_bar_config(**{"desc": f"batch {number} of {len(batches)}", **shown})
+            engine.pipe.set_progress_bar_config(**{"desc": f"batch {nth} of {len(batches)}", **shown})
         batch, failed = _loaded(engine, members)
         for picture, error in failed:
             results[picture.request][picture.image] = error
@@ -201,6 +204,35 @@ def _batches(pictures: list[Picture], max_batch: int) -> Iterator[list[Picture]]
         members = list(group)
         for first in range(0, len(members), max_batch):
             yield members[first : first + max_batch]
+
+
+def _check_kinds(pipe: Any, settings: Settings, **callbacks: Any) -> None:
+    """What kinds of things the arguments of the call are; what is wrong with one is named."""
+    given = settings.options
+    kinds = {
+        "controlnets": (settings.controlnets, Mapping, "a mapping of names to ControlNets"),
+        "fusion": (settings.fusion, SubjectFusion, "a SubjectFusion"),
+        "record": (settings.record, AttentionMaps, "AttentionMaps"),
+        "cross_attention_kwargs": (given.get("cross_attention_kwargs"), Mapping, "a mapping"),
+    }
+    for name, (value, kind, what) in kinds.items():
+        if value is not None and not isinstance(value, kind):
+            raise TypeError(f"generate: {name} must be {what}, got {type(value).__name__}")
+    for name, value in callbacks.items():
+        if value is not None and not callable(value):
+            raise TypeError(f"generate: {name} must be a function, got {type(value).__name__}")
+    if settings.scheduler is not None and not callable(getattr(settings.scheduler, "set_timesteps", None)):
+        raise TypeError(f"generate: scheduler must be one of diffusers', got {type(settings.scheduler).__name__}")
+    if not isinstance(settings.output_type, str) or settings.output_type not in _OUTPUTS:
+        raise ValueError(f"generate: output_type must be one of {_OUTPUTS}, got {shown(settings.output_type)}")
+    for name, value in (("height", settings.height), ("width", settings.width)):
+        if value is not None:
+            whole(value, f"generate: {name}", 1, 2**16)
+    for name in {*_SHARES} & {*given}:
+        number(given[name], f"generate: {name}", 0, 1)
+    layers = [getattr(encoder.model.config, "num_hidden_layers", 1) for encoder in text_encoders(pipe)]
+    if given.get("clip_skip") is not None and layers:
+        whole(given["clip_skip"], "generate: clip_skip", 0, min(layers) - (len(layers) > 1))  # SDXL skips the last
 
 
 def _check(pipe: Any, requests: Any, settings: Settings, max_batch: int, on_error: str) -> list[Any]:

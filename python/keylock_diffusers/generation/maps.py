@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from keylock_diffusers.checks import shown
 from keylock_diffusers.denoisers.neighbours import check_pixels
 from keylock_diffusers.denoisers.unet import cross_attention_layers, resolutions_of
 from keylock_diffusers.encoding import text
@@ -81,14 +82,16 @@ class AttentionMaps:
 
     def __post_init__(self) -> None:
         given = self.words
-        if isinstance(given, str) or not given:
-            raise ValueError(f"AttentionMaps: words must be a list of words, got {given!r}")
+        if not isinstance(given, (list, tuple, set, frozenset, Mapping)) or not given:
+            raise ValueError(f"AttentionMaps: words must be a list of words, got {shown(given)}")
+        if self.layers is not None and not isinstance(self.layers, (list, tuple)):
+            raise TypeError(f"AttentionMaps: layers must be a list of names, got {type(self.layers).__name__}")
         named = given.items() if isinstance(given, Mapping) else [(_name(word), word) for word in given]
         self.named: dict[str, tuple[str | int, ...]] = {}
         for name, word in named:
             parts = word if isinstance(word, tuple) else (word,)
             if not parts or not all(_is_word(part) for part in parts):
-                raise ValueError(f"AttentionMaps: words must be a list of words, got {given!r}")
+                raise ValueError(f"AttentionMaps: words must be a list of words, got {shown(given)}")
             self.named[name] = parts
         self.words = tuple(self.named)
 
@@ -103,7 +106,7 @@ class AttentionMaps:
         chosen = known if self.layers is None else list(self.layers)
         absent = [name for name in chosen if name not in known]
         if absent or not chosen:
-            raise ValueError(f"AttentionMaps: layers must be cross-attention layers of the U-Net, got {absent}")
+            raise ValueError(f"AttentionMaps: layers must be cross-attention layers of the U-Net, got {shown(absent)}")
         return tuple(chosen)
 
     def readout(

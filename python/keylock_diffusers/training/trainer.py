@@ -273,7 +273,7 @@ class _Inputs:
     ) -> None:
         numbers = torch.arange(len(learners), dtype=torch.int32, device=encodings.device)
         slots = numbers.repeat_interleave(config.batch_size)[:, None]
-        full = torch.ones(slots.shape, device=encodings.device, dtype=torch.float32)
+        full = torch.ones(slots.shape, dtype=torch.float32, device=encodings.device)
         gates = edits.Gates(slots, full * config.beta, full * config.tau, full)
         directions, _ = metric.direction(targets)
         self._coefficients = edits.coefficients(encodings, directions, gates)
@@ -328,7 +328,8 @@ def _draws(learner: _Learner, config: TrainingConfig, step: int, scheduler: Any)
     size = config.batch_size
     pictures = torch.randint(len(learner.latents), (size,), generator=generator)
     times = torch.randint(scheduler.config.num_train_timesteps, (size,), generator=generator)
-    return pictures, times, torch.randn(size, *learner.latents.shape[1:], generator=generator, dtype=torch.float32)
+    noise = torch.randn(size, *learner.latents.shape[1:], generator=generator, dtype=torch.float32)
+    return pictures, times, noise
 
 
 def word_encodings(encodings: Tensor, prompts: Sequence[text.TokenizedPrompt]) -> Tensor:
