@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -73,8 +74,6 @@ def _huge() -> Any:
     Image.new("1", (8, 8)).save(stream, "PNG")
     data = bytearray(stream.getvalue())
     data[16:24] = (100_000).to_bytes(4, "big") * 2
-    import zlib
-
     data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
     Image.MAX_IMAGE_PIXELS, before = None, Image.MAX_IMAGE_PIXELS
     try:

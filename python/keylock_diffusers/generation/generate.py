@@ -208,6 +208,8 @@ def _batches(pictures: list[Picture], max_batch: int) -> Iterator[list[Picture]]
 
 def _check_kinds(pipe: Any, settings: Settings, **callbacks: Any) -> None:
     """What kinds of things the arguments of the call are; what is wrong with one is named."""
+    if not callable(pipe):
+        raise TypeError(f"generate: pipe must be a pipeline, got {type(pipe).__name__}")
     given = settings.options
     kinds = {
         "controlnets": (settings.controlnets, Mapping, "a mapping of names to ControlNets"),
