@@ -210,8 +210,8 @@ def frozen(pipe: Any, device: torch.device | None = None) -> Iterator[None]:
         install(pipe)
         verify(pipe)
         kind = (device or pipe.unet.device).type
-        # Whatever the caller has switched off, or on.
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(kind, enabled=False):
+        # Whatever the caller has switched off, or on; outside of inference mode gradients are on, too.
+        with torch.inference_mode(False), torch.autocast(kind, enabled=False):
             yield
     finally:
         if not installed:
