@@ -180,6 +180,8 @@ def test_an_applications_own_handler_and_other_threads_are_left_alone(tmp_path):
     before = signal.signal(signal.SIGINT, lambda *_: pressed.append(1))
     try:
         loop.run(mine := Interrupted(1), loop.Run(3, tmp_path / "run.safetensors", "mine", progress=False))
+    except KeyboardInterrupt:  # which would end pytest
+        pytest.fail("the application's handler was not asked")
     finally:
         signal.signal(signal.SIGINT, before)
     assert pressed == [1] and mine.done == [0, 1, 2]

@@ -210,8 +210,7 @@ def frozen(pipe: Any, device: torch.device | None = None) -> Iterator[None]:
         install(pipe)
         verify(pipe)
         kind = (device or pipe.unet.device).type
-        # Whatever the caller has switched off, or on.
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(kind, enabled=False):
+        with torch.autocast(kind, enabled=False):  # whatever the caller has switched on
             yield
     finally:
         if not installed:
