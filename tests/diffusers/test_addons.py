@@ -3,8 +3,10 @@ it does in the pipeline's own call, or is refused by name."""
 
 import copy
 import functools
+import importlib
 import logging
 import pickle
+import pkgutil
 from itertools import chain
 
 import pytest
@@ -19,10 +21,11 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 
+import keylock_diffusers
 import keylock_diffusers as kd
 from keylock_diffusers import AttentionMaps, ImagePrompt, Region, Request, RequestError
 from keylock_diffusers.concepts import BaseModel
-from keylock_diffusers.concepts.bank import UnknownConceptError
+from keylock_diffusers.concepts.bank import ConceptExistsError, UnknownConceptError
 from keylock_diffusers.concepts.files import ConceptFileError
 from keylock_diffusers.denoisers.neighbours import loading
 from keylock_diffusers.denoisers.unet import attention_modules
@@ -533,6 +536,7 @@ ERRORS = [
     ConceptFileError("damaged"),
     ConceptTrainingError("<alice-cat>: no"),
     UnknownConceptError("no concept 'a'"),
+    ConceptExistsError("exists already"),
 ]
 
 
@@ -542,6 +546,9 @@ def own_errors(kind=Exception):
 
 
 def test_every_error_can_be_sent_to_another_process():
+    for module in pkgutil.walk_packages(keylock_diffusers.__path__, "keylock_diffusers."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
     assert own_errors() == {type(error) for error in ERRORS}
     for error in ERRORS:
         for again in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):

@@ -87,7 +87,9 @@ def trained(pipe):
     return {"concept": concept, "adapter": adapter, "fusion": fusion}
 
 
-@pytest.mark.parametrize("switched_off", [lambda: torch.set_grad_enabled(False), torch.inference_mode], ids=["no gradients", "inference"])
+@pytest.mark.parametrize(
+    "switched_off", [lambda: torch.set_grad_enabled(False), torch.inference_mode], ids=["no gradients", "inference"]
+)
 def test_training_has_gradients_though_they_are_switched_off(trained, switched_off):
     for train in trained.values():
         right = train()
