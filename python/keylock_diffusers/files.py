@@ -8,11 +8,12 @@ import fcntl
 import json
 import logging
 import os
+import re
 import secrets
 import stat
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,7 +22,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
-_TEMPORARY = ".tmp"
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 _ABANDONED_SECONDS = 60
 
 
@@ -41,10 +42,9 @@ def write_atomically(
         OSError: writing failed, naming the file.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}{_TEMPORARY}")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    temporary = _temporary(path)
     try:
-        with open(os.open(temporary, flags, 0o666, dir_fd=folder), "wb") as stream:
+        with _made(temporary, folder) as stream:
             _lock(stream.fileno())  # a sign of life to `sweep`
             stream.write(data)
             stream.flush()
@@ -66,7 +66,7 @@ def sweep(folder: int) -> None:
     A living writer's file is locked from the moment it was made; the minute covers that moment.
     """
     for name in os.listdir(folder):
-        if not (name.startswith(".") and name.endswith(_TEMPORARY)):
+        if not _TEMPORARY.fullmatch(name):
             continue
         with contextlib.suppress(OSError):
             held = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
@@ -90,10 +90,12 @@ def held(path: str | os.PathLike[str]) -> Iterator[bool]:
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         mine = _lock(descriptor, strict=True) and _is_at(descriptor, lock)
-        yield mine
-        if mine:
-            with contextlib.suppress(OSError):
-                lock.unlink()
+        try:
+            yield mine
+        finally:
+            if mine:
+                with contextlib.suppress(OSError):
+                    lock.unlink()
     finally:
         os.close(descriptor)
 
@@ -112,14 +114,28 @@ def require_place(path: str | os.PathLike[str], what: str) -> None:
     if path.is_dir():
         raise ValueError(f"{what} must be a file, got the folder {path}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        try_place(path)
     except OSError as error:
         raise ValueError(f"{what}: {path} cannot be written: {error.strerror or error}") from error
 
 
-def open_regular(path: str | os.PathLike[str], *, flags: int = 0, folder: int | None = None) -> IO[bytes]:
+def try_place(path: Path) -> None:
+    """Does of `write_atomically` what leaves nothing; the file's folder is made if need be.
+
+    Raises:
+        OSError: a file of that name cannot be written there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(path)
+    try:
+        with _made(temporary) as stream:
+            stream.write(b"0")
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def open_regular(path: str | os.PathLike[str], *, flags: int = 0, folder: int | None = None) -> BufferedReader:
     """Open a regular file, which is looked at once it is open: a look at its path might see another file.
 
     Args:
@@ -241,6 +257,16 @@ def keep_tensors(
         logger.warning("%s %s cannot be written (%s); the work goes on without it", what, path, error)
         return False
     return True
+
+
+def _temporary(path: Path) -> Path:
+    """What a file is called until it is whole."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+
+
+def _made(temporary: Path, folder: int | None = None) -> IO[bytes]:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    return open(os.open(temporary, flags, 0o666, dir_fd=folder), "wb")
 
 
 def _lock(descriptor: int, *, strict: bool = False) -> bool:

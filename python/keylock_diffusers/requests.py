@@ -16,6 +16,7 @@ from keylock_diffusers.checks import listed, reason_of, shown
 from keylock_diffusers.pictures import PictureLimits, open_picture
 
 ENDINGS = ("own", "everywhere", "outside", "hidden")
+LOCKS = ("local", "global")
 
 
 @dataclass(frozen=True, eq=False)
@@ -271,6 +272,7 @@ class RequestError(ValueError):
 
     Attributes:
         index, id: which request it was.
+        reason: what is wrong with it.
         images: where it was found only while pictures were drawn, what `generate` would have returned: everybody
             else's pictures, and the errors in their places.
     """
@@ -278,12 +280,12 @@ class RequestError(ValueError):
     def __init__(self, index: int, request: Any, reason: str) -> None:
         said = str(request) if isinstance(request, Request) else shown(request)
         super().__init__(f"request {index} ({said}): {reason}")
-        self.index = index
+        self.index, self.reason = index, reason
         self.id = getattr(request, "id", None)
         self.images: list[Any] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _again, (str(self), {"index": self.index, "id": self.id, "images": self.images})
+        return _again, (str(self), vars(self))
 
 
 def _again(message: str, facts: dict[str, Any]) -> RequestError:
@@ -293,13 +295,13 @@ def _again(message: str, facts: dict[str, Any]) -> RequestError:
     return error
 
 
-_PICTURES = ("image", "mask", "region")
+PICTURES = ("image", "mask", "region")
 _PAIRS = (
     "original_size", "target_size", "crops_coords_top_left",
     "negative_original_size", "negative_target_size", "negative_crops_coords_top_left",
 )  # fmt: skip
 # What a list of a request holds; its items may also be what the class's first field is.
-_LISTS: Mapping[str, type] = {
+LISTS: Mapping[str, type] = {
     "concepts": Use,
     "image_prompts": ImagePrompt,
     "subjects": FusedSubject,
@@ -307,7 +309,7 @@ _LISTS: Mapping[str, type] = {
     "negative_regions": Region,
     "controls": Control,
 }
-_TENSORS = ("embeds", "latents")  # the ends of names of fields that JSON cannot hold
+TENSORS = ("embeds", "latents")  # the ends of names of fields that JSON cannot hold
 
 
 @dataclass
@@ -323,19 +325,19 @@ class _Reader:
         """An object of a class from a JSON object that names its fields."""
         if not isinstance(given, Mapping):
             raise TypeError(f"{what} must be an object, got {type(given).__name__}")
-        names = [field.name for field in fields(kind) if not field.name.endswith(_TENSORS)]
+        names = [field.name for field in fields(kind) if not field.name.endswith(TENSORS)]
         values = {}
         for name, value in given.items():
             if name not in names:
                 close = difflib.get_close_matches(str(name), names, n=1)
                 hint = f"; did you mean {close[0]}?" if close else ""
                 raise TypeError(f"{shown(name)} is no field of {what}{hint}")
-            if kind is Request and name in _LISTS:
+            if kind is Request and name in LISTS:
                 items = enumerate(listed(value, name))
-                value = [self._item(_LISTS[name], item, f"{name}[{number}]") for number, item in items]
+                value = [self._item(LISTS[name], item, f"{name}[{number}]") for number, item in items]
             elif name in _PAIRS and value is not None:
                 value = tuple(listed(value, name))
-            elif name in _PICTURES and value is not None:
+            elif name in PICTURES and value is not None:
                 several = isinstance(value, list)
                 value = [self._picture(one, name) for one in value] if several else self._picture(value, name)
             values[name] = value

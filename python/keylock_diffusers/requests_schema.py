@@ -9,15 +9,15 @@ from inspect import cleandoc
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from keylock_diffusers.requests import _LISTS, _PICTURES, _TENSORS, ENDINGS, ImagePrompt, Request, Use
+from keylock_diffusers.requests import ENDINGS, LISTS, LOCKS, PICTURES, TENSORS, ImagePrompt, Request, Use
 
 _SCALARS = {str: "string", int: "integer", float: "number", NoneType: "null"}
-_CHOICES = {"endings": ENDINGS, "lock": ("local", "global")}
+_CHOICES = {"endings": ENDINGS, "lock": LOCKS}
 
 
 def schema() -> dict[str, Any]:
     """What `Request.from_json` reads, as JSON Schema (draft 2020-12) of a list of it."""
-    kinds = (Request, *dict.fromkeys(_LISTS.values()))
+    kinds = (Request, *dict.fromkeys(LISTS.values()))
     picture = {"type": "string", "description": "A picture's file, named from the folder of the file of requests."}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -32,10 +32,10 @@ def _object(kind: type) -> dict[str, Any]:
     hints, meanings = get_type_hints(kind), _arguments(kind)
     properties, required = {}, []
     for field in fields(kind):
-        if field.name.endswith(_TENSORS):
+        if field.name.endswith(TENSORS):
             continue
         described = {**_value(kind, field.name, hints[field.name]), "description": meanings[field.name]}
-        if field.default is MISSING:
+        if field.default is MISSING or (kind is Request and field.name == "prompt"):  # JSON has no encodings
             required.append(field.name)
         elif field.default is not None:
             described["default"] = list(field.default) if isinstance(field.default, tuple) else field.default
@@ -53,10 +53,10 @@ def _object(kind: type) -> dict[str, Any]:
 
 def _value(kind: type, name: str, hint: Any) -> dict[str, Any]:
     """What a field may hold."""
-    if kind is Request and name in _LISTS:
-        item = _reference(_LISTS[name])
-        return {"type": "array", "items": {"anyOf": [{"type": "string"}, item]} if _LISTS[name] is Use else item}
-    if name in _PICTURES:
+    if kind is Request and name in LISTS:
+        item = _reference(LISTS[name])
+        return {"type": "array", "items": {"anyOf": [{"type": "string"}, item]} if LISTS[name] is Use else item}
+    if name in PICTURES:
         picture = {"$ref": "#/$defs/Picture"}
         several = [{"type": "array", "items": picture}] if kind is ImagePrompt and name == "image" else []
         return {"anyOf": [picture, *several]}

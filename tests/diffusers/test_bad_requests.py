@@ -331,6 +331,7 @@ def test_an_error_can_be_sent_elsewhere():
     for other in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):
         assert type(other) is RequestError and str(other) == str(error) == "request 3 (bob-7: 'a cat'): it is too large"
         assert (other.index, other.id, other.images) == (3, "bob-7", [None, "a picture"])
+        assert other.reason == "it is too large"
 
 
 def test_json_that_is_hostile_is_one_error_that_names_the_field(tmp_path):

@@ -242,13 +242,20 @@ def test_each_mistake_in_a_request_is_named(ready, request_, message):
         draw(ready, [request_])
 
 
+def test_a_gate_without_temperature_is_linear_and_has_no_threshold(ready, concept_for):
+    alice = concept_for(ready, tau=0.0)
+    uses = [alice, Use(alice, beta=5.0), Use(alice, tau=0.15), Use(alice, strength=0.0)]
+    linear, shifted, soft, absent = draw(ready, [Request("<alice-cat>", concepts=[use], seed=1) for use in uses])
+    assert torch.equal(linear, shifted)
+    assert not torch.equal(linear, soft) and not torch.equal(linear, absent)
+
+
 def test_mistakes_in_the_use_of_a_concept_are_named(ready, concept_for, build_tiny, tmp_path):
     alice = concept_for(ready)
     for use, message in [
         (Use(alice, lock="both"), 'lock must be "local" or "global"'),
         (Use(alice, tau=float("nan")), "tau of <alice-cat> must be a finite number, got nan"),
-        (Use(alice, tau=0.0), "tau of <alice-cat> must be above 0, got 0"),
-        (Use(alice, tau=-0.1), "tau of <alice-cat> must be above 0, got -0.1"),
+        (Use(alice, tau=-0.1), "tau of <alice-cat> must be at least 0, got -0.1"),
         (Use(alice, strength="strong"), "strength of <alice-cat> must be a finite number"),
     ]:
         with pytest.raises(RequestError, match=message):

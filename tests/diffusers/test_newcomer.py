@@ -18,11 +18,11 @@ import keylock_kernels
 from keylock_diffusers import cli, embedded
 from keylock_diffusers.cli import common
 from keylock_diffusers.demo import pictures, regions, story
-from keylock_diffusers.requests import _LISTS, Request, Use
+from keylock_diffusers.requests import LISTS, Request, Use
 from keylock_diffusers.requests_schema import schema
 from tests.diffusers.test_cli import ROOT, fail, run
 
-KINDS = {kind.__name__: kind for kind in (Request, *_LISTS.values())}
+KINDS = {kind.__name__: kind for kind in (Request, *LISTS.values())}
 TYPES = {"string": str, "integer": int, "number": (int, float), "null": type(None), "object": dict, "array": list}
 
 
@@ -58,7 +58,7 @@ def test_the_schema_is_that_of_the_fields_that_json_may_name():
             if kind is Request:
                 refused = refusal(given)
             else:
-                (place,) = [place for place, inner in _LISTS.items() if inner is kind][:1]
+                (place,) = [place for place, inner in LISTS.items() if inner is kind][:1]
                 refused = refusal({"prompt": "a", place: [given]})
             assert ("is no field" in refused) == (field not in own["properties"]), field
         assert {*own["properties"]} <= {*fields} and own["additionalProperties"] is False
@@ -78,18 +78,19 @@ def refusal(order):
 @pytest.mark.parametrize(
     ("order", "right"),
     [
-        ({}, True),
+        ({}, False),
+        ({"prompt": "a"}, True),
         ({"prompt": "a", "seed": None, "original_size": [8, 8]}, True),
-        ({"concepts": ["alice/cat", {"concept": "bob/cat", "lock": "global"}]}, True),
-        ({"image_prompts": [{"image": ["a.png", "b.png"], "scale": {"down": 1.0}}]}, True),
-        ({"regions": [{"mask": "a.png", "tokens": [1, 2]}]}, True),
-        ({"latents": [1.0]}, False),
+        ({"prompt": "a", "concepts": ["alice/cat", {"concept": "bob/cat", "lock": "global"}]}, True),
+        ({"prompt": "a", "image_prompts": [{"image": ["a.png", "b.png"], "scale": {"down": 1.0}}]}, True),
+        ({"prompt": "a", "regions": [{"mask": "a.png", "tokens": [1, 2]}]}, True),
+        ({"prompt": "a", "latents": [1.0]}, False),
         ({"prompt": 7}, False),
-        ({"original_size": [8]}, False),
-        ({"endings": "all"}, False),
-        ({"concepts": "alice/cat"}, False),
-        ({"concepts": [{"beta": 0.5}]}, False),
-        ({"controls": [{"name": "edges"}]}, False),
+        ({"prompt": "a", "original_size": [8]}, False),
+        ({"prompt": "a", "endings": "all"}, False),
+        ({"prompt": "a", "concepts": "alice/cat"}, False),
+        ({"prompt": "a", "concepts": [{"beta": 0.5}]}, False),
+        ({"prompt": "a", "controls": [{"name": "edges"}]}, False),
     ],
 )
 def test_the_schema_tells_orders_from_what_is_none(order, right):
@@ -272,3 +273,9 @@ def test_concepts_that_are_still_one_and_the_same_leave_their_line_out(tmp_path,
     report = regions.run(model, bank, tmp_path, steps=1, seed=0)
     assert report["pictures_in_batch"] == 4 and report["left_out"] == ["two subjects, each in its own half"]
     assert Image.open(tmp_path / "regions.png").height == 4 * 190
+
+
+def test_the_demo_looks_at_its_output_before_the_work(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(story, "run", lambda *_, **__: pytest.fail("it began"))
+    (tmp_path / "file").write_text("")
+    assert "--output must be a place" in fail(capsys, monkeypatch, "demo", "--output", tmp_path / "file")

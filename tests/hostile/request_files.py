@@ -43,7 +43,7 @@ _GOOD: list[dict[str, Any]] = [
 _NAMES = (
     "nothing.png", "/etc/passwd", "../outside.png", "link.png", "pipe.png", "deep", "", ".", "a\x00b.png",
     "http://127.0.0.1:9/a.png", "x" * 300,
-    "file:///etc/passwd", "~/a.png", "photo.png/..", "loop.png", "hostile.png", "\ud800.png", "r.json",
+    "file:///etc/passwd", "~/a.png", "photo.png/..", "loop.png", "hostile.png", "\ud800.png", "r.json", "/dev/zero",
     "//127.0.0.1/a.png", "bomb.png",
 )  # fmt: skip
 _TEXTS = (
@@ -189,7 +189,7 @@ def _name(rng: Random, orders: list[Any]) -> None:
     """The name of a file where one is read."""
     order = rng.choice(orders)
     name = rng.choice(_NAMES)
-    place = rng.randrange(5)
+    place = rng.randrange(7)
     if place == 0:
         order["image"] = name
     elif place == 1:
@@ -198,5 +198,9 @@ def _name(rng: Random, orders: list[Any]) -> None:
         order["regions"] = [{"mask": name, "prompt": order["prompt"].split()[1]}]
     elif place == 3:
         order.update(image="photo.png", mask=name)
-    else:
+    elif place == 4:
         order["concepts"] = [name]
+    else:  # where no file is read
+        field = rng.choice(("id", "guidance_scale", "controls", "endings", "image_prompts"))
+        held = {"image": rng.choice((name, [name], 7))}
+        order[field] = [{"image": "photo.png", "scale": held}] if field == "image_prompts" else held

@@ -66,8 +66,8 @@ def env() -> None:
 
 def _line(error: Exception) -> str:
     """What went wrong in one line; what no argument explains says what it is, and how to see where."""
-    said = error.args[0] if isinstance(error, KeyError) and error.args else error
-    message = f"{' '.join(str(said).split()):.400}"
+    from keylock_diffusers.checks import reason_of
+
     if isinstance(error, ValueError | OSError | KeyError | TypeError):
-        return message or type(error).__name__
-    return f"{type(error).__name__}: {message} (KEYLOCK_TRACEBACK=1 shows where)"
+        return reason_of(error)
+    return f"{type(error).__name__}: {reason_of(error)} (KEYLOCK_TRACEBACK=1 shows where)"

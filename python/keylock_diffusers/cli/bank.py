@@ -26,7 +26,7 @@ def bank_list(
     ] = False,
 ) -> None:
     """List the concepts of a bank, a line each; what is damaged is said on standard error, and the exit code is 1."""
-    from keylock_diffusers.concepts import ConceptBank, ConceptFileError, UnknownConceptError
+    from keylock_diffusers.concepts import ConceptBank, UnknownConceptError
 
     concepts = ConceptBank(bank)
     if not concepts.exists():
@@ -42,7 +42,7 @@ def bank_list(
                 concepts[name]
         except UnknownConceptError:
             continue  # removed meanwhile
-        except (ConceptFileError, OSError, ValueError) as error:
+        except (OSError, ValueError) as error:
             damaged += 1
             rows.append({"id": name, "error": str(error)})
             print(f"keylock: {name}: {error}", file=sys.stderr)

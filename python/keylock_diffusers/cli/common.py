@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,12 +28,13 @@ Width = Annotated[int | None, typer.Option(min=8, help="Of the pictures, in pixe
 
 
 def quiet() -> None:
-    """Only errors from the libraries that load models: what they note at their import is not for the user here.
+    """Only errors from the libraries that load models and pictures: what else they note is not for the user here.
 
-    Comes before those imports; a verbosity that the environment asks for stays.
+    Comes before the former's imports; a verbosity that the environment asks for stays.
     """
     for library in ("DIFFUSERS", "TRANSFORMERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of pictures that are large or damaged, which we refuse or mend
 
 
 def without_loading_bars() -> None:

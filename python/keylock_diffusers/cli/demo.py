@@ -24,8 +24,10 @@ def demo(
     from dataclasses import replace
 
     common.without_loading_bars()
+    from keylock_diffusers.cli import drawn
     from keylock_diffusers.demo import story
 
+    drawn.prepare(output)
     training = story.TRAINING if training_steps is None else replace(story.TRAINING, steps=training_steps)
     report = story.run(output, steps=steps, training=training, seed=seed)
     _print_report(report)

@@ -71,7 +71,7 @@ def generate(
     files = {"controlnet": controlnet, "ip_adapter": ip_adapter, "image_encoder": image_encoder, "fusion": fusion}
     said = {"model": model, **loading, "steps": steps, "height": height, "width": width, **files}
     settings = {name: _plain(value) for name, value in said.items() if value is not None}
-    identity = orders.Identity(requests.parent, settings, concepts)
+    identity = orders.Identity(settings, concepts)
     pictures = work.Work(listed, output, identity, resume)
     if pictures.jobs:
         pipe = common.load(model, **loading, device=device)
@@ -93,6 +93,8 @@ def generate(
             controlnets=_controlnets(nets, pipe),
             fusion=None if fusion is None else kd.SubjectFusion.load(fusion).to(pipe.device),
         )
+    elif show_attention:
+        print("attention is shown of pictures that are drawn, and none was to be drawn")
     pictures.tell()
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from keylock_diffusers.checks import reason_of, shown, whole
 from keylock_diffusers.concepts import Concept
-from keylock_diffusers.files import strict_json
-from keylock_diffusers.requests import _PICTURES, Request, RequestLimits, Use
+from keylock_diffusers.files import open_regular, strict_json
+from keylock_diffusers.requests import LISTS, PICTURES, Request, RequestLimits, Use
 
 # What an order may change without any of its pictures changing.
 _NAMES = ("id", "num_images")
@@ -47,8 +50,8 @@ def read(path: Path, *, outside: bool = False) -> list[Order]:
     orders = []
     for index, said in enumerate(listed):
         try:
-            orders.append(Order(index, said, _counted(Request.from_json(said, path.parent, outside=outside))))
-        except (ValueError, TypeError, OSError) as error:
+            orders.append(Order(index, said, _checked(Request.from_json(said, path.parent, outside=outside))))
+        except (ValueError, TypeError, OSError, RecursionError) as error:
             raise ValueError(f"{path}: request {index} ({_name(said)}): {reason_of(error)}") from error
     return orders
 
@@ -69,26 +72,38 @@ class Identity:
     """What a picture of an order is drawn from, as one text: two of the same are the same picture.
 
     Args:
-        folder: where the orders' pictures are.
         settings: what all orders share, as JSON.
         bank: of the orders' concepts.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], bank: Mapping[str, Concept]) -> None:
-        self.folder, self.settings, self.bank = folder, settings, bank
+    def __init__(self, settings: Mapping[str, Any], bank: Mapping[str, Concept]) -> None:
+        self.settings, self.bank = settings, bank
+        self._files: dict[int, list[str]] = {}
 
     def of(self, order: Order, number: int) -> str:
         """Of an order's image of that number."""
         said = {name: value for name, value in order.said.items() if name not in _NAMES}
         if said.get("seed") is not None:  # image k is the first one of seed + k
             said["seed"], number = said["seed"] + number, 0
-        files = {name: hashlib.sha256((self.folder / name).read_bytes()).hexdigest() for name in _files(said)}
+        if order.index not in self._files:
+            self._files[order.index] = [_digest(file) for file in _files(order.request)]
+        files = self._files[order.index]
         facts = [said, number, files, versions(order, self.bank), self.settings]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _counted(request: Request) -> Request:
-    """A request whose pictures have numbers, and seeds of their own."""
+def _digest(file: str) -> str:
+    """Of a file's content; no link that has taken the file's place meanwhile is followed."""
+    with open_regular(file, flags=os.O_NOFOLLOW) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _checked(request: Request) -> Request:
+    """A request that files can be named after: its pictures have numbers, and seeds of their own."""
+    if request.id is not None and not isinstance(request.id, str):
+        raise TypeError(f"id must be text, got {type(request.id).__name__}")
+    if any("\ud800" <= letter <= "\udfff" for letter in request.id or ""):
+        raise ValueError(f"id must be text, got half of a surrogate pair: {shown(request.id)}")
     count = whole(request.num_images, "num_images", 1, RequestLimits().num_images)
     if request.seed is not None:
         whole(request.seed, "seed", 0, 2**63 - 1 - count)
@@ -114,14 +129,11 @@ def _name(said: Any) -> str:
     return prompt if name is None else f"{shown(name)}: {prompt}"
 
 
-def _files(said: Any) -> Iterator[str]:
-    """The names of the pictures that are in what a file says."""
-    if isinstance(said, list):
-        for item in said:
-            yield from _files(item)
-    elif isinstance(said, Mapping):
-        for name, value in said.items():
-            if name in _PICTURES:
-                yield from (one for one in (value if isinstance(value, list) else [value]) if one is not None)
-            else:
-                yield from _files(value)
+def _files(request: Request) -> Iterator[str]:
+    """The files of a request's pictures, as they were opened: inside of the folder, if they had to be."""
+    for one in (request, *(item for name in LISTS for item in getattr(request, name))):
+        for name in PICTURES:
+            held = getattr(one, name, None)
+            for picture in held if isinstance(held, list) else [held]:
+                if isinstance(picture, Image.Image):
+                    yield picture.filename  # type: ignore[attr-defined]  # of `open_picture`

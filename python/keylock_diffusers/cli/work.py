@@ -149,6 +149,7 @@ class Work:
             },
         }
         path = self._path(order, job.first + number)
+        drawn.set_aside(path)
         drawn.write(path, image, str(request.prompt), facts)
         self.paths.append(path)
         print(path, flush=True)
@@ -160,9 +161,7 @@ class Work:
     def _of_the_file(self, error: RequestError) -> RequestError:
         """An error of a request by the place that the request has in the file."""
         job = self.jobs[error.index]
-        return RequestError(
-            job.order.index, job.request, str(error).removeprefix(f"request {error.index} ({job.request}): ")
-        )
+        return RequestError(job.order.index, job.request, error.reason)
 
     def _show(self, images: Sequence[Any], maps: AttentionMaps) -> None:
         flat = [image for one in images for image in (one if isinstance(one, list) else [one])]
@@ -170,5 +169,6 @@ class Work:
         for page, first in enumerate(pages):
             path = self.output / ("attention.png" if len(pages) == 1 else f"attention-{page:02d}.png")
             sheet = visualize.grid(flat[first : first + _PAGE], maps.images[first : first + _PAGE])
+            drawn.set_aside(path)
             drawn.write(path, sheet, "where words were attended to", {})
-            print(path)
+            print(f"{path}: of the pictures that were drawn now only" if self.kept else path)

@@ -23,11 +23,10 @@ from keylock_diffusers.encoding.tokens import TokenizedPrompt, extended
 from keylock_diffusers.encoding.weights import weighted
 from keylock_diffusers.encoding.wordings import Wordings
 from keylock_diffusers.generation.admission import checked, control_numbers, is_guided
-from keylock_diffusers.requests import Region, Request, RequestLimits, Use
+from keylock_diffusers.requests import LOCKS, Region, Request, RequestLimits, Use
 from keylock_diffusers.routing.images import ImageRouting
 from keylock_diffusers.routing.rows import ConceptUse, Row
 
-_LOCKS = ("local", "global")
 Prompts = tuple[TokenizedPrompt, ...]  # one per text encoder
 
 
@@ -341,7 +340,7 @@ def _resolve(use: Use | str | Concept, bank: Mapping[str, Concept] | None) -> Co
             raise KeyError(f"no concept {shown(concept)} in the bank") from None
     if not isinstance(concept, Concept):
         raise TypeError(f"a concept must be an id or a Concept, got {type(concept).__name__}")
-    if use.lock not in _LOCKS:
+    if use.lock not in LOCKS:
         raise ValueError(f'lock must be "local" or "global", got {shown(use.lock)}')
     given = {
         "beta": concept.beta if use.beta is None else use.beta,
@@ -349,6 +348,6 @@ def _resolve(use: Use | str | Concept, bank: Mapping[str, Concept] | None) -> Co
         "strength": use.strength,
     }
     numbers = {name: number(value, f"{name} of {concept.placeholder}") for name, value in given.items()}
-    if numbers["tau"] <= 0:
-        raise ValueError(f"tau of {concept.placeholder} must be above 0, got {numbers['tau']:g}")
+    if numbers["tau"] < 0:
+        raise ValueError(f"tau of {concept.placeholder} must be at least 0, got {numbers['tau']:g}")
     return ConceptUse(concept, lock=use.lock, **numbers)
