@@ -88,8 +88,8 @@ def test_the_grid_has_each_picture_under_its_value_and_beside_its_row():
 
 
 def test_labels_are_short():
-    said = [("guidance_scale", 7.0), ("lock", "global"), ("beta", 0.1 + 0.2)]
-    assert [sweeps._label(*one) for one in said] == ["guidance scale 7", "lock global", "beta 0.3"]
+    said = [("guidance_scale", 7.0), ("lock", "global"), ("beta", 0.1 + 0.2), ("tau", np.float32(0.4)), ("tau", 2)]
+    assert [sweeps._label(*one) for one in said] == ["guidance scale 7", "lock global", "beta 0.3", "tau 0.4", "tau 2"]
 
 
 @pytest.mark.parametrize(
@@ -105,6 +105,7 @@ def test_labels_are_short():
         (order(concepts=(), prompt="a cat"), {"beta": [0.5]}, "must have concepts for beta to act on"),
         (order(num_images=2), {"beta": [0.5], "tau": [0.1]}, "num_images of the request must be 1"),
         (order(num_images="two"), {"beta": [0.5]}, "num_images of the request must be a whole number"),
+        (order(seed="7"), {"beta": [0.5]}, "seed of the request must be a whole number"),
         (order(), {"beta": {0.5: 0.6}}, "each in a list"),
         (order(), {"beta": ["high"]}, "beta"),
         (order(), {"lock": ["both"]}, "lock"),
@@ -114,6 +115,20 @@ def test_labels_are_short():
 def test_what_cannot_be_swept_is_said(ready, bank, request_, over, message):
     with pytest.raises((TypeError, ValueError), match=message):
         kd.sweep(ready, request_, over, bank=bank, **STEPS)
+
+
+@pytest.mark.parametrize("option", [{"on_error": "return"}, {"on_error": "raise"}, {"output_type": "np"}])
+def test_options_that_leave_no_images_are_refused_by_name(ready, bank, option):
+    (name,) = option
+    with pytest.raises(TypeError, match=f"sweep: {name} cannot be given"):
+        kd.sweep(ready, order(), {"beta": [0.5]}, bank=bank, **STEPS, **option)
+
+
+@pytest.mark.parametrize("images", [[[None, Image.new("RGB", (20, 10), (0, 0, 9))]], [[None, ValueError()]]])
+def test_a_picture_that_was_not_drawn_leaves_its_place_empty(images):
+    sheet = np.asarray(sweeps.labelled_grid("a prompt", ["a", "b"], ["seed"], images))
+    drawn_ = sum(isinstance(image, Image.Image) for image in images[0])
+    assert (sheet[..., 2] == 9).sum() == drawn_ * 160 * 80 and sheet.shape[1] > 2 * 160
 
 
 @pytest.fixture
@@ -145,6 +160,10 @@ def test_the_command_draws_what_the_function_does(place, ready, bank):
         (("--beta", "0.5"), "must have several values with commas between them, got 0"),
         (("--beta", "0.5,high"), "--beta must be numbers with commas between them, got '0.5,high'"),
         (("--lock", "local,both"), "lock"),
+        (("--beta", "0.5,0.6", "--tau", ","), "--tau must be numbers with commas between them, got ','"),
+        (("--beta", "0.5,0.6", "--lock", ""), "--lock must be local, global, or both with commas between them, got ''"),
+        (("--beta", "0.5,0.6", "--tau", "0.1,0.2", "--rows", 3), "--rows must be 1 where two options"),
+        (("--beta", "0.5,0.6", "--output", "x" * 240 + ".png"), "--output must be a place"),
         (("--beta", "0.5,0.6", "--output", "sweep.jpg"), "--output must be the name of a PNG"),
         (("--beta", "0.5,0.6", "--output", "concepts/alice/cat.safetensors/x.png"), "--output must be a place"),
         (("--beta", "0.5,0.6", "--concept", "carol/cat"), "carol/cat"),

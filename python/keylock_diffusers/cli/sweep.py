@@ -49,9 +49,11 @@ def sweep(
     if len(over) not in (1, 2):
         names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise ValueError(f"one or two of {names} must have several values with commas between them, got {len(over)}")
+    if len(over) == 2 and rows != 1:
+        raise ValueError(f"--rows must be 1 where two options have several values, got {rows}")
     if output.suffix.lower() != ".png" or output.is_dir():
         raise ValueError(f"--output must be the name of a PNG, got {output}")
-    drawn.prepare(output.parent)
+    drawn.prepare(output.parent, output.name)
     order = _request(prompt, concept, {name: values[0] for name, values in dials.items()}, seed, rows)
     pipe = kd.install(common.load(model, dtype=dtype, device=device, variant=variant, scheduler=scheduler))
     pipe.set_progress_bar_config(disable=False)
@@ -81,11 +83,11 @@ def _request(prompt: str, concepts: list[str], first: Mapping[str, Any], seed: i
 
 def _values(name: str, said: str) -> list[Any]:
     values = [one.strip() for one in said.split(",") if one.strip()]
-    if name == "lock":
-        return values
+    wanted = "local, global, or both" if name == "lock" else "numbers"
     try:
-        return [float(value) for value in values]
+        found: list[Any] = values if name == "lock" else [float(value) for value in values]
     except ValueError:
-        raise ValueError(
-            f"--{name.replace('_', '-')} must be numbers with commas between them, got {said!r:.80}"
-        ) from None
+        found = []
+    if not found:
+        raise ValueError(f"--{name.replace('_', '-')} must be {wanted} with commas between them, got {said!r:.80}")
+    return found

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
+from keylock_diffusers.generation.visualize import INK, PAPER, QUIET
+
 _CELL, _GAP, _LEFT, _HEAD = 160, 8, 150, 30
-_INK, _PAPER, _QUIET = (28, 30, 36), (255, 255, 255), (110, 114, 122)
 
 
 def draw(
@@ -20,10 +21,10 @@ def draw(
 ) -> Image.Image:
     """A labelled grid; the first row holds the pictures that the columns' people gave."""
     width = _LEFT + len(columns) * (_CELL + _GAP)
-    sheet = Image.new("RGB", (width, _HEAD + (len(rows) + 1) * (_CELL + _GAP)), _PAPER)
+    sheet = Image.new("RGB", (width, _HEAD + (len(rows) + 1) * (_CELL + _GAP)), PAPER)
     pen = ImageDraw.Draw(sheet)
     for place, name in enumerate(columns):
-        pen.text((_x(place) + _CELL / 2, _HEAD / 2), name, fill=_INK, font_size=16, anchor="mm")
+        pen.text((_x(place) + _CELL / 2, _HEAD / 2), name, fill=INK, font_size=16, anchor="mm")
         own = given.get(name, ())
         for n, picture in enumerate(own[:4]):
             half = _CELL // 2
@@ -31,10 +32,10 @@ def draw(
             sheet.paste(picture.resize((half - 2, half - 2), Image.Resampling.LANCZOS), (left, top))
         if not own:
             centre = (_x(place) + _CELL / 2, _y(0) + _CELL / 2)
-            pen.text(centre, "no pictures", fill=_QUIET, font_size=14, anchor="mm")
+            pen.text(centre, "no pictures", fill=QUIET, font_size=14, anchor="mm")
     for line, label in enumerate(["pictures they gave", *rows]):
         pen.multiline_text(
-            (_LEFT - 12, _y(line) + _CELL / 2), _wrapped(label), fill=_INK, font_size=14, anchor="rm", align="right"
+            (_LEFT - 12, _y(line) + _CELL / 2), _wrapped(label), fill=INK, font_size=14, anchor="rm", align="right"
         )
     for number, image in enumerate(images):
         line, place = divmod(number, len(columns))
@@ -77,13 +78,13 @@ class Line:
 def draw_lines(lines: Sequence[Line]) -> Image.Image:
     """Line by line: what was asked for, the image prompt, the picture, and where its words were attended to."""
     columns = 2 + max(len(line.overlays) for line in lines)
-    sheet = Image.new("RGB", (_LEFT + columns * (_CELL + _GAP), len(lines) * (_CELL + _HEAD)), _PAPER)
+    sheet = Image.new("RGB", (_LEFT + columns * (_CELL + _GAP), len(lines) * (_CELL + _HEAD)), PAPER)
     pen = ImageDraw.Draw(sheet)
     for number, line in enumerate(lines):
         top = number * (_CELL + _HEAD)
         label = (_LEFT - 12, top + _HEAD + _CELL / 2)
         pen.multiline_text(
-            label, _wrapped(f"{line.label}: {line.prompt}"), fill=_INK, font_size=14, anchor="rm", align="right"
+            label, _wrapped(f"{line.label}: {line.prompt}"), fill=INK, font_size=14, anchor="rm", align="right"
         )
         picture = Image.fromarray((line.picture * 255).round().astype(np.uint8))
         cells = [line.given, picture, *line.overlays.values()]
@@ -92,5 +93,5 @@ def draw_lines(lines: Sequence[Line]) -> Image.Image:
             if cell is None:
                 continue
             sheet.paste(cell.resize((_CELL, _CELL), Image.Resampling.LANCZOS), (_x(place), top + _HEAD))
-            pen.text((_x(place), top + _HEAD / 2), name, fill=_QUIET, font_size=13, anchor="lm")
+            pen.text((_x(place), top + _HEAD / 2), name, fill=QUIET, font_size=13, anchor="lm")
     return sheet

@@ -14,13 +14,12 @@ from torch import Tensor
 from keylock_diffusers.concepts import Concept
 from keylock_diffusers.demo import grid, pictures
 from keylock_diffusers.embedded import render
+from keylock_diffusers.embedded.prompts import GUIDANCE
 from keylock_diffusers.generation.engine import Engine, Settings
 from keylock_diffusers.generation.generate import generate
 from keylock_diffusers.generation.maps import AttentionMaps
 from keylock_diffusers.generation.visualize import overlay
 from keylock_diffusers.requests import ImagePrompt, Request, Use
-
-GUIDANCE = 4.0
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,13 @@ from keylock_diffusers.denoisers.unet import cross_attention_layers
 from keylock_diffusers.embedded import classifier, render
 from keylock_diffusers.embedded.captions import default_captions
 from keylock_diffusers.embedded.evaluate import background_name
+from keylock_diffusers.embedded.prompts import GUIDANCE
 from keylock_diffusers.generation.generate import generate
 from keylock_diffusers.processors import install
 from keylock_diffusers.processors.projection import project_vectors
 from keylock_diffusers.requests import Request, Use
 from keylock_diffusers.training import Covariance, Subject, TrainingConfig, covariance, train_concepts
 
-GUIDANCE = 4.0
 TRAINING = TrainingConfig(
     steps=100, batch_size=6, values_rate=0.03, embedding_rate=0.004, inference_beta=0.65, inference_tau=0.15
 )

@@ -9,14 +9,14 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from keylock_diffusers.checks import listed, shown, whole
+from keylock_diffusers.checks import is_number, listed, shown, whole
 from keylock_diffusers.concepts import Concept
 from keylock_diffusers.generation.generate import generate
+from keylock_diffusers.generation.visualize import INK, PAPER, QUIET
 from keylock_diffusers.requests import Request, RequestLimits, Use
 
 _OF_USE = ("beta", "tau", "strength", "lock")
 DIALS = (*_OF_USE, "guidance_scale")
-_INK, _QUIET, _PAPER = (28, 30, 36), (110, 114, 122), (255, 255, 255)
 _CELL, _GAP, _LINE, _FONT = 160, 8, 28, 14
 
 
@@ -54,7 +54,8 @@ def sweep(
             guidance_scale; the first makes the columns, the second the rows.
         bank: where the ids of concepts are looked up.
         max_batch: pictures per call of the U-Net; default all of them.
-        options: what `generate` takes besides: num_inference_steps, height, width, scheduler ...
+        options: what `generate` takes besides, but for on_error and output_type: num_inference_steps, height, width,
+            scheduler ...
 
     Raises:
         RequestError: a value is none of its dial's.
@@ -64,6 +65,9 @@ def sweep(
         >>> order = kd.Request("<alice-cat> on blue", concepts=["alice/cat"], seed=7)
         >>> kd.sweep(pipe, order, {"beta": [0.4, 0.6, 0.8]}, bank=bank).grid.save("beta.png")  # doctest: +SKIP
     """
+    for name in ("on_error", "output_type"):
+        if name in options:
+            raise TypeError(f"sweep: {name} cannot be given, since a grid needs all its pictures as images")
     dials = _dials(request, over)
     seed = secrets.randbelow(1 << 32) if request.seed is None else request.seed
     (columns, values), *second = dials
@@ -100,6 +104,8 @@ def _dials(request: Any, over: Any) -> list[tuple[str, list[Any]]]:
     count = whole(request.num_images, "sweep: num_images of the request", 1, RequestLimits().num_images)
     if len(dials) == 2 and count != 1:
         raise ValueError(f"sweep: num_images of the request must be 1 over two dials, got {count}")
+    if request.seed is not None:
+        whole(request.seed, "sweep: seed of the request", 0, 2**63 - 1 - count)
     return dials
 
 
@@ -116,27 +122,29 @@ def _turned(request: Request, dials: Mapping[str, Any]) -> Request:
 
 
 def _label(name: str, value: Any) -> str:
-    return f"{name.replace('_', ' ')} {value:g}" if isinstance(value, float) else f"{name.replace('_', ' ')} {value}"
+    return f"{name.replace('_', ' ')} {format(float(value), 'g') if is_number(value) else value}"
 
 
 def labelled_grid(
-    title: str, heads: Sequence[str], sides: Sequence[str], images: Sequence[Sequence[Image.Image]]
+    title: str, heads: Sequence[str], sides: Sequence[str], images: Sequence[Sequence[Any]]
 ) -> Image.Image:
-    """Pictures in rows and columns, their heads above and their sides on the left."""
+    """Pictures in rows and columns, their heads above and their sides on the left; what is no picture is left empty."""
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     left = round(max(measure.textlength(side, font_size=_FONT) for side in sides)) + 2 * _GAP
-    scale = _CELL / max(images[0][0].size)
-    width, height = (round(side * scale) for side in images[0][0].size)
-    sheet = Image.new("RGB", (left + len(heads) * (width + _GAP), 2 * _LINE + len(sides) * (height + _GAP)), _PAPER)
+    size = next((image.size for line in images for image in line if isinstance(image, Image.Image)), (_CELL, _CELL))
+    width, height = (round(side * _CELL / max(size)) for side in size)
+    sheet = Image.new("RGB", (left + len(heads) * (width + _GAP), 2 * _LINE + len(sides) * (height + _GAP)), PAPER)
     pen = ImageDraw.Draw(sheet)
-    pen.text((left, _LINE / 2), title, fill=_INK, font_size=_FONT, anchor="lm")
+    pen.text((left, _LINE / 2), title, fill=INK, font_size=_FONT, anchor="lm")
     for column, head in enumerate(heads):
         middle = left + column * (width + _GAP) + width / 2
-        pen.text((middle, 1.5 * _LINE), head, fill=_QUIET, font_size=_FONT, anchor="mm")
+        pen.text((middle, 1.5 * _LINE), head, fill=QUIET, font_size=_FONT, anchor="mm")
     for row, (side, line) in enumerate(zip(sides, images, strict=True)):
         top = 2 * _LINE + row * (height + _GAP)
-        pen.text((left - _GAP, top + height / 2), side, fill=_QUIET, font_size=_FONT, anchor="rm")
+        pen.text((left - _GAP, top + height / 2), side, fill=QUIET, font_size=_FONT, anchor="rm")
         for column, image in enumerate(line):
+            if not isinstance(image, Image.Image):  # it was not begun when the call was stopped
+                continue
             picture = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
             sheet.paste(picture, (left + column * (width + _GAP), top))
     return sheet

@@ -13,7 +13,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from keylock_diffusers.generation.maps import WordMaps
 
-_INK, _QUIET, _PAPER = (28, 30, 36), (110, 114, 122), (255, 255, 255)
+INK, QUIET, PAPER = (28, 30, 36), (110, 114, 122), (255, 255, 255)
 _GAP, _LABEL = 6, 20
 _COLOURS = "inferno"
 
@@ -82,11 +82,11 @@ def grid(
     ]
     step, head = cell + _GAP, 2 * _LABEL
     width = _GAP + step * (1 + max(len(row) for row in shown))
-    sheet = Image.new("RGB", (width, (step + head) * len(images)), _PAPER)
+    sheet = Image.new("RGB", (width, (step + head) * len(images)), PAPER)
     pen = ImageDraw.Draw(sheet)
     for line, (image, recorded, caption, row) in enumerate(zip(images, maps, captions, shown, strict=True)):
         top = line * (step + head)
-        pen.text((_GAP, top + _LABEL / 2), _cut(pen, caption, width - 2 * _GAP), fill=_INK, font_size=12, anchor="lm")
+        pen.text((_GAP, top + _LABEL / 2), _cut(pen, caption, width - 2 * _GAP), fill=INK, font_size=12, anchor="lm")
         picture = _picture(image)
         scale = cell / max(picture.size)
         picture = picture.resize(
@@ -95,7 +95,7 @@ def grid(
         sheet.paste(picture, (_GAP, top + head))
         for column, word in enumerate(row, 1):
             left = _GAP + column * step
-            pen.text((left, top + 1.5 * _LABEL), _cut(pen, word, cell), fill=_QUIET, font_size=12, anchor="lm")
+            pen.text((left, top + 1.5 * _LABEL), _cut(pen, word, cell), fill=QUIET, font_size=12, anchor="lm")
             sheet.paste(overlay(picture, recorded.mean(word)), (left, top + head))
     return sheet
 
