@@ -9,6 +9,7 @@ import pickle
 import threading
 import time
 import uuid
+from typing import ClassVar
 
 import fsspec
 import pytest
@@ -26,6 +27,7 @@ from keylock_diffusers.concepts import (
     UnknownConceptError,
     places,
 )
+from keylock_diffusers.concepts.files import MAX_FILE_BYTES
 
 BASE = BaseModel((TextEncoderInfo("CLIPTextModel", 4, 1, 50),), (("mid_block.attn2", 1024),), 4)
 
@@ -364,6 +366,41 @@ def test_a_bank_shows_its_protocol_and_no_credentials(url, shown, tmp_path):
     assert repr(ConceptBank(tmp_path)) == f"ConceptBank({str(tmp_path)!r})"
 
 
+class Secretive(fsspec.AbstractFileSystem):
+    """As fsspec's HTTP: a root is the whole URL, credentials included, and a server need not tell a file's size."""
+
+    protocol = "secretive"
+    asked: ClassVar[list] = []
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return path
+
+    def info(self, path, **_):
+        self.asked.append("info")
+        return {"name": path, "size": None, "type": "file"}
+
+    def cat_file(self, path, start=None, end=None, **_):
+        self.asked.append(end)
+        return b"damaged" if "cat" in path else bytes(end)
+
+
+def test_errors_of_a_files_content_show_no_credentials_and_reading_is_bounded():
+    fsspec.register_implementation("secretive", Secretive, clobber=True)
+    bank = ConceptBank("secretive://user:secret@host/c/")
+    for read in (bank.__getitem__, bank.summary):
+        with pytest.raises(ConceptFileError) as caught:
+            read("alice/cat")
+        assert "secretive://host/c/alice/cat.safetensors: " in str(caught.value)
+        with pytest.raises(ConceptFileError, match="larger than a concept file may be") as caught:
+            read("alice/dog")
+        assert "secret@" not in str(caught.value)
+    Secretive.asked.clear()
+    with pytest.raises(ConceptFileError):
+        bank["alice/cat"]
+    assert Secretive.asked[-3:].count("info") == 2 and MAX_FILE_BYTES + 1 in Secretive.asked
+
+
 def test_a_loop_of_links_is_not_in_the_bank(folder):
     bank = ConceptBank(folder)
     bank.add("alice/cat", make_concept())
@@ -496,8 +533,9 @@ def test_adding_into_a_folder_that_is_being_removed_succeeds(folder):
 def test_what_killed_writers_left_is_swept_and_a_living_writers_is_not(folder):
     bank = ConceptBank(folder)
     bank.add("alice/cat", make_concept())
+    rest = ".0123456789abcdef.tmp"
     dead, young, alive, other = (
-        folder / "alice" / name for name in (".cat.safetensors.0.tmp", ".b.tmp", ".c.tmp", "d.tmp")
+        folder / "alice" / name for name in (f".cat.0{rest}", f".b{rest}", f".c{rest}", ".d.0.tmp")
     )
     for file in (dead, young, alive, other):
         file.write_bytes(b"half")

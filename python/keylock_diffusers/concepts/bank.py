@@ -197,9 +197,7 @@ class ConceptBank(Mapping[str, Concept]):
 
 def _split(concept_id: object) -> tuple[str, str | None]:
     """An id and the version that it asks for."""
-    if not isinstance(concept_id, str):
-        raise TypeError(f"ConceptBank: a concept's id must be a string, got {type(concept_id).__name__}")
-    plain, at, version = concept_id.partition("@")
+    plain, at, version = _text(concept_id).partition("@")
     if at and not _VERSION.fullmatch(version):
         raise ValueError(
             f"ConceptBank: a concept's id looks like alice/cat; after @ its version has {VERSION_DIGITS} digits of "
@@ -209,12 +207,17 @@ def _split(concept_id: object) -> tuple[str, str | None]:
 
 
 def _path_of(concept_id: object) -> str:
+    name = _text(concept_id)
+    refusal = _refusal(name)
+    if refusal:
+        raise ValueError(f"ConceptBank: a concept's id looks like alice/cat; {refusal}, got {name!r:.120}")
+    return name + SUFFIX
+
+
+def _text(concept_id: object) -> str:
     if not isinstance(concept_id, str):
         raise TypeError(f"ConceptBank: a concept's id must be a string, got {type(concept_id).__name__}")
-    refusal = _refusal(concept_id)
-    if refusal:
-        raise ValueError(f"ConceptBank: a concept's id looks like alice/cat; {refusal}, got {concept_id!r:.120}")
-    return concept_id + SUFFIX
+    return concept_id
 
 
 def _refusal(concept_id: str) -> str | None:

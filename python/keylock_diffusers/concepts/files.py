@@ -32,6 +32,7 @@ FIRST_BYTES = 8 << 10  # of a file, which hold most headers
 
 _FIELDS_KEY = "keylock_concept"
 _CHECKSUM_KEY = "checksum"
+_TOO_LARGE = f"larger than a concept file may be ({MAX_FILE_BYTES} bytes)"
 _ITEM_BYTES = {"F16": 2, "F32": 4}
 _DTYPE_NAMES = {torch.float16: "F16", torch.float32: "F32"}
 
@@ -144,12 +145,12 @@ def header_bytes(data: bytes) -> int:
 
 
 def too_large(source: str) -> str:
-    return f"{source}: larger than a concept file may be ({MAX_FILE_BYTES} bytes)"
+    return f"{source}: {_TOO_LARGE}"
 
 
 def _read_header(data: bytes, size: int) -> Header:
     if size > MAX_FILE_BYTES:
-        raise ValueError(f"larger than a concept file may be ({MAX_FILE_BYTES} bytes)")
+        raise ValueError(_TOO_LARGE)
     if len(data) < 8:
         raise ValueError(f"too short for a safetensors file: {size} bytes")
     (length,) = struct.unpack_from("<Q", data)

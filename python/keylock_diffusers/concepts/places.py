@@ -8,7 +8,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import IO, Any, Protocol
 
 import fsspec
@@ -229,22 +229,24 @@ class RemotePlace:
     def __init__(self, file_system: fsspec.AbstractFileSystem, root: str, url: str) -> None:
         self._file_system = file_system
         self._root = root.rstrip("/")
-        self.shown = _CREDENTIALS.sub("//", url).partition("?")[0]
+        self.shown = _shown(url)
 
     def exists(self) -> bool:
         return bool(self._file_system.exists(self._root))
 
     def version(self, path: str) -> Hashable | None:
-        info = self._info(path)
-        found = tuple((key, str(info[key])) for key in _VERSION_KEYS if info.get(key) is not None)
-        return (info.get("size"), *found) if found else None
+        return _version_in(self._info(path))
 
     def read(self, path: str) -> tuple[bytes, Hashable | None]:
-        before, size = self.version(path), self._info(path).get("size")
-        if size is not None and size > MAX_FILE_BYTES:
+        before = self._info(path)
+        size = before.get("size")
+        if size is None or size <= MAX_FILE_BYTES:
+            data = self._file_system.cat_file(self._full(path), 0, MAX_FILE_BYTES + 1)
+            size = len(data)
+        if size > MAX_FILE_BYTES:
             raise ConceptFileError(too_large(self.describe(path)))
-        data = self._file_system.cat_file(self._full(path))
-        return data, before if before == self.version(path) else None
+        version = _version_in(before)
+        return data, version if version == self.version(path) else None
 
     def header(self, path: str) -> tuple[Header, int]:
         size = self._info(path).get("size")
@@ -259,7 +261,7 @@ class RemotePlace:
     def write(self, path: str, data: bytes, *, overwrite: bool) -> None:
         full = self._full(path)
         if not overwrite and self._exists(path):
-            raise FileExistsError(full)
+            raise FileExistsError(self.describe(path))
         self._file_system.makedirs(full.rpartition("/")[0], exist_ok=True)
         self._file_system.pipe_file(full, data)
 
@@ -280,7 +282,7 @@ class RemotePlace:
                 yield relative
 
     def describe(self, path: str) -> str:
-        return self._full(path)
+        return f"{self.shown.rstrip('/')}/{path}"
 
     def _exists(self, path: str) -> bool:
         try:
@@ -295,7 +297,7 @@ class RemotePlace:
         self._file_system.invalidate_cache(full.rpartition("/")[0])
         info = self._file_system.info(full)
         if info.get("type", "file") != "file":
-            raise FileNotFoundError(full)
+            raise FileNotFoundError(self.describe(path))
         return info
 
     def _full(self, path: str) -> str:
@@ -312,11 +314,21 @@ def open_place(path_or_url: str) -> Place:
         file_system, root = fsspec.core.url_to_fs(path_or_url)
     except (ImportError, ValueError) as error:
         # fsspec's own message names the package that is missing.
-        shown = _CREDENTIALS.sub("//", path_or_url).partition("?")[0]
-        raise ValueError(f"ConceptBank: path_or_url {shown:.120} cannot be opened: {error}") from error
+        raise ValueError(f"ConceptBank: path_or_url {_shown(path_or_url):.120} cannot be opened: {error}") from error
     if isinstance(file_system, LocalFileSystem):
         return LocalPlace(root)
     return RemotePlace(file_system, root, path_or_url)
+
+
+def _shown(url: str) -> str:
+    """A URL without its credentials."""
+    return _CREDENTIALS.sub("//", url).partition("?")[0]
+
+
+def _version_in(info: Mapping[str, Any]) -> Hashable | None:
+    """What fsspec's description of a file says of its version; None if it says nothing."""
+    found = tuple((key, str(info[key])) for key in _VERSION_KEYS if info.get(key) is not None)
+    return (info.get("size"), *found) if found else None
 
 
 def _version(stream: IO[bytes]) -> Hashable:
