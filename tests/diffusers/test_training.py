@@ -9,7 +9,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
+from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 from PIL import Image
 from safetensors import SafetensorError
 
@@ -417,6 +417,18 @@ def truncated(folder):
     return Image.open(folder / "half.jpg")
 
 
+def on_its_side():
+    return Image.new("L", (30, 20), 255)
+
+
+def photo(folder):
+    """As a phone keeps it: turned by a note."""
+    note = Image.Exif()
+    note[0x0112] = 6
+    Image.new("RGB", (30, 20), "red").save(folder / "photo.jpg", exif=note)
+    return Image.open(folder / "photo.jpg")
+
+
 def unbounded(folder):
     Image.new("L", (1, 100_000)).save(folder / "thin.png")
     return Image.open(folder / "thin.png")
@@ -435,6 +447,15 @@ def unbounded(folder):
         ),
         (lambda folder: {"masks": [Image.new("L", (16, 16), 255), Image.new("L", (16, 16))]}, "mask 1 is empty"),
         (lambda folder: {"masks": [truncated(folder), *halves(1)]}, r"mask 0 \(.*half.jpg\) cannot be decoded"),
+        (lambda folder: {"masks": [*halves(1), on_its_side()]}, "mask 1 must have its picture's shape, 16 x 16, got"),
+        (
+            lambda folder: {"images": [photo(folder)] * 2, "masks": [on_its_side()] * 2},
+            r"mask 0 must have its picture's shape, 20 x 30, got 30 x 20 upright",
+        ),
+        (
+            lambda folder: {"images": [Image.new("I", (16, 16), 70_000), *pictures(9, 1)]},
+            "picture 0: a picture in mode I must have values in",
+        ),
         (lambda folder: {"captions": ["<sick-cat>", "a cat"]}, "the concept <sick-cat> was given but is not in"),
         (lambda folder: {"captions": ["<sick-cat>", "<sick-cat> <bob-cat>"]}, "<bob-cat> is no concept"),
         (lambda folder: {"captions": ["<sick-cat>", "word " * 90 + "<sick-cat>"]}, "<sick-cat>"),
@@ -571,6 +592,15 @@ def test_the_concepts_so_far_are_given_after_every_step(pipe, metric):
 def test_what_cannot_train_is_refused(pipe, metric):
     with pytest.raises(ValueError, match="subjects must not be empty"):
         train(pipe, [], metric)
+    scheduler = pipe.scheduler
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(ValueError, match="train_concepts: pipe must have a scheduler of a diffusion"):
+        train(pipe, [subject()], metric)
+    pipe.scheduler = scheduler
+    scheduler.register_to_config(prediction_type="flow_prediction")
+    with pytest.raises(ValueError, match="prediction_type of DDIMScheduler must be one of epsilon, .* got 'flow_pre"):
+        train(pipe, [subject()], metric)
+    scheduler.register_to_config(prediction_type="epsilon")
     pipe.unet.half()
     with pytest.raises(ValueError, match="float16"):
         train(pipe, [subject()], metric)
@@ -683,6 +713,7 @@ def test_a_nearly_singular_covariance_warns(pipe, tmp_path, caplog):
         ({"captions": []}, "captions must not be empty"),
         ({"positions": "some"}, "positions must be one of"),
         ({"ridge": -1.0}, "ridge must be a finite number of at least 0"),
+        ({"ridge": 0.0}, "ridge must be larger for these captions"),
         ({"ridge": math.nan}, "ridge must be a finite number of at least 0"),
         ({"captions": "a cat"}, "captions must be a list of texts, got 'a cat'"),
         ({"captions": None}, "captions must be a list of texts, got None"),

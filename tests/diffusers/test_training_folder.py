@@ -153,6 +153,27 @@ def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path):
     assert PictureFolder.read(folder).subject("<alice-cat>", "cat").captions == ["<alice-cat> on blue"]
 
 
+def test_a_placeholder_that_is_none_is_named_before_its_captions(tmp_path):
+    folder = fill(tmp_path / "f", "a.png")
+    (folder / "a.txt").write_text("<Alice-Cat> on blue")
+    with pytest.raises(ValueError, match="placeholder"):
+        PictureFolder.read(str(folder)).subject("<Alice-Cat>", "cat")
+
+
+def test_a_name_that_is_too_long_to_be_written_is_found_before_the_work(tmp_path):
+    files.require_place(tmp_path / ("x" * 230), "--output")
+    with pytest.raises(ValueError, match="--output: .* cannot be written: File name too long"):
+        files.require_place(tmp_path / ("x" * 240), "--output")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_lock_goes_with_what_it_was_held_for(tmp_path):
+    with pytest.raises(RuntimeError), files.held(tmp_path / "a") as mine:
+        assert mine
+        raise RuntimeError
+    assert os.listdir(tmp_path) == []
+
+
 # Samples and advice
 
 
@@ -184,6 +205,11 @@ def test_samples_that_cannot_be_drawn_or_written_do_not_stop_training(pipe, metr
     samples = Samples(pipe, sick, tmp_path / "samples.png", 1)
     train_concepts(pipe, [sick, subject()], config, metric=metric, progress=False, on_step=samples)
     assert not (tmp_path / "samples.png").exists()
+    samples = Samples(pipe, subject(), tmp_path / "samples.png", 2, place=1)
+    (made,) = train_concepts(pipe, [subject()], config, metric=metric, progress=False, on_step=samples)
+    assert isinstance(made, Concept) and "samples: step 2 has none: list index" in caplog.text
+    with pytest.raises(ValueError, match="Samples: place must be a whole number of at least 0, got -1"):
+        Samples(pipe, subject(), tmp_path / "samples.png", 1, place=-1)
     with pytest.raises(ValueError, match="Samples: every must be a whole number of at least 1, got 0"):
         Samples(pipe, subject(), tmp_path / "samples.png", 0)
 
@@ -377,8 +403,44 @@ def test_stable_diffusion_xl_is_refused_by_train_at_once(quick, capsys, monkeypa
     assert "Stable Diffusion XL cannot be trained" in fail(capsys, monkeypatch, *command(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("parts", "options", "message"),
+    [
+        (
+            {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]},
+            [],
+            "Stable Diffusion XL cannot be",
+        ),
+        ({}, ["--dtype", "float16"], "--dtype must be float32 or bfloat16"),
+    ],
+)
+def test_a_model_that_cannot_be_taught_is_refused_before_it_is_loaded(
+    capsys, monkeypatch, tmp_path, parts, options, message
+):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model_index.json").write_text(json.dumps({"_class_name": "DiffusionPipeline", **parts}))
+    (tmp_path / "captions.txt").write_text("a cat")
+    unloaded(monkeypatch)
+    options = ["--model", tmp_path / "model", "--captions", tmp_path / "captions.txt", *options]
+    assert message in fail(capsys, monkeypatch, *command(tmp_path, *options))
+
+
+def test_an_earlier_strip_of_samples_stays(quick, tmp_path):
+    (tmp_path / "cat.safetensors.samples.png").write_bytes(b"mine")
+    assert "samples.1.png: samples" in run(*command(tmp_path, "--samples-every", 1))
+    assert (tmp_path / "cat.safetensors.samples.png").read_bytes() == b"mine"
+    assert "samples" not in run(*command(tmp_path, "--overwrite"))
+
+
+def test_a_mask_that_is_empty_is_one_plain_line(quick, capsys, monkeypatch, tmp_path):
+    Image.new("L", (16, 16)).save(fill(tmp_path / "f", "a.png", "a.txt") / "a-mask.png")
+    error = fail(capsys, monkeypatch, *command(tmp_path, names=("a.png", "a.txt")))
+    assert "is empty" in error and "ConceptTrainingError" not in error and "KEYLOCK_TRACEBACK" not in error
+
+
 def test_models_of_ones_own_need_captions(quick, capsys, monkeypatch, tmp_path):
     """What the embedded model draws says nothing of what another's texts are like."""
+    monkeypatch.setattr("diffusers.DiffusionPipeline.load_config", lambda *_: {})
     with monkeypatch.context() as patch:
         unloaded(patch)
         assert "--captions must name a text file" in fail(capsys, patch, *command(tmp_path, "--model", "somewhere"))

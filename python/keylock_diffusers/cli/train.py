@@ -61,6 +61,7 @@ def train(
     """Learn a concept from a few pictures."""
     from dataclasses import replace
 
+    from keylock_diffusers.cli import drawn
     from keylock_diffusers.demo.story import TRAINING
     from keylock_diffusers.files import require_place, write_atomically
     from keylock_diffusers.training import PictureFolder, Samples, TrainingConfig, advice, covariance, train_concepts
@@ -87,12 +88,16 @@ def train(
     if localize and not folder.masks:
         raise ValueError(f"--localize needs masks, and {pictures} has none")
     lines = _captions(model, captions)
+    _check_model(model, dtype)
     print(f"{pictures}: {folder}")
     pipe = common.load(model, dtype=dtype, device=device, variant=variant, scheduler=scheduler)
     check_pipeline(pipe, "keylock train")
     pipe.set_progress_bar_config(disable=True)  # of samples: it would tear training's own
     own = checkpoint or output.with_name(f".{output.name}.checkpoint")
-    samples = Samples(pipe, subject, output.with_name(f"{output.name}.samples.png"), samples_every or config.steps)
+    samples = None
+    if samples_every:
+        strip = drawn.free(output.with_name(f"{output.name}.samples.png"))
+        samples = Samples(pipe, subject, strip, samples_every)
     with _stoppable():
         metric = covariance(pipe, lines, progress=True)
         (concept,) = train_concepts(
@@ -101,12 +106,12 @@ def train(
             config,
             metric=metric,
             checkpoint_path=own,
-            on_step=samples if samples_every else None,
+            on_step=samples,
         )
     if isinstance(concept, Exception):
         if checkpoint is None:
             own.unlink(missing_ok=True)
-        raise concept
+        raise ValueError(str(concept)) from concept
     try:
         write_atomically(output, concept.to_bytes(), overwrite=overwrite)
     except OSError as error:
@@ -114,10 +119,26 @@ def train(
         raise OSError(f"{error}; {kept}") from error
     if checkpoint is None:
         own.unlink(missing_ok=True)
-    if samples_every and samples.path.exists():
+    if samples is not None and samples.path.exists():
         print(f"{samples.path}: samples, beside the super-class {super_class}")
     print(advice(concept.training))
     print(f"{output}: {output.stat().st_size} bytes, version {concept.version}")
+
+
+def _check_model(model: str, dtype: str | None) -> None:
+    """What can be told of a model before it is loaded; `check_pipeline` looks at all of it."""
+    if dtype == "float16":
+        raise ValueError("--dtype must be float32 or bfloat16 for training, since gradients vanish in float16")
+    if model == "embedded":
+        return
+    from diffusers import DiffusionPipeline
+
+    try:
+        parts = DiffusionPipeline.load_config(model)
+    except (OSError, ValueError):
+        return  # loading it says what is wrong
+    if (parts.get("text_encoder_2") or [None])[0] is not None:
+        raise ValueError("--model must have one text encoder, got two: Stable Diffusion XL cannot be trained")
 
 
 @contextmanager

@@ -109,6 +109,8 @@ def covariance(
         keep_tensors(path, {"moment": moment}, {"checksum": _checksum(moment)}, "covariance")
     ridged = moment + ridge * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
     condition = float(torch.linalg.cond(ridged))
+    if not condition < 1 / torch.finfo(moment.dtype).eps:  # nor is it where it is infinite
+        raise ValueError(f"covariance: ridge must be larger for these captions, whose metric is singular, got {ridge}")
     if condition > _WARN_CONDITION:
         logger.warning("covariance: condition number %.1e; similarities lose precision, use a larger ridge", condition)
     recipe = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from keylock_diffusers.concepts.concept import check_placeholder
 from keylock_diffusers.files import read_text
 from keylock_diffusers.pictures import open_picture
 from keylock_diffusers.training.config import Subject
@@ -35,13 +37,14 @@ class PictureFolder:
     left_out: list[Path]
 
     @classmethod
-    def read(cls, folder: Path) -> PictureFolder:
+    def read(cls, folder: str | os.PathLike[str]) -> PictureFolder:
         """Sorts the files of a folder: NAME.png (or jpg, jpeg, webp), its caption NAME.txt, its mask NAME-mask.png.
 
         Raises:
             ValueError: it is no folder or has no pictures; captions or masks are there for some of them only, or a file
                 could be the caption or mask of two.
         """
+        folder = Path(folder)
         if not folder.is_dir():
             raise ValueError(f"{folder} is not a folder of pictures")
         files = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
@@ -62,6 +65,7 @@ class PictureFolder:
         Raises:
             ValueError: a picture, mask or caption cannot be used; the message names its file.
         """
+        check_placeholder(placeholder)  # which captions are then held against
         captions = [self._caption(file, placeholder) for file in self.captions] or None
         masks = _Opened(self.masks) if self.masks else None
         return Subject(placeholder, super_class, _Opened(self.pictures), captions, masks, seed)

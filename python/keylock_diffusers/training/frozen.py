@@ -10,21 +10,19 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from keylock_diffusers.checks import shown
+from keylock_diffusers.checks import one_of, shown
 from keylock_diffusers.denoisers.unet import adapters
 from keylock_diffusers.pictures import decode, upright
 from keylock_diffusers.processors import CrossAttnProcessor, IPAdapterCrossAttnProcessor, install, uninstall, verify
 from keylock_diffusers.training import loop
 
+_PREDICTIONS = ("epsilon", "v_prediction", "sample")
 _TOGETHER = 16  # pictures that the autoencoder is given at a time
 
 
 def noise_levels(scheduler: Any, times: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """How much of a picture and of noise there is at the given times, [B, 1, 1, 1] each."""
-    alphas = getattr(scheduler, "alphas_cumprod", None)
-    if alphas is None:
-        raise ValueError(f"{type(scheduler).__name__} is no scheduler of a diffusion (alphas_cumprod) model")
-    alphas = alphas.to(device, torch.float32)[times].view(-1, 1, 1, 1)
+    alphas = scheduler.alphas_cumprod.to(device, torch.float32)[times].view(-1, 1, 1, 1)
     return alphas.sqrt(), (1 - alphas).sqrt()
 
 
@@ -34,15 +32,22 @@ def prediction_target(scheduler: Any, clean: Tensor, noise: Tensor, signal: Tens
         return noise
     if kind == "v_prediction":
         return signal * noise - sigma * clean
-    if kind == "sample":
-        return clean
-    raise ValueError(f"the scheduler's prediction_type {kind!r} is not known")
+    return clean
 
 
 def named(what: str, image: Image.Image) -> str:
     """A picture for errors, with its file's name where it has one."""
     file = getattr(image, "filename", "")
     return f"{what} ({file})" if file else what
+
+
+def _upright(image: Image.Image, what: str) -> Image.Image:
+    """A picture decoded and upright, in RGB; errors call it `what`."""
+    decode(image, what)
+    try:
+        return upright(image)
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error
 
 
 def encode_images(pipe: Any, images: Sequence[Image.Image], names: Sequence[str] | None = None) -> Tensor:
@@ -60,8 +65,8 @@ def encode_images(pipe: Any, images: Sequence[Image.Image], names: Sequence[str]
     squares = []
     for number in range(len(images)):
         image = images[number]  # which may open a file
-        decode(image, named(names[number] if names else f"picture {number}", image))
-        squares.append(ImageOps.fit(upright(image), (side, side), Image.Resampling.LANCZOS))
+        seen = _upright(image, named(names[number] if names else f"picture {number}", image))
+        squares.append(ImageOps.fit(seen, (side, side), Image.Resampling.LANCZOS))
     parts = []
     for first in range(0, len(squares), _TOGETHER):
         group = squares[first : first + _TOGETHER]
@@ -99,8 +104,8 @@ def encoded_prompts(
             continue
         if getattr(pipe, "image_encoder", None) is None:
             raise TypeError(f"{name}: pipe must have an image_encoder for pictures, got none")
-        decode(prompt, named(f"{name}: a picture", prompt))
-        made.append(pipe.encode_image(upright(prompt), device, 1)[0][0].float())
+        seen = _upright(prompt, named(f"{name}: a picture", prompt))
+        made.append(pipe.encode_image(seen, device, 1)[0][0].float())
     return torch.stack(made)
 
 
@@ -164,9 +169,13 @@ def check_pipeline(pipe: Any, name: str) -> None:
 
     Raises:
         TypeError: see `check_encoder`.
-        ValueError: it is in float16, or has an IP-Adapter loaded.
+        ValueError: it is in float16, has an IP-Adapter loaded, or a scheduler that says no target to learn.
     """
     check_encoder(pipe, name, "unet", "vae", "scheduler")
+    kind = type(pipe.scheduler).__name__
+    if getattr(pipe.scheduler, "alphas_cumprod", None) is None:
+        raise ValueError(f"{name}: pipe must have a scheduler of a diffusion (alphas_cumprod) model, got {kind}")
+    one_of(pipe.scheduler.config.get("prediction_type"), f"{name}: prediction_type of {kind}", _PREDICTIONS)
     if pipe.unet.dtype == torch.float16:
         raise ValueError(f"{name}: gradients vanish in float16; load the pipeline in float32 or bfloat16")
     if adapters(pipe.unet):

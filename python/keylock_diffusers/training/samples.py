@@ -49,19 +49,18 @@ class Samples:
         seeds: Sequence[int] = (0, 1, 2),
         num_inference_steps: int = 25,
     ) -> None:
-        self.pipe, self.subject, self.path, self.place = pipe, subject, path, place
-        self.every = whole(every, "Samples: every", 1)
+        self.pipe, self.subject, self.path = pipe, subject, path
+        self.every, self.place = whole(every, "Samples: every", 1), whole(place, "Samples: place", 0)
         self.seeds, self.num_inference_steps = seeds, num_inference_steps
         self._columns: list[tuple[str, list[Image.Image]]] = []
 
     def __call__(self, step: int, concepts: Callable[[], list[Concept | ConceptTrainingError]]) -> None:
         if step % self.every:
             return
-        concept = concepts()[self.place]
-        if not isinstance(concept, Concept):
-            return
         try:
-            self._draw(step, concept)
+            concept = concepts()[self.place]
+            if isinstance(concept, Concept):
+                self._draw(step, concept)
         except Exception as error:
             logger.warning("samples: step %d has none: %s", step, reason_of(error))
 

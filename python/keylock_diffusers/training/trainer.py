@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from keylock_diffusers.checks import listed, reason_of, shown, whole
@@ -17,6 +16,7 @@ from keylock_diffusers.concepts import BaseModel, Concept
 from keylock_diffusers.denoisers.unet import cross_attention_layers
 from keylock_diffusers.encoding import text
 from keylock_diffusers.masks import soft_mask
+from keylock_diffusers.pictures import decode, turned
 from keylock_diffusers.processors import RowUpdates
 from keylock_diffusers.processors.projection import project_vectors
 from keylock_diffusers.routing import edits
@@ -368,7 +368,7 @@ def _begin(pipe: Any, subject: Subject, config: TrainingConfig) -> _Learner:
     if subject.masks is None:
         weights = torch.ones(len(latents), 1, *latents.shape[-2:], dtype=torch.float32)
     else:
-        weights = torch.stack([_soft(subject.masks[n], n, latents) for n in range(len(latents))])
+        weights = torch.stack([_soft(subject, n, latents) for n in range(len(latents))])
     learned = nn.Parameter(embedding.clone().to(device)), nn.Parameter(values.clone().to(device))
     rates = (config.embedding_rate, config.values_rate)
     optimizer = torch.optim.AdamW(
@@ -391,8 +391,16 @@ def _begin(pipe: Any, subject: Subject, config: TrainingConfig) -> _Learner:
     )
 
 
-def _soft(mask: Image.Image, number: int, latents: Tensor) -> Tensor:  # [1, h, w]
-    return soft_mask(mask, latents.shape[-2:], named(f"mask {number}", mask))
+def _soft(subject: Subject, number: int, latents: Tensor) -> Tensor:  # [1, h, w]
+    """A picture's mask, which must be of its shape: of both it is the middle square that is taken."""
+    assert subject.masks is not None
+    mask = subject.masks[number]
+    what = named(f"mask {number}", mask)
+    decode(mask, what)
+    (width, height), (across, down) = turned(subject.images[number]).size, turned(mask).size
+    if abs(width * down - height * across) > max(width + height, across + down):  # more than rounding
+        raise ValueError(f"{what} must have its picture's shape, {width} x {height}, got {across} x {down} upright")
+    return soft_mask(mask, latents.shape[-2:], what)
 
 
 def _finish(
