@@ -414,7 +414,9 @@ def test_what_pillow_notes_of_a_picture_is_not_printed_beside_our_line(place):
     chunks = ((b"IHDR", header), (b"IDAT", b""), (b"IEND", b""))
     data = b"".join(struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks)
     (place / "large.png").write_bytes(b"\x89PNG\r\n\x1a\n" + data)
-    order([{"prompt": "a", "image": "large.png"}])
+    note = b"Exif\0\0II*\0\x08\0\0\0\x09\0\x12\x01"  # nine entries, and less than one
+    Image.new("RGB", (8, 8)).save("noted.jpg", exif=note)
+    order([{"prompt": "a", "image": name} for name in ("noted.jpg", "large.png")])
     command = [sys.executable, "-m", "keylock_diffusers.cli", "generate", "orders.json"]
     ended = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -51,7 +51,7 @@ def read(path: Path, *, outside: bool = False) -> list[Order]:
     for index, said in enumerate(listed):
         try:
             orders.append(Order(index, said, _checked(Request.from_json(said, path.parent, outside=outside))))
-        except (ValueError, TypeError, OSError, RecursionError) as error:
+        except (ValueError, TypeError, OSError) as error:
             raise ValueError(f"{path}: request {index} ({_name(said)}): {reason_of(error)}") from error
     return orders
 
