@@ -119,10 +119,10 @@ bench: $(if $(filter $(BIN)/python,$(RUN)),$(VENV)/installed-test,native-in-plac
 localization: $(VENV)/installed-test
 	PYTHONPATH=.:python $(RUN) -m benchmarks.localization
 
-# Each kind in a process of its own, bounded in memory and time: half an hour on one core.
+# Each kind in a process of its own, bounded in memory and time: about ten minutes on one core.
 .PHONY: fuzz
 fuzz: $(VENV)/installed-test
-	$(RUN) -m tests.hostile.run --only "$(FUZZ)" --first $(FIRST) $(if $(COUNT),--count $(COUNT))
+	PYTHONPATH=.:python $(RUN) -m tests.hostile.run --only "$(FUZZ)" --first $(FIRST) $(if $(COUNT),--count $(COUNT))
 
 report: $(VENV)/installed-test
 	$(BIN)/python -m keylock_kernels.report

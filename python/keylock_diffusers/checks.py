@@ -18,9 +18,9 @@ _LARGEST = torch.finfo(torch.float32).max
 
 def shown(value: Any, length: int = 80) -> str:
     """A value for an error: short and on one line, whatever its own ``__repr__`` does."""
-    if isinstance(value, Tensor):
-        return f"a tensor {list(value.shape)} of {value.dtype}"
     try:
+        if isinstance(value, Tensor):
+            return f"a tensor {list(value.shape)} of {value.dtype}"
         text = re.sub(r"\s+", " ", repr(value))
     except Exception:  # a number of ten thousand digits, an object that cannot say what it is
         return f"a value of type {type(value).__name__}"
@@ -100,7 +100,7 @@ def path_text(value: Any, name: str) -> str:
     if not isinstance(text, str):
         raise TypeError(f"{name} must be a path, got {shown(value)}")
     try:
-        parts = text.encode("utf-8").split(b"/")
+        parts = os.fsencode(text).split(b"/")
     except UnicodeEncodeError:
         parts = [b"\0"]
     whole_length = sum(len(part) + 1 for part in parts)

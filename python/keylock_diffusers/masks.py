@@ -49,6 +49,8 @@ def read_mask(mask: Any, what: str, limits: PictureLimits = PictureLimits()) -> 
     Raises:
         TypeError, ValueError: it is something else, not finite, or outside of every convention.
     """
+    if isinstance(mask, np.ndarray) and mask.size > 4 * limits.pixels:
+        raise ValueError(f"{what} must have at most {limits.pixels} pixels, got {list(mask.shape)}")
     if isinstance(mask, np.ndarray) and mask.ndim == 3 and mask.shape[2] in (2, 3, 4) and mask.dtype == np.uint8:
         mask = Image.fromarray(np.ascontiguousarray(mask))
     if isinstance(mask, Image.Image):
@@ -60,9 +62,9 @@ def read_mask(mask: Any, what: str, limits: PictureLimits = PictureLimits()) -> 
         mask = torch.from_numpy(np.ascontiguousarray(mask, dtype=np.float32))
     if not isinstance(mask, Tensor):
         raise TypeError(f"{what} must be a picture or a tensor, got {type(mask).__name__}")
-    shape = list(mask.shape)
-    if mask.layout != torch.strided or mask.is_meta or mask.is_complex():
+    if mask.layout != torch.strided or mask.is_nested or mask.is_meta or mask.is_complex():
         raise ValueError(f"{what} must be a dense tensor of real numbers, got {mask.layout}, {mask.dtype}")
+    shape = list(mask.shape)
     sizes = [size for size in shape if size != 1] if len(shape) > 2 else shape
     if len(sizes) != 2 or not mask.numel():
         raise ValueError(f"{what} must be [height, width], got {shape}")
@@ -74,7 +76,7 @@ def read_mask(mask: Any, what: str, limits: PictureLimits = PictureLimits()) -> 
     least, most = float(held.min()), float(held.max())
     scale = next((top for faint, top in _CONVENTIONS if faint <= most <= top), None)
     if least < 0 or scale is None:
-        raise ValueError(f"{what} must hold weights in 0..1, 0..255 or 0..65535, got {least:g}..{most:g}")
+        raise ValueError(f"{what} must hold weights in 0..1, 0..255 or 0..65535, got {least!r}..{most!r}")
     return held / scale
 
 

@@ -148,7 +148,10 @@ def given(value: Any, what: str, limits: PictureLimits = PictureLimits()) -> Ima
     """
     if isinstance(value, Image.Image):
         decode(value, what, limits)
-        return upright(value)
+        try:
+            return upright(value)
+        except ValueError as error:
+            raise ValueError(f"{what}: {error}") from None
     if isinstance(value, np.ndarray):
         if value.ndim not in (2, 3) or (value.ndim == 3 and value.shape[2] not in (1, 3, 4)):
             raise ValueError(f"{what} must be an array [height, width, 3], got {list(value.shape)}")
@@ -165,12 +168,12 @@ def given(value: Any, what: str, limits: PictureLimits = PictureLimits()) -> Ima
             value = 1 - (1 - value[..., :3]) * value[..., 3:]
         return torch.from_numpy(np.ascontiguousarray(value, dtype=np.float32)).permute(2, 0, 1)[None]
     if isinstance(value, Tensor):
+        if value.layout != torch.strided or value.is_nested or value.is_meta:
+            raise ValueError(f"{what} must be a dense tensor, got {value.layout} on {value.device}")
         held = value[None] if value.ndim == 3 else value
         if held.ndim != 4 or held.shape[0] != 1 or not held.is_floating_point():
             raise ValueError(f"{what} must be one picture [C, height, width] of floating-point numbers, got "
                              f"{list(value.shape)} of {value.dtype}")  # fmt: skip
-        if held.layout != torch.strided or held.is_meta:
-            raise ValueError(f"{what} must be a dense tensor, got {value.layout} on {value.device}")
         check_size(held.shape[3], held.shape[2], what, limits)
         return held
     hint = "; open it first" if isinstance(value, (str, os.PathLike)) else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +138,8 @@ class RequestLimits:
 
     Args:
         num_images: of one request.
-        pictures: that it holds altogether: image prompts, subjects, controls, what it begins from.
+        pictures: that it holds altogether, and masks: image prompts, subjects, controls, regions, what it begins from.
+        pixels: of all of them together; numbers, of those that are given encoded.
         concepts: that it uses.
         text: letters of each of its prompts.
         tokens: of each of its prompts, and of given encodings.
@@ -148,6 +149,7 @@ class RequestLimits:
 
     num_images: int = 64
     pictures: int = 64
+    pixels: int = 128_000_000
     concepts: int = 64
     text: int = 10_000
     tokens: int = 1_024
@@ -257,8 +259,8 @@ class Request:
         return _Reader(None if folder is None else Path(folder), outside, limits).made(cls, order, "a request")
 
     def __str__(self) -> str:
-        words = shown(self.prompt) if self.prompt is not None else "prompt_embeds"
-        name = shown(self.id).strip("'")  # on one line, whatever it is
+        words = shown(self.prompt, 40) if self.prompt is not None else "prompt_embeds"
+        name = shown(self.id, 40).strip("'")  # on one line, whatever it is
         return words if self.id is None else f"{name}: {words}"
 
 
@@ -281,7 +283,7 @@ class RequestError(ValueError):
         said = str(request) if isinstance(request, Request) else shown(request)
         super().__init__(f"request {index} ({said}): {reason}")
         self.index, self.reason = index, reason
-        self.id = getattr(request, "id", None)
+        self.id = request.id if isinstance(request, Request) else None
         self.images: list[Any] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -320,6 +322,7 @@ class _Reader:
     outside: bool
     limits: RequestLimits
     opened: int = 0
+    pixels: int = 0
 
     def made(self, kind: Any, given: Any, what: str) -> Any:
         """An object of a class from a JSON object that names its fields."""
@@ -361,7 +364,10 @@ class _Reader:
             path = (self.folder / name).resolve()
             if not self.outside and not path.is_relative_to(self.folder.resolve()):
                 raise ValueError(f"must be a file inside {self.folder}, got {shown(name)}")
-            return open_picture(path, self.limits.picture)
+            left = min(self.limits.picture.pixels, self.limits.pixels - self.pixels)
+            picture = open_picture(path, replace(self.limits.picture, pixels=left))
+            self.pixels += picture.width * picture.height
+            return picture
         except OSError as error:
             raise type(error)(error.errno, f"{field}: {error.strerror or reason_of(error)}", name[:200]) from error
         except (ValueError, RuntimeError) as error:  # a zero in the name, a circle of links

@@ -88,3 +88,25 @@ def test_an_interrupted_call_leaves_the_maps_of_its_steps(ready, caplog):
     handle, nothing = ready.text_encoder.register_forward_pre_hook(before_the_first), AttentionMaps(["cat"])
     assert draw(ready, order(), record=nothing) == [None] and not nothing.images
     handle.remove()
+
+
+def test_a_call_that_is_broken_off_leaves_nothing_to_the_next(pipe):
+    def stop(*_):
+        raise LookupError
+
+    kd.install(pipe)
+    options = {"num_inference_steps": 2, "output_type": "np"}
+    with kd.record_attention(pipe, ["cat"]) as found:
+        with pytest.raises(LookupError):
+            pipe("a cat", callback_on_step_end=stop, **options)
+        kd.generate(pipe, [kd.Request("a cat and a dog", seed=1)], **options)
+        assert found.images == []
+
+
+def test_what_somebody_put_on_the_pipeline_stays_there(pipe):
+    kd.install(pipe)
+    encode = pipe.encode_prompt
+    pipe.encode_prompt = theirs = lambda *args, **kwargs: encode(*args, **kwargs)
+    with kd.record_attention(pipe, ["cat"]) as found:
+        pipe("a cat", num_inference_steps=1, output_type="np")
+    assert pipe.encode_prompt is theirs and "maybe_free_model_hooks" not in vars(pipe) and len(found.images) == 1

@@ -106,6 +106,10 @@ class Denoiser(Protocol):
         """Whether a picture to begin from is one that another model has left unfinished."""
 
     @property
+    def followed(self) -> bool:
+        """Whether somebody's code around the model follows the steps, so that rows of a batch must make the same."""
+
+    @property
     def frames(self) -> int:
         """How many rows of the layers one row of latents is."""
 

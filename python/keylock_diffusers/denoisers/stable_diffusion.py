@@ -123,7 +123,7 @@ class StableDiffusion:
             held.enter_context(self.scaled())
             held.enter_context(perturbed_attention(self.pipe, "perturbed" in layout.parts, layout.guided))
             if are_compiled(self._blocks):
-                if "readout" in options:
+                if options.get("readout") is not None:
                     raise ValueError("generate: record must be None where blocks are compiled one by one")
                 held.enter_context(lock_of(self.unet))
                 inputs = held.enter_context(inputs.handed_out(self.layers()))
@@ -198,9 +198,11 @@ class StableDiffusion:
         sample = self.unet.config.sample_size
         default = tuple(sample) if isinstance(sample, (list, tuple)) else (sample, sample)
         factor = self.pipe.vae_scale_factor
-        if not height or not width:  # these pipelines take both or neither
+        if (height is None) != (width is None):
+            raise ValueError("generate: height and width must be given both or neither with this pipeline, got one")
+        if height is None or width is None:
             return default[0] * factor, default[1] * factor
-        return int(height), int(width)
+        return divisible(height, "height", factor), divisible(width, "width", factor)
 
     def latent_size(self, size: Size) -> Size:
         """See `Denoiser`."""
@@ -255,12 +257,12 @@ class StableDiffusion:
         times, steps = retrieve_timesteps(made, steps, "cpu", **given)
         if share is not None:
             times = self._times_from(made, steps, share)
-        if self._followed:  # by its times in the pipeline's scheduler, where a row's first must be the first
+        if self.followed:  # by its times in the pipeline's scheduler, where a row's first must be the first
             self._scheduler.timesteps = times
         return Schedule(made, times)
 
     @property
-    def _followed(self) -> bool:
+    def followed(self) -> bool:
         """Whether somebody's code around the U-Net follows the steps, as DeepCache does, which skips some."""
         return own_forward(self.unet) is not None
 
@@ -300,7 +302,7 @@ class StableDiffusion:
 
     def predict(self, latents: Tensor, times: Tensor, text: Tensor, keywords: Mapping[str, Any]) -> Tensor:
         """See `Denoiser`."""
-        if self._followed and bool((times == times[0]).all()):
+        if self.followed and bool((times == times[0]).all()):
             times = times[0]  # one number, as in the pipelines' own calls
         return self.pipe.unet(latents, times, encoder_hidden_states=text, return_dict=False, **keywords)[0]
 
@@ -341,6 +343,17 @@ class StableDiffusion:
         if getattr(self.pipe, "safety_checker", None) is None:
             return pixels, None
         return self.pipe.run_safety_checker(pixels, self.pipe._execution_device, self.text_dtype)
+
+
+def divisible(pixels: int, name: str, factor: int) -> int:
+    """A height or width of what is drawn.
+
+    Raises:
+        ValueError: the autoencoder cannot draw it.
+    """
+    if pixels % factor:
+        raise ValueError(f"generate: {name} must be divisible by {factor}, got {pixels}")
+    return int(pixels)
 
 
 def finite_rows(rows: Tensor) -> Tensor:  # [B, ...] -> [B] bool

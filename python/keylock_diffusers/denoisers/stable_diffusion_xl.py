@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from keylock_diffusers.denoisers.base import RowLayout, Schedule, Size
-from keylock_diffusers.denoisers.stable_diffusion import StableDiffusion, finite_rows
+from keylock_diffusers.denoisers.stable_diffusion import StableDiffusion, divisible, finite_rows
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -42,8 +42,9 @@ class StableDiffusionXL(StableDiffusion):
     def size(self, height: int | None, width: int | None) -> Size:
         """See `Denoiser`: these pipelines take each by itself."""
         sample = getattr(self.pipe, "default_sample_size", self.unet.config.sample_size)  # not all of them have it
-        default = sample * self.pipe.vae_scale_factor
-        return int(height or default), int(width or default)
+        factor = self.pipe.vae_scale_factor
+        default = sample * factor
+        return divisible(height or default, "height", factor), divisible(width or default, "width", factor)
 
     def _scaled(self, latents: Tensor) -> Tensor:
         config = self.pipe.vae.config

@@ -156,10 +156,9 @@ def encode_subject(
                 embeds = pipe.encode_image(image, pipe._execution_device, 1)[0][0]
         except Exception as error:  # whatever an encoder raises, the request fails alone
             raise ValueError(f"image of a FusedSubject cannot be encoded: {reason_of(error)}") from error
-    if not isinstance(embeds, Tensor) or embeds.shape != (fusion.width,):
-        shape = list(embeds.shape) if isinstance(embeds, Tensor) else type(embeds).__name__
-        raise ValueError(f"the encoding of a FusedSubject must be [{fusion.width}], got {shape}")
-    return floats(embeds, "the encoding of a FusedSubject")
+    if floats(embeds, "the encoding of a FusedSubject").shape != (fusion.width,):
+        raise ValueError(f"the encoding of a FusedSubject must be [{fusion.width}], got {list(embeds.shape)}")
+    return embeds
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -167,6 +167,11 @@ def _expanded(scale: Any, unet: Any) -> float | dict[str, float]:
         return float(scale)
     if not isinstance(scale, Mapping):
         raise ValueError(f"scale of an image prompt must be a finite number or a dict per block, got {shown(scale)}")
+    for side in ("down", "up"):
+        blocks = [f"block_{n}" for n in range(len(getattr(unet, f"{side}_blocks")))]
+        unknown = [name for name in scale[side] if name not in blocks] if isinstance(scale.get(side), Mapping) else []
+        if unknown:
+            raise ValueError(f"scale of an image prompt must name this U-Net's blocks, got {side}: {shown(unknown[0])}")
     try:
         (expanded,) = _maybe_expand_lora_scales(unet, [dict(scale)], default_scale=0.0)
     except (ValueError, TypeError, KeyError, AttributeError) as error:

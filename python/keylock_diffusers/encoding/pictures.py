@@ -52,8 +52,8 @@ def _preprocessed(
             raise ValueError(f"{name} must be one picture, got {len(image)}")
         image = image[0]
     held = given(image, name, limits.picture)
-    if size is None:  # what is drawn has the picture's own
-        factor = processor.config.vae_scale_factor if isinstance(held, Tensor) and held.shape[1] == 4 else 1
+    factor = processor.config.vae_scale_factor if isinstance(held, Tensor) and held.shape[1] == 4 else 1
+    if size is None or factor > 1:  # what is drawn has the picture's own: latents are not resized
         height, width = held.shape[2:] if isinstance(held, Tensor) else (held.height, held.width)
         if height * width * factor**2 > limits.drawn:
             raise ValueError(

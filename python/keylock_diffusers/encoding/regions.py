@@ -79,7 +79,9 @@ def resolve(
             found = tuple(region.tokens[: tokens + 1])
             wrong = [t for t in found if isinstance(t, bool) or not isinstance(t, Integral) or not 0 <= t < tokens]
             if wrong or not found:
-                raise ValueError(f"tokens of a Region must be positions from 0 to {tokens - 1}, got {list(found)}")
+                raise ValueError(
+                    f"tokens of a Region must be positions from 0 to {tokens - 1}, got {shown(list(found))}"
+                )
         uses.append(RegionUse(mask, found))
     if not uses:
         return PromptRegions(RowRegions(tokens=tokens))

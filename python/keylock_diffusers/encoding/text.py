@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from keylock_diffusers.checks import shown
 from keylock_diffusers.denoisers.unet import TextEncoder
 from keylock_diffusers.encoding.tokens import TokenizedPrompt, Unit, pack, units_of
 
@@ -53,10 +54,10 @@ def tokenize(
     for placeholder in found:
         if placeholder not in super_classes and placeholder not in own_tokens:
             known = ", ".join(sorted(super_classes)) or "none"
-            raise ValueError(f"prompt {whole!r}: {placeholder} is no concept of this request (concepts: {known})")
+            raise ValueError(f"prompt {shown(whole)}: {placeholder} is no concept of this request (concepts: {known})")
     for placeholder in super_classes:
         if placeholder not in found:
-            raise ValueError(f"prompt {whole!r}: the concept {placeholder} was given but is not in the prompt")
+            raise ValueError(f"prompt {shown(whole)}: the concept {placeholder} was given but is not in the prompt")
 
     units: list[Unit] = []
     for words, weight in parts:

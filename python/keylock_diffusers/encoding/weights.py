@@ -60,7 +60,7 @@ def weighted(prompt: str) -> list[tuple[str, float]]:
             joined[-1] = joined[-1][0] + words, weight
         else:
             joined.append((words, weight))
-    largest = max((abs(weight) for _, weight in joined), default=1.0)
-    if not largest <= _LARGEST:  # factors multiply where they nest
-        raise ValueError(f"prompt {shown(prompt)}: weights must be at most {_LARGEST:g} together, got {largest:g}")
+    wrong = [weight for _, weight in joined if not abs(weight) <= _LARGEST]
+    if wrong:  # factors multiply where they nest
+        raise ValueError(f"prompt {shown(prompt)}: weights must be at most {_LARGEST:g} together, got {wrong[0]:g}")
     return joined

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
+import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from keylock_diffusers.checks import floats, is_number, listed, number, shown, whole
 from keylock_diffusers.requests import Control, Request, RequestLimits
 
 _TEXTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
-_HALVES = (("prompt_embeds", "prompt"), ("negative_prompt_embeds", "negative_prompt"))
 
 
 def checked(request: Any, denoiser: Any, limits: RequestLimits) -> Request:
@@ -86,12 +86,31 @@ def _check_lists(request: Request, limits: RequestLimits) -> None:
     listed(request.concepts, "concepts", limits.concepts)
     if request.concepts and request.prompt is None:
         raise ValueError("concepts need a prompt, not prompt_embeds")
-    pictures = len(request.subjects) + len(request.controls) + (request.image is not None)
-    for prompt in request.image_prompts:
-        image = getattr(prompt, "image", None)
-        pictures += len(image) if isinstance(image, (list, tuple)) else 1
-    if pictures > limits.pictures:
-        raise ValueError(f"a request must hold at most {limits.pictures} pictures, got {pictures}")
+    held, encoded = [request.image, request.mask], []
+    for item in (*request.image_prompts, *request.subjects, *request.controls):
+        image = getattr(item, "image", None)
+        held += image if isinstance(image, (list, tuple)) else [image]
+        encoded += [getattr(item, name, None) for name in ("embeds", "clip_embeds")]
+    for item in (*request.image_prompts, *request.subjects, *request.concepts):
+        held.append(getattr(item, "region", None))
+    held += [getattr(item, "mask", None) for item in (*request.regions, *request.negative_regions)]
+    extents = [_extent(one, 4) for one in held] + [_extent(one, 2) for one in encoded]
+    counts, sizes = zip(*extents, strict=True)
+    if sum(counts) > limits.pictures:
+        raise ValueError(f"a request must hold at most {limits.pictures} pictures and masks, got {sum(counts)}")
+    if sum(sizes) > limits.pixels:
+        raise ValueError(f"pictures of a request must have at most {limits.pixels} pixels together, got {sum(sizes)}")
+
+
+def _extent(held: Any, several: int) -> tuple[int, int]:
+    """How many pictures something holds, as a tensor of at least `several` dimensions, and how many pixels."""
+    if isinstance(held, Image.Image):
+        return 1, held.width * held.height
+    if isinstance(held, np.ndarray):
+        return 1, held.size
+    if isinstance(held, Tensor) and not held.is_nested:
+        return (len(held) if held.ndim >= several else 1), held.numel()
+    return int(held is not None), 0
 
 
 def _check_texts(request: Request, limits: RequestLimits) -> None:
@@ -109,19 +128,18 @@ def _check_texts(request: Request, limits: RequestLimits) -> None:
             raise ValueError(f"{name} must be text, got half of a surrogate pair: {shown(words)}")
 
 
-def _pair(given: Any, name: str) -> tuple[Any, Any] | None:
-    if given is None:
+def _pair(given: Any, name: str) -> tuple[float, float] | None:
+    if given is None and "size" in name:
         return None
     if not isinstance(given, (list, tuple)) or len(given) != 2 or not all(is_number(each) for each in given):
         raise ValueError(f"{name} must be two numbers, got {shown(given)}")
-    return given[0], given[1]
+    return number(given[0], name), number(given[1], name)
 
 
 def _check_encodings(denoiser: Any, request: Request, limits: RequestLimits) -> None:
-    """Given encodings have the U-Net's width, both halves of guidance the same length, and SDXL's pooled ones too."""
-    width, lengths = denoiser.text_width, {}
-    encoders = denoiser.encoders()
-    for name, _ in _HALVES:
+    """Given encodings have the U-Net's width and no end, and SDXL's pooled ones too."""
+    width = denoiser.text_width
+    for name in ("prompt_embeds", "negative_prompt_embeds"):
         embeds = getattr(request, name)
         _check_pooled(denoiser, request, name)
         if embeds is None:
@@ -131,14 +149,6 @@ def _check_encodings(denoiser: Any, request: Request, limits: RequestLimits) -> 
             raise ValueError(f"{name} must be [T, {width}], got {list(embeds.shape)}")
         if len(embeds) > limits.tokens:
             raise ValueError(f"{name} must have at most {limits.tokens} tokens, got {len(embeds)}")
-        lengths[name] = len(embeds)
-    if is_guided(denoiser, request) and lengths:
-        length = encoders[0].tokenizer.model_max_length if encoders else next(iter(lengths.values()))
-        halves = [lengths.get(name, length) for name, _ in _HALVES]
-        if halves[0] != halves[1]:
-            raise ValueError(
-                f"prompt and negative prompt must have equally many tokens, got {halves[0]} and {halves[1]}"
-            )
 
 
 def _check_pooled(denoiser: Any, request: Request, name: str) -> None:
@@ -150,7 +160,7 @@ def _check_pooled(denoiser: Any, request: Request, name: str) -> None:
             reason = f"without {name}" if embeds is None else "with one text encoder"
             raise ValueError(f"{pooled_name} must be None {reason}, got {type(pooled).__name__}")
         return
-    if not isinstance(pooled, Tensor) or pooled.shape != torch.Size((width,)):
-        got = list(pooled.shape) if isinstance(pooled, Tensor) else type(pooled).__name__
-        raise ValueError(f"{name} need {pooled_name} [{width}] with this pipeline, got {got}")
-    floats(pooled, pooled_name)
+    if pooled is None:
+        raise ValueError(f"{name} need {pooled_name} [{width}] with this pipeline, got None")
+    if floats(pooled, pooled_name).shape != (width,):
+        raise ValueError(f"{name} need {pooled_name} [{width}] with this pipeline, got {list(pooled.shape)}")

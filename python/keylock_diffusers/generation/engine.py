@@ -328,7 +328,7 @@ class Engine:
         device = batch.latents.device
         sample = torch.cat([inputs] * parts)
         keywords = dict(batch.conditions)
-        options = {} if batch.readout is None else {"readout": batch.readout}
+        options = {"readout": batch.readout}
         moved = torch.cat([times] * parts).to(device)
         personalization = batch.held.personalization
         with denoiser.bound(personalization, batch.layout, options) as bound:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from keylock_diffusers.checks import number, reason_of, shown, whole
+from keylock_diffusers.checks import listed, number, reason_of, shown, whole
 from keylock_diffusers.concepts import Concept
 from keylock_diffusers.denoisers.unet import adapters, text_encoders
 from keylock_diffusers.encoding.fusion import SubjectFusion
@@ -134,26 +134,21 @@ def generate(
         check_words(record, engine.denoiser.tokenizer, prompts, most)
     late: list[RequestError] = []
     recorded: dict[tuple[int, int], WordMaps] = {}
-    batches = list(_batches(pictures, max_batch))
-    shown = dict(getattr(pipe, "_progress_bar_config", {}))
+    batches = list(_batches(pictures, max_batch, engine.denoiser.followed))
+    bar = dict(getattr(pipe, "_progress_bar_config", {}))
     for nth, members in enumerate(batches, 1):
         if engine.stopped:
             break
         if len(batches) > 1:
-            engine.pipe.set_progress_bar_config(**{"desc": f"batch {nth} of {len(batches)}", **shown})
-        batch, failed = _loaded(engine, members)
-        for picture, error in failed:
-            results[picture.request][picture.image] = error
-            late.append(error)
-        if batch is None:
-            continue
-        for picture, image in zip(batch.pictures, engine.draw(batch, callbacks), strict=True):
+            engine.pipe.set_progress_bar_config(**{"desc": f"batch {nth} of {len(batches)}", **bar})
+        batch, drawn = _drawn(engine, members, callbacks)
+        for picture, image in drawn:
             results[picture.request][picture.image] = image
             if isinstance(image, RequestError):
                 late.append(image)
             elif callback_on_image is not None and image is not None:
                 callback_on_image(picture.request, picture.image, image)
-        if batch.readout is not None and batch.position > 0:
+        if batch is not None and batch.readout is not None and batch.position > 0:
             for row, picture in enumerate(batch.pictures):
                 recorded[picture.request, picture.image] = batch.readout.picture(row, str(picture.plan.request.prompt))
     if record is not None:
@@ -165,19 +160,46 @@ def generate(
     return images
 
 
-def _loaded(engine: Engine, members: list[Picture]) -> tuple[Batch | None, list[tuple[Picture, RequestError]]]:
-    """A batch of all that can be loaded, and the pictures that cannot."""
-    try:
-        return engine.load(members), []
-    except Exception:  # which of them is it?
-        good, failed = [], []
-    for picture in members:
+def _drawn(
+    engine: Engine, members: list[Picture], callbacks: Callbacks | None
+) -> tuple[Batch | None, list[tuple[Picture, Any]]]:
+    """A batch after it was drawn, and what became of each picture; who cannot be loaded or begun fails alone."""
+    failed: list[tuple[Picture, Any]] = []
+    while members:
+        batch = None
         try:
-            engine.release(engine.load([picture]))
+            batch = engine.load(members)
+            images = engine.draw(batch, callbacks)
+        except Exception:
+            if batch is not None and batch.position > 0:  # everybody was begun
+                raise
+            members, found = _apart(engine, members)
+            if not found:  # none of them alone: it is the batch as a whole
+                raise
+            failed += found
+        else:
+            return batch, failed + list(zip(batch.pictures, images, strict=True))
+    return None, failed
+
+
+def _apart(engine: Engine, members: list[Picture]) -> tuple[list[Picture], list[tuple[Picture, Any]]]:
+    """Pictures that make their first step, each by itself, and the errors of the others."""
+    good: list[Picture] = []
+    failed: list[tuple[Picture, Any]] = []
+    for picture in members:
+        batch = None
+        try:
+            batch = engine.load([picture])
+            engine.step(batch)
             good.append(picture)
         except Exception as error:
-            failed.append((picture, RequestError(picture.request, picture.plan.request, reason_of(error))))
-    return engine.load(good) if good else None, failed
+            found = RequestError(picture.request, picture.plan.request, reason_of(error))
+            found.__cause__ = error
+            failed.append((picture, found))
+        finally:
+            if batch is not None:
+                engine.release(batch)
+    return good, failed
 
 
 def _planned(engine: Engine, index: int, request: Any, on_error: str) -> Plan | RequestError:
@@ -190,11 +212,17 @@ def _planned(engine: Engine, index: int, request: Any, on_error: str) -> Plan | 
         return failure
 
 
-def _batches(pictures: list[Picture], max_batch: int) -> Iterator[list[Picture]]:
-    """Pictures that can share the denoiser's calls, in input order; those that are changed most lie together."""
+def _batches(pictures: list[Picture], max_batch: int, in_step: bool) -> Iterator[list[Picture]]:
+    """Pictures that can share the denoiser's calls, in input order; those that are changed most lie together.
+
+    Args:
+        pictures: all of them.
+        max_batch: how many there may be in a batch.
+        in_step: whether all of a batch must make the same steps.
+    """
 
     def kind(picture: Picture) -> tuple[Any, ...]:
-        return picture.plan.group
+        return (*picture.plan.group, share(picture) if in_step else 0.0)
 
     def share(picture: Picture) -> float:
         return 0.0 if picture.plan.image is None else -float(picture.plan.request.strength)
@@ -232,9 +260,18 @@ def _check_kinds(pipe: Any, settings: Settings, **callbacks: Any) -> None:
             whole(value, f"generate: {name}", 1, 2**16)
     for name in {*_SHARES} & {*given}:
         number(given[name], f"generate: {name}", 0, 1)
-    layers = [getattr(encoder.model.config, "num_hidden_layers", 1) for encoder in text_encoders(pipe)]
+    for name in {"pag_scale", "pag_adaptive_scale"} & {*given}:
+        number(given[name], f"generate: {name}", 0)
+    for name in {"num_frames", "decode_chunk_size"} & {*given}:
+        whole(given[name], f"generate: {name}", 1)
+    for name in {"timesteps", "sigmas"} & {*given}:
+        if given[name] is not None:
+            listed(given[name], f"generate: {name}")
+    layers = [
+        getattr(encoder.model.config, "num_hidden_layers", 1) - encoder.penultimate for encoder in text_encoders(pipe)
+    ]
     if given.get("clip_skip") is not None and layers:
-        whole(given["clip_skip"], "generate: clip_skip", 0, min(layers) - (len(layers) > 1))  # SDXL skips the last
+        whole(given["clip_skip"], "generate: clip_skip", 0, min(layers))
 
 
 def _check(pipe: Any, requests: Any, settings: Settings, max_batch: int, on_error: str) -> list[Any]:
@@ -250,9 +287,9 @@ def _check(pipe: Any, requests: Any, settings: Settings, max_batch: int, on_erro
         raise TypeError(f"generate: limits must be a RequestLimits, got {type(settings.limits).__name__}")
     whole(max_batch, "generate: max_batch", 1, 2**31)
     whole(settings.num_inference_steps, "generate: num_inference_steps", 1, 2**31)
-    regions, fusion = settings.max_regions, settings.fusion
-    if regions is not None and not (isinstance(regions, int) and 1 <= regions <= LIMIT):
-        raise ValueError(f"generate: max_regions must be None or 1 to {LIMIT}, got {shown(regions)}")
+    fusion = settings.fusion
+    if settings.max_regions is not None:
+        whole(settings.max_regions, "generate: max_regions", 1, LIMIT)
     given = settings.options
     clash = sorted(_PER_REQUEST & {*given, *(given.get("cross_attention_kwargs") or {})})
     if clash:
@@ -267,14 +304,7 @@ def _check(pipe: Any, requests: Any, settings: Settings, max_batch: int, on_erro
             f"generate: fusion must be as wide as the text, {pipe.unet.config.cross_attention_dim}, got {fusion.width}"
         )
     lengths, count = settings.image_lengths, len(adapters(pipe.unet))
-    right = lengths is None or (
-        isinstance(lengths, (list, tuple))
-        and len(lengths) <= count
-        and all(isinstance(p, (list, tuple)) and all(isinstance(n, int) and n > 0 for n in p) for p in lengths)
-    )
-    if not right:
-        raise ValueError(
-            f"generate: image_lengths must be a list of token counts per IP-Adapter, at most {count} of them, "
-            f"got {shown(lengths)}"
-        )
+    for each in () if lengths is None else listed(lengths, "generate: image_lengths", count):
+        for tokens in listed(each, "generate: image_lengths of an IP-Adapter"):
+            whole(tokens, "generate: image_lengths", 1)
     return requests

@@ -96,6 +96,7 @@ class Planner:
 
     def __post_init__(self) -> None:
         self._pipe, self._unet = self.denoiser.pipe, self.denoiser.unet
+        self._size: Size = self.denoiser.size(self.height, self.width)
         self._images = ImageEncoder(self._pipe, self._unet, self.limits.picture)
         self._base: BaseModel | None = None
 
@@ -163,6 +164,8 @@ class Planner:
                 raise ValueError("the pipeline's text encoder is not loaded: give prompt_embeds and negative ones")
 
         def tokenized(words: Sequence[str | None], names: Mapping[str, str] | None) -> Prompts:
+            if len(encoders) == 1 and words[1] is not None:
+                raise ValueError("prompt_2 and negative_prompt_2 must be None with one text encoder")
             made = []
             for place, encoder in enumerate(encoders):
                 own = words[1] if place and words[1] is not None else words[0]
@@ -207,24 +210,20 @@ class Planner:
         every = [p for half in (prompts, negatives if guided else None) if half for p in half]
         every += [p for half in (halves if guided else halves[:1]) for wording in half.own for p in wording]
         chunks = max((prompt.chunks for prompt in every), default=1)
-        if chunks == 1:
-            return prompts, negatives, halves
 
         def longer(half: Prompts | None) -> Prompts | None:
-            if half is None:
-                return None
+            if half is None or chunks == 1:
+                return half
             tokenizers = [encoder.tokenizer for encoder in self.denoiser.encoders()]
             return tuple(extended(t, prompt, chunks) for t, prompt in zip(tokenizers, half, strict=True))
 
         prompts, negatives = longer(prompts), longer(negatives)
-        lengths = {len(p[0].ids) for p in (prompts, negatives) if p} | {
-            len(embeds)
-            for embeds in (request.prompt_embeds, request.negative_prompt_embeds)
-            if embeds is not None and guided
-        }
+        read = [prompts, None if self._zeros(request) else negatives]
+        lengths = {len(half[0].ids) for half in read if half}
+        lengths |= {len(e) for e in (request.prompt_embeds, request.negative_prompt_embeds) if e is not None}
         if len(lengths) > 1 and guided:
             raise ValueError(f"prompt and negative prompt must have equally many tokens, got {sorted(lengths)}")
-        return prompts, negatives, self._regions(request, uses, prompts, negatives, chunks)
+        return prompts, negatives, halves if chunks == 1 else self._regions(request, uses, prompts, negatives, chunks)
 
     def _image_prompts(self, request: Request, guided: bool) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         for image in request.image_prompts:
@@ -243,10 +242,10 @@ class Planner:
                 raise ValueError("subjects need a prompt, not prompt_embeds, and a pipeline with one text encoder")
             places = text.find(self._pipe.tokenizer, prompts[0], subject.prompt)
             if not places:
-                raise ValueError(f"the words {subject.prompt!r} of a FusedSubject are not in the prompt")
+                raise ValueError(f"the words {shown(subject.prompt)} of a FusedSubject are not in the prompt")
             tokens = {place[-1] for place in places}
             if tokens & taken:
-                raise ValueError(f"two of its subjects are fused into the same word {subject.prompt!r}")
+                raise ValueError(f"two of its subjects are fused into the same word {shown(subject.prompt)}")
             taken |= tokens
             made.append((subject.prompt, embeds))
         return tuple(made)
@@ -286,7 +285,7 @@ class Planner:
     def _pictures(self, request: Request) -> tuple[Size, Tensor | None, Tensor | None, tuple[ControlUse, ...]]:
         """The size of what is drawn, and what it begins from, fills in and follows."""
         pipe, asked = self._pipe, self.height is not None and self.width is not None
-        size: Size = self.denoiser.size(self.height, self.width)
+        size = self._size
         image = mask = None
         if request.mask is not None and request.image is None:
             raise ValueError("mask needs an image")
@@ -300,6 +299,8 @@ class Planner:
             own = not asked and request.mask is None  # an image-to-image row has its picture's size
             image = pictures.initial_image(pipe, request.image, None if own else size, self.limits)
             size = (image.shape[2], image.shape[3])
+            if image.shape[1] not in (3, self.denoiser.latent_channels):
+                raise ValueError(f"image must have 3 channels, or those of latents, got {image.shape[1]}")
             if image.shape[1] == self.denoiser.latent_channels:
                 if request.mask is not None:
                     raise ValueError("mask needs an image, not latents of one")
@@ -311,6 +312,9 @@ class Planner:
             numbers = control_numbers(control, self.controlnets)
             own = not asked and image is None and not controls
             pixels = pictures.control_image(pipe, control.image, None if own else size, self.limits)
+            channels = self.controlnets[control.name].config.conditioning_channels
+            if pixels.shape[1] != channels:
+                raise ValueError(f"image of a Control must have {channels} channels, got {pixels.shape[1]}")
             size = (pixels.shape[2], pixels.shape[3])
             controls.append(ControlUse(control.name, pixels, *numbers))
         names = [control.name for control in controls]

@@ -101,7 +101,10 @@ class _PlainCalls:
 
     def _before(self, _unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         options = kwargs.get("cross_attention_kwargs") or {}
-        if _RECORDING.get() is not self._maps or not self._prompts or "readout" in options:
+        if _RECORDING.get() is not self._maps or not self._prompts:
+            return None
+        if "readout" in options:  # of `generate`: a call before it was broken off, and leaves nothing
+            self._prompts, self._batch = [], None
             return None
         sample = args[0] if args else kwargs["sample"]
         if self._batch is None:
@@ -139,6 +142,8 @@ class _PlainCalls:
 
 # Per pipeline that is recorded, who wants to know what it encodes: several may record it, in one thread or in many.
 _WATCHERS: dict[int, list[_PlainCalls]] = {}
+_WATCHED = ("encode_prompt", "maybe_free_model_hooks")
+_BEFORE: dict[int, dict[str, Any]] = {}  # what somebody had put in their place on the pipeline itself
 _LOCK = threading.Lock()
 
 
@@ -146,19 +151,20 @@ def _watch(pipe: Any, watcher: _PlainCalls) -> None:
     with _LOCK:
         watchers = _WATCHERS.setdefault(id(pipe), [])
         if not watchers:
-            pipe.encode_prompt = _told(pipe.encode_prompt, watchers, _PlainCalls.encoding)
+            _BEFORE[id(pipe)] = {name: vars(pipe)[name] for name in _WATCHED if name in vars(pipe)}
+            pipe.encode_prompt = _told(pipe, "encode_prompt", watchers, _PlainCalls.encoding)
             # What pipelines do last, whatever comes of a call but an exception.
             pipe.maybe_free_model_hooks = _told(
-                pipe.maybe_free_model_hooks, watchers, lambda watcher, _: watcher.ended()
+                pipe, "maybe_free_model_hooks", watchers, lambda watcher, _: watcher.ended()
             )
         watchers.append(watcher)
 
 
 def _told(
-    method: Callable[..., Any], watchers: list[_PlainCalls], tell: Callable[[_PlainCalls, Mapping[str, Any]], None]
+    pipe: Any, name: str, watchers: list[_PlainCalls], tell: Callable[[_PlainCalls, Mapping[str, Any]], None]
 ) -> Callable[..., Any]:
-    """A method that tells watchers of its arguments when it is called."""
-    signature = inspect.signature(method)
+    """A method that tells watchers of its arguments, by the names of the pipeline's class, when it is called."""
+    method, signature = getattr(pipe, name), inspect.signature(getattr(type(pipe), name).__get__(pipe))
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs)
@@ -176,3 +182,4 @@ def _unwatch(pipe: Any, watcher: _PlainCalls) -> None:
         watchers.remove(watcher)
         if not watchers:
             del _WATCHERS[id(pipe)], pipe.encode_prompt, pipe.maybe_free_model_hooks
+            vars(pipe).update(_BEFORE.pop(id(pipe)))

@@ -77,11 +77,15 @@ def _nothing(projection: nn.Module, x: Tensor) -> RowUpdates:
     return RowUpdates(u, slots, torch.zeros(*x.shape[:2], 1, **kind))
 
 
+def _file_of(function: Any) -> str | None:
+    return getattr(getattr(function, "__code__", None), "co_filename", None)
+
+
 def is_plain_linear(projection: Any) -> TypeGuard[nn.Linear]:
     """Whether a projection's weight may be used directly: no adapter, quantisation, hook or offloading on it."""
     return (
         type(projection) is nn.Linear
-        and nn.Linear.forward.__code__.co_filename == nn.modules.linear.__file__  # nor has the class another
+        and _file_of(nn.Linear.forward) == nn.modules.linear.__file__  # nor has the class another
         and own_forward(projection) is None
         and type(projection.weight) in (Tensor, nn.Parameter)  # torchao and DTensor keep nn.Linear
         and projection.weight.device.type != "meta"
