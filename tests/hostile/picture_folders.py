@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 import keylock_diffusers as kd
+from keylock_diffusers.pictures import turned
 from tests.hostile import commands, pictures, world
 
 LONG = 300
@@ -52,11 +54,11 @@ def make(rng: Random) -> Case:
         suffix, format = rng.choice(
             ((".png", "PNG"), (".jpg", "JPEG"), (".jpeg", "JPEG"), (".webp", "WEBP"), (".PNG", "PNG"))
         )
-        files[f"{number}{suffix}"] = _picture(rng, format)
+        picture = files[f"{number}{suffix}"] = _picture(rng, format)
         if captions:
             files[f"{number}.txt"] = b"a photo of <alice-cat>"
         if masks:
-            files[f"{number}-mask.png"] = _mask(rng)
+            files[f"{number}-mask.png"] = _mask(rng, turned(Image.open(io.BytesIO(picture))).size)
     good = rng.randrange(8) == 0
     kind = "good" if good else rng.choice(sorted(_WRONGS))
     if not good:
@@ -127,15 +129,17 @@ def _picture(rng: Random, format: str) -> bytes:
     return pictures._saved(image, format, **pictures._options(rng, format))
 
 
-def _mask(rng: Random) -> bytes:
+def _mask(rng: Random, size: tuple[int, int]) -> bytes:
+    """White in the middle, of its picture's size."""
     greys = np.zeros((16, 16), np.uint8)
     greys[4:12, 4:12] = 255
-    mask = Image.fromarray(greys)
+    mask = Image.fromarray(greys).resize(size, Image.Resampling.NEAREST)
+    greys = np.asarray(mask)
     kind = rng.randrange(5)
     if kind == 0:
         mask = mask.convert("1")
     elif kind == 1:
-        mask = Image.merge("RGBA", [Image.new("L", (16, 16), 255)] * 3 + [mask])
+        mask = Image.merge("RGBA", [Image.new("L", size, 255)] * 3 + [mask])
     elif kind == 2:
         mask = Image.fromarray(greys.astype(np.uint16) * 257)
     elif kind == 3:
