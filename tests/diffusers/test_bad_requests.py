@@ -307,8 +307,9 @@ def test_a_request_that_fails_only_when_it_begins_fails_alone(ready, monkeypatch
     assert torch.equal(drawn[0], clean[0]) and torch.equal(drawn[2], clean[1])
 
 
-def test_a_batch_that_is_broken_off_after_its_first_step_is_not_begun_anew(ready):
-    steps = []
+def test_a_batch_that_is_broken_off_after_its_first_step_is_not_begun_anew(ready, monkeypatch):
+    steps, made, step = [], [], Engine.step
+    monkeypatch.setattr(Engine, "step", lambda engine, batch: (made.append(len(batch.rows)), step(engine, batch)))
 
     def stop(pipe, step, time, given):
         steps.append(step)
@@ -316,7 +317,7 @@ def test_a_batch_that_is_broken_off_after_its_first_step_is_not_begun_anew(ready
 
     with pytest.raises(LookupError, match="enough"):
         draw(ready, GOOD, on_error="return", callback_on_step_end=stop)
-    assert steps == [0]
+    assert steps == [0] and made == [2]
 
 
 def test_pictures_are_told_of_as_they_are_drawn(ready):

@@ -331,6 +331,9 @@ def test_mistakes_that_depend_on_the_pipeline_are_named(two):
         draw(two, [crowd], image_lengths=[[4]])
     good, bad = draw(two, [request(), crowd], image_lengths=[[4]], on_error="return")
     assert isinstance(good, torch.Tensor) and isinstance(bad, RequestError)
+    with pytest.raises(RequestError) as raised:
+        draw(two, [request(), crowd], image_lengths=[[4]])
+    assert raised.value.images is None, "it was found only after others were drawn"
     for lengths in ([4, 4], [[4], [16], [4]], [[0]], "44"):
         with pytest.raises((TypeError, ValueError), match="generate: image_lengths.* must be"):
             draw(two, [request()], image_lengths=lengths)
