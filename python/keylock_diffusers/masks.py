@@ -76,7 +76,7 @@ def read_mask(mask: Any, what: str, limits: PictureLimits = PictureLimits()) -> 
     least, most = float(held.min()), float(held.max())
     scale = next((top for faint, top in _CONVENTIONS if faint <= most <= top), None)
     if least < 0 or scale is None:
-        raise ValueError(f"{what} must hold weights in 0..1, 0..255 or 0..65535, got {least!r}..{most!r}")
+        raise ValueError(f"{what} must hold weights in 0..1, 0..255 or 0..65535, got {least:.9g}..{most:.9g}")
     return held / scale
 
 

@@ -133,7 +133,7 @@ def test_sdxls_encodings_are_given_with_their_pooled_ones():
     (ours,) = draw(kd.install(pipe), [given])
     torch.testing.assert_close(ours, expected, rtol=0, atol=ROUNDING)
     with pytest.raises(
-        RequestError, match=r"prompt_embeds need pooled_prompt_embeds \[32\] with this pipeline, got NoneType"
+        RequestError, match=r"prompt_embeds need pooled_prompt_embeds \[32\] with this pipeline, got None"
     ):
         draw(pipe, [Request(prompt_embeds=text[0], guidance_scale=1.0)])
     with pytest.raises(RequestError, match="pooled_prompt_embeds must be None without prompt_embeds, got Tensor"):

@@ -386,7 +386,7 @@ def test_room_for_more_regions_changes_nothing(ready):
         torch.testing.assert_close(one, other, rtol=0, atol=ROUNDING)
     with pytest.raises(RequestError, match="must be at most max_regions, 1, got 2"):
         draw(ready, orders, max_regions=1)
-    with pytest.raises(ValueError, match="max_regions must be None or 1 to 30, got 0"):
+    with pytest.raises(ValueError, match="max_regions must be a whole number from 1 to 30, got 0"):
         draw(ready, orders, max_regions=0)
 
 

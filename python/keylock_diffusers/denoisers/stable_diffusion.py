@@ -198,9 +198,7 @@ class StableDiffusion:
         sample = self.unet.config.sample_size
         default = tuple(sample) if isinstance(sample, (list, tuple)) else (sample, sample)
         factor = self.pipe.vae_scale_factor
-        if (height is None) != (width is None):
-            raise ValueError("generate: height and width must be given both or neither with this pipeline, got one")
-        if height is None or width is None:
+        if height is None or width is None:  # these pipelines take both or neither
             return default[0] * factor, default[1] * factor
         return divisible(height, "height", factor), divisible(width, "width", factor)
 
