@@ -71,8 +71,8 @@ def generate(
         bank: where the ids of concepts are looked up.
         controlnets: ControlNets by the names that requests' controls have.
         num_inference_steps: denoising steps.
-        height, width: of the pictures; default the model's own, or that of a request's own picture. Stable Diffusion 1.x
-            and 2.x take both or neither, as their pipelines do.
+        height, width: of the pictures; default the model's own, or that of a request's own picture. Stable Diffusion
+            1.x and 2.x take both or neither, as their pipelines do.
         scheduler: one to use instead of the pipeline's; it is copied.
         max_batch: images per call of the U-Net, before guidance doubles them.
         record: where words' attention is recorded.
