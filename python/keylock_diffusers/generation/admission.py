@@ -86,20 +86,35 @@ def _check_lists(request: Request, limits: RequestLimits) -> None:
     listed(request.concepts, "concepts", limits.concepts)
     if request.concepts and request.prompt is None:
         raise ValueError("concepts need a prompt, not prompt_embeds")
-    held, encoded = [request.image, request.mask], []
+    held: list[tuple[str, Any, int]] = [
+        ("image", request.image, 4),
+        ("mask", request.mask, 4),
+    ]  # and a batch's dimensions
     for item in (*request.image_prompts, *request.subjects, *request.controls):
         image = getattr(item, "image", None)
-        held += image if isinstance(image, (list, tuple)) else [image]
-        encoded += [getattr(item, name, None) for name in ("embeds", "clip_embeds")]
+        held += [(_of("image", item), one, 4) for one in (image if isinstance(image, (list, tuple)) else [image])]
+        held += [(_of(name, item), getattr(item, name, None), 2) for name in ("embeds", "clip_embeds")]
     for item in (*request.image_prompts, *request.subjects, *request.concepts):
-        held.append(getattr(item, "region", None))
-    held += [getattr(item, "mask", None) for item in (*request.regions, *request.negative_regions)]
-    extents = [_extent(one, 4) for one in held] + [_extent(one, 2) for one in encoded]
-    counts, sizes = zip(*extents, strict=True)
-    if sum(counts) > limits.pictures:
-        raise ValueError(f"a request must hold at most {limits.pictures} pictures and masks, got {sum(counts)}")
-    if sum(sizes) > limits.pixels:
-        raise ValueError(f"pictures of a request must have at most {limits.pixels} pixels together, got {sum(sizes)}")
+        held.append((_of("region", item), getattr(item, "region", None), 4))
+    held += [
+        (_of("mask", item), getattr(item, "mask", None), 4) for item in (*request.regions, *request.negative_regions)
+    ]
+    names = [name for name, _, _ in held]
+    counts, sizes = zip(*(_extent(one, several) for _, one, several in held), strict=True)
+    _check_total(f"a request must hold at most {limits.pictures} pictures and masks", names, counts, limits.pictures)
+    _check_total(
+        f"pictures of a request must have at most {limits.pixels} pixels together", names, sizes, limits.pixels
+    )
+
+
+def _of(name: str, item: Any) -> str:
+    return f"{name} of {type(item).__name__}"
+
+
+def _check_total(rule: str, names: list[str], parts: tuple[int, ...], most: int) -> None:
+    if sum(parts) > most:
+        largest = max(range(len(parts)), key=parts.__getitem__)
+        raise ValueError(f"{rule}, got {sum(parts)}, {parts[largest]} of them in {names[largest]}")
 
 
 def _extent(held: Any, several: int) -> tuple[int, int]:
