@@ -10,8 +10,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 RUN ?= $(BIN)/python
-TRITON_TESTS := $(addprefix tests/kernels/test_,rank_one.py localized_attention.py triton_attention.py isolation.py torch.py)
-INTERPRETED := $(filter-out %isolation.py %torch.py,$(TRITON_TESTS))
+TRITON_TESTS := $(addprefix tests/kernels/test_,rank_one.py low_rank.py localized_attention.py triton_attention.py isolation.py torch.py)
+INTERPRETED := $(filter-out %low_rank.py %isolation.py %torch.py,$(TRITON_TESTS))
 TEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
 GPU_TEST := KEYLOCK_TEST_DEVICE=cuda CUBLAS_WORKSPACE_CONFIG=:4096:8 PYTHONPATH=.:python $(RUN) -m pytest
 # The test of a whole pipeline on a GPU, where diffusers is installed.

@@ -15,9 +15,8 @@
 #include "descriptions.h"
 #include "keylock/instruction_set.h"
 #include "keylock/localized_attention.h"
-#include "keylock/rank_one_linear.h"
-#include "keylock/rank_one_update.h"
-#include "keylock/tensor.h"
+#include "keylock/low_rank_linear.h"
+#include "keylock/low_rank_update.h"
 
 namespace py = pybind11;
 
@@ -28,44 +27,38 @@ void require_usable(InstructionSet set) {
   if (!is_usable(set)) throw py::value_error("this machine cannot run that instruction set");
 }
 
-Status rank_one_linear_of(const Description<3>& x, const Description<2>& weight,
-                          const Optional<1>& bias, const Description<2>& u,
-                          const Description<2>& slots, const Description<3>& coefficients,
-                          const Description<3>& y, InstructionSet set, int threads) {
+Status low_rank_linear_of(const Description<3>& x, const Description<2>& weight,
+                          const Optional<1>& bias, const Optional<2>& scale,
+                          const UpdatesInputs& updates, const Description<3>& y, InstructionSet set,
+                          int threads) {
   require_usable(set);
-  const RankOneLinear op{describe<const void, 3>(x),
-                         describe<const void, 2>(weight),
-                         describe<const void, 1>(bias),
-                         describe<const void, 2>(u),
-                         describe<const void, 2>(slots),
-                         describe<const void, 3>(coefficients),
-                         describe<void, 3>(y)};
+  const LowRankLinear op{describe<const void, 3>(x),    describe<const void, 2>(weight),
+                         describe<const void, 1>(bias), describe<const void, 2>(scale),
+                         updates_of(updates),           describe<void, 3>(y)};
   const py::gil_scoped_release release;
-  return rank_one_linear(op, set, threads);
+  return low_rank_linear(op, set, threads);
 }
 
-Status rank_one_update_of(const Description<3>& base, const Description<2>& u,
-                          const Description<2>& slots, const Description<3>& coefficients,
-                          const Description<3>& y, InstructionSet set, int threads) {
+Status low_rank_update_of(const Description<3>& base, const Optional<3>& x,
+                          const UpdatesInputs& updates, const Description<3>& y, InstructionSet set,
+                          int threads) {
   require_usable(set);
-  const RankOneUpdate op{describe<const void, 3>(base), describe<const void, 2>(u),
-                         describe<const void, 2>(slots), describe<const void, 3>(coefficients),
-                         describe<void, 3>(y)};
+  const LowRankUpdate op{describe<const void, 3>(base), describe<const void, 3>(x),
+                         updates_of(updates), describe<void, 3>(y)};
   const py::gil_scoped_release release;
-  return rank_one_update(op, set, threads);
+  return low_rank_update(op, set, threads);
 }
 
-Status rank_one_update_backward_of(const Description<3>& grad, const Description<2>& u,
-                                   const Description<2>& slots, const Description<3>& coefficients,
-                                   const Optional<2>& grad_u, const Optional<3>& grad_coefficients,
-                                   InstructionSet set, int threads) {
+Status low_rank_backward_of(const Description<3>& grad, const Description<2>& up,
+                            const Description<2>& rows, const Description<3>& coefficients,
+                            const Optional<2>& grad_up, const Optional<3>& grad_coefficients,
+                            InstructionSet set, int threads) {
   require_usable(set);
-  const RankOneUpdateBackward op{
-      describe<const void, 3>(grad),  describe<const void, 2>(u),
-      describe<const void, 2>(slots), describe<const void, 3>(coefficients),
-      describe<void, 2>(grad_u),      describe<void, 3>(grad_coefficients)};
+  const LowRankBackward op{describe<const void, 3>(grad),   describe<const void, 2>(up),
+                           describe<const void, 2>(rows),   describe<const void, 3>(coefficients),
+                           describe<void, 2>(grad_up),      describe<void, 3>(grad_coefficients)};
   const py::gil_scoped_release release;
-  return rank_one_update_backward(op, set, threads);
+  return low_rank_backward(op, set, threads);
 }
 
 Status localized_attention_of(const AttentionInputs& inputs, const Description<4>& out,
@@ -132,6 +125,7 @@ PYBIND11_MODULE(_native, module) {
       .value("unsupported_type", Status::unsupported_type)
       .value("shape_mismatch", Status::shape_mismatch)
       .value("slot_out_of_range", Status::slot_out_of_range)
+      .value("offset_out_of_range", Status::offset_out_of_range)
       .value("token_out_of_range", Status::token_out_of_range)
       .value("out_of_memory", Status::out_of_memory)
       .value("too_many_streams", Status::too_many_streams)
@@ -151,14 +145,14 @@ PYBIND11_MODULE(_native, module) {
 #endif
   module.def("compiled_instruction_sets", [] { return sets_where(is_compiled); });
   module.def("usable_instruction_sets", [] { return sets_where(is_usable); });
-  module.def("rank_one_linear", &rank_one_linear_of, py::arg("x"), py::arg("weight"),
-             py::arg("bias"), py::arg("u"), py::arg("slots"), py::arg("coefficients"), py::arg("y"),
-             py::kw_only(), py::arg("instruction_set"), py::arg("threads"));
-  module.def("rank_one_update", &rank_one_update_of, py::arg("base"), py::arg("u"),
-             py::arg("slots"), py::arg("coefficients"), py::arg("y"), py::kw_only(),
+  module.def("low_rank_linear", &low_rank_linear_of, py::arg("x"), py::arg("weight"),
+             py::arg("bias"), py::arg("scale"), py::arg("updates"), py::arg("y"), py::kw_only(),
              py::arg("instruction_set"), py::arg("threads"));
-  module.def("rank_one_update_backward", &rank_one_update_backward_of, py::arg("grad"),
-             py::arg("u"), py::arg("slots"), py::arg("coefficients"), py::arg("grad_u"),
+  module.def("low_rank_update", &low_rank_update_of, py::arg("base"), py::arg("x"),
+             py::arg("updates"), py::arg("y"), py::kw_only(), py::arg("instruction_set"),
+             py::arg("threads"));
+  module.def("low_rank_backward", &low_rank_backward_of, py::arg("grad"), py::arg("up"),
+             py::arg("rows"), py::arg("coefficients"), py::arg("grad_up"),
              py::arg("grad_coefficients"), py::kw_only(), py::arg("instruction_set"),
              py::arg("threads"));
   module.def("localized_attention", &localized_attention_of, py::arg("inputs"), py::arg("out"),

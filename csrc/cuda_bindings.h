@@ -19,29 +19,23 @@ inline Status localized_attention_of(const AttentionInputs& inputs, const Descri
   return localized_attention(op, reinterpret_cast<void*>(stream));
 }
 
-inline Status rank_one_linear_of(const Description<3>& x, const Description<2>& weight,
-                                 const Optional<1>& bias, const Description<2>& u,
-                                 const Description<2>& slots, const Description<3>& coefficients,
-                                 const Description<3>& y, uintptr_t stream) {
-  const RankOneLinear op{describe<const void, 3>(x),
-                         describe<const void, 2>(weight),
-                         describe<const void, 1>(bias),
-                         describe<const void, 2>(u),
-                         describe<const void, 2>(slots),
-                         describe<const void, 3>(coefficients),
-                         describe<void, 3>(y)};
+inline Status low_rank_linear_of(const Description<3>& x, const Description<2>& weight,
+                                 const Optional<1>& bias, const Optional<2>& scale,
+                                 const UpdatesInputs& updates, const Description<3>& y,
+                                 uintptr_t stream) {
+  const LowRankLinear op{describe<const void, 3>(x),    describe<const void, 2>(weight),
+                         describe<const void, 1>(bias), describe<const void, 2>(scale),
+                         updates_of(updates),           describe<void, 3>(y)};
   const pybind11::gil_scoped_release release;
-  return rank_one_linear(op, reinterpret_cast<void*>(stream));
+  return low_rank_linear(op, reinterpret_cast<void*>(stream));
 }
 
-inline Status rank_one_update_of(const Description<3>& base, const Description<2>& u,
-                                 const Description<2>& slots, const Description<3>& coefficients,
+inline Status low_rank_update_of(const Description<3>& base, const UpdatesInputs& updates,
                                  const Description<3>& y, uintptr_t stream) {
-  const RankOneUpdate op{describe<const void, 3>(base), describe<const void, 2>(u),
-                         describe<const void, 2>(slots), describe<const void, 3>(coefficients),
-                         describe<void, 3>(y)};
+  const LowRankUpdate op{
+      describe<const void, 3>(base), {}, updates_of(updates), describe<void, 3>(y)};
   const pybind11::gil_scoped_release release;
-  return rank_one_update(op, reinterpret_cast<void*>(stream));
+  return low_rank_update(op, reinterpret_cast<void*>(stream));
 }
 
 inline void define_ops(pybind11::module_& module) {
@@ -49,8 +43,8 @@ inline void define_ops(pybind11::module_& module) {
   module.attr("max_image_streams") = kMaxImageStreams;
   module.attr("readout_pixels") = kReadoutPixels;
   module.def("cuda_localized_attention", &localized_attention_of);
-  module.def("cuda_rank_one_linear", &rank_one_linear_of);
-  module.def("cuda_rank_one_update", &rank_one_update_of);
+  module.def("cuda_low_rank_linear", &low_rank_linear_of);
+  module.def("cuda_low_rank_update", &low_rank_update_of);
 }
 
 }  // namespace keylock::cuda

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "keylock/localized_attention.h"
-#include "keylock/tensor.h"
+#include "keylock/updates.h"
 
 namespace keylock {
 
@@ -37,6 +37,18 @@ using Optional = std::optional<Description<rank>>;
 template <class Data, int rank>
 Tensor<rank, Data> describe(const Optional<rank>& description) {
   return description ? describe<Data, rank>(*description) : Tensor<rank, Data>{};
+}
+
+// Updates' members.
+using UpdatesInputs = std::tuple<Description<2>, Optional<2>, Optional<1>, Description<2>,
+                                 Optional<2>, Optional<3>, Optional<3>>;
+
+inline Updates updates_of(const UpdatesInputs& inputs) {
+  const auto& [up, down, offsets, slots, strength, token_weights, coefficients] = inputs;
+  return {describe<const void, 2>(up),           describe<const void, 2>(down),
+          describe<const void, 1>(offsets),      describe<const void, 2>(slots),
+          describe<const void, 2>(strength),     describe<const void, 3>(token_weights),
+          describe<const void, 3>(coefficients)};
 }
 
 // LocalizedAttention's members up to the outputs, with the lengths where the op's schema has them.

@@ -13,23 +13,29 @@ if TYPE_CHECKING:
     from ._version import __version__ as __version__
     from .backend import explain as explain
     from .ops.localized_attention.api import localized_attention as localized_attention
-    from .ops.rank_one.api import rank_one_coefficients as rank_one_coefficients
-    from .ops.rank_one.api import rank_one_linear as rank_one_linear
-    from .ops.rank_one.api import rank_one_update as rank_one_update
+    from .ops.low_rank.low_rank import low_rank_linear as low_rank_linear
+    from .ops.low_rank.low_rank import low_rank_update as low_rank_update
+    from .ops.low_rank.rank_one import rank_one_coefficients as rank_one_coefficients
+    from .ops.low_rank.rank_one import rank_one_linear as rank_one_linear
+    from .ops.low_rank.rank_one import rank_one_update as rank_one_update
 
 _HOMES = {
     "__version__": "_version",
     "explain": "backend",
     "localized_attention": "ops.localized_attention.api",
-    "rank_one_coefficients": "ops.rank_one.api",
-    "rank_one_linear": "ops.rank_one.api",
-    "rank_one_update": "ops.rank_one.api",
+    "low_rank_linear": "ops.low_rank.low_rank",
+    "low_rank_update": "ops.low_rank.low_rank",
+    "rank_one_coefficients": "ops.low_rank.rank_one",
+    "rank_one_linear": "ops.low_rank.rank_one",
+    "rank_one_update": "ops.low_rank.rank_one",
 }
 
 __all__ = [
     "__version__",
     "explain",
     "localized_attention",
+    "low_rank_linear",
+    "low_rank_update",
     "rank_one_coefficients",
     "rank_one_linear",
     "rank_one_update",

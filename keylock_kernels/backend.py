@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-BACKENDS = ("auto", "eager", "sdpa", "native", "triton", "cuda")
+BACKENDS = ("auto", "eager", "sdpa", "bmm", "native", "triton", "cuda")
 
 
 def _native_missing() -> str | None:
@@ -116,38 +116,55 @@ def _cuda(op: str, summary: str) -> Implementation:
     )
 
 
+def _linear(op: str) -> tuple[Implementation, ...]:
+    """A layer with its updates: one family of kernels for both names."""
+    return (
+        Implementation(
+            op,
+            "native",
+            "C++; without AVX-512 torch's GEMM, then the C++ update",
+            devices=("cpu",),
+            missing=_native_missing,
+        ),
+        Implementation(
+            op,
+            "triton",
+            "one Triton GEMM with the updates in its epilogue",
+            devices=_TRITON_DEVICES,
+            missing=_triton_missing,
+            chosen_float64=False,
+            caveat=_NO_GPU_RUN,
+        ),
+        _cuda(op, "one CUDA C++ GEMM with the updates in its epilogue"),
+        Implementation(op, "bmm", "torch's products of each row", chosen_float64=False),
+        Implementation(op, "eager", "plain torch, one product per row, not rounded in between"),
+    )
+
+
+def _update(op: str) -> tuple[Implementation, ...]:
+    """The updates of what a layer has computed."""
+    return (
+        Implementation(op, "native", "C++", devices=("cpu",), missing=_native_missing),
+        Implementation(
+            op,
+            "triton",
+            "one Triton kernel",
+            devices=_TRITON_DEVICES,
+            missing=_triton_missing,
+            chosen_float64=False,
+            caveat=_NO_GPU_RUN,
+        ),
+        _cuda(op, "one CUDA C++ kernel"),
+        Implementation(op, "eager", "plain torch, one product per row"),
+    )
+
+
 # Fastest first: "auto" takes the first that is willing and able.
 IMPLEMENTATIONS = (
-    Implementation(
-        "rank_one_linear",
-        "native",
-        "C++; without AVX-512 torch's GEMM, then the C++ update",
-        devices=("cpu",),
-        missing=_native_missing,
-    ),
-    Implementation(
-        "rank_one_linear",
-        "triton",
-        "one Triton GEMM with the updates in its epilogue",
-        devices=_TRITON_DEVICES,
-        missing=_triton_missing,
-        chosen_float64=False,
-        caveat=_NO_GPU_RUN,
-    ),
-    _cuda("rank_one_linear", "one CUDA C++ GEMM with the updates in its epilogue"),
-    Implementation("rank_one_linear", "eager", "plain torch, one product per row"),
-    Implementation("rank_one_update", "native", "C++", devices=("cpu",), missing=_native_missing),
-    Implementation(
-        "rank_one_update",
-        "triton",
-        "one Triton kernel",
-        devices=_TRITON_DEVICES,
-        missing=_triton_missing,
-        chosen_float64=False,
-        caveat=_NO_GPU_RUN,
-    ),
-    _cuda("rank_one_update", "one CUDA C++ kernel"),
-    Implementation("rank_one_update", "eager", "plain torch, one product per row"),
+    *_linear("rank_one_linear"),
+    *_update("rank_one_update"),
+    *_linear("low_rank_linear"),
+    *_update("low_rank_update"),
     Implementation(
         "localized_attention",
         "native",

@@ -159,10 +159,10 @@ _IMAGES = ("resident_images", "_add_long", "_add_group", "_add_equal", "_images"
 def _lines() -> dict[tuple[str, int], str]:
     """By file and line, the kernels' function of the names above that the line belongs to."""
     from .ops.localized_attention import triton_backward, triton_forward, triton_keys, triton_tiles
-    from .ops.rank_one import triton_kernels as rank_one
+    from .ops.low_rank import triton_kernels as low_rank
 
     found = {}
-    for module in (triton_tiles, triton_forward, triton_backward, triton_keys, rank_one):
+    for module in (triton_tiles, triton_forward, triton_backward, triton_keys, low_rank):
         for name in (*_DENSE, *_KEYS, *_IMAGES):
             function = getattr(module, name, None)
             if function is not None and function.fn.__module__ == module.__name__:

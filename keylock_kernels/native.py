@@ -171,10 +171,14 @@ def describe(tensor: Tensor) -> tuple[int, Any, tuple[int, ...], tuple[int, ...]
     return tensor.data_ptr(), _data_types()[tensor.dtype], tensor.shape, tensor.stride()
 
 
+def describe_optional(tensor: Tensor | None) -> tuple[int, Any, tuple[int, ...], tuple[int, ...]] | None:
+    return None if tensor is None else describe(tensor)
+
+
 def require_cpu(op: str, *tensors: Tensor) -> None:
     """ValueError unless the kernels can read these; what else they need they check themselves."""
     for tensor in tensors:
-        if tensor.device.type != "cpu":
+        if not tensor.is_cpu:
             raise ValueError(f"{op}: the native kernels read CPU tensors, got one on {tensor.device}")
 
 

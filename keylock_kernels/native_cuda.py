@@ -12,6 +12,8 @@ from torch import Tensor
 
 from . import native
 from .ops.checks import check_like
+from .ops.low_rank import reference
+from .ops.low_rank.updates import Updates
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -154,21 +156,20 @@ def localized_attention(
     return out, readout if readout_weights is None else readout.sum(2)
 
 
-def rank_one_linear(
-    x: Tensor,  # [B, T, K]
+def low_rank_linear(
+    x: Tensor,  # [B, N, K]
     weight: Tensor,  # [O, K]
-    u: Tensor,  # [S, O]
-    slots: Tensor,  # [B, R]
     bias: Tensor | None,  # [O]
-    coefficients: Tensor,  # [B, T, R]
-) -> Tensor:  # [B, T, O]
-    """x weight^T + bias + sum_r coefficients u[slot]; a slot outside [-1, S) makes its row NaN.
+    output_scale: Tensor | None,  # [B, O]
+    updates: Updates,
+) -> Tensor:  # [B, N, O]
+    """output_scale * (x weight^T + the updates) + bias; a slot that does not exist makes its row NaN.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, dtype, shape or device.
         RuntimeError: there are no CUDA kernels, or the launch failed.
     """
-    name = "rank_one_linear"
+    name = "low_rank_linear"
     _check_device(name, "x", x)
     rows, tokens, inner = x.shape
     sides = (x.dtype, torch.float32)
@@ -176,49 +177,48 @@ def rank_one_linear(
     outer = weight.shape[0]
     if bias is not None:
         check_like(name, "bias", bias, sides, (outer,), x.device)
+    if output_scale is not None:
+        check_like(name, "output_scale", output_scale, sides, (rows, outer), x.device)
+    read = _with_coefficients(name, x, updates, (rows, tokens, outer), x)
     x, weight = _rows_contiguous(x), _rows_contiguous(weight)
-    u, coefficients = _updates(name, u, slots, coefficients, sides, (rows, tokens, outer), x.device)
     y = x.new_empty(rows, tokens, outer)
     if y.numel() > 0:
-        _launch(name, "cuda_rank_one_linear", x.device, x, weight, bias, u, slots, coefficients, y)
+        _launch(name, "cuda_low_rank_linear", x.device, x, weight, bias, output_scale, read, y)
     return y
 
 
-def rank_one_update(
-    base: Tensor,  # [B, T, O]
-    u: Tensor,  # [S, O]
-    slots: Tensor,  # [B, R]
-    coefficients: Tensor,  # [B, T, R]
-) -> Tensor:  # [B, T, O]
-    """base + sum_r coefficients u[slot]; a slot outside [-1, S) makes its row NaN.
+def low_rank_update(base: Tensor, x: Tensor | None, updates: Updates) -> Tensor:  # [B, N, O], [B, N, K]
+    """base + the updates; a slot that does not exist makes its row NaN.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, dtype, shape or device.
         RuntimeError: there are no CUDA kernels, or the launch failed.
     """
-    name = "rank_one_update"
+    name = "low_rank_update"
     _check_device(name, "base", base)
-    sides = (base.dtype, torch.float32)
-    u, coefficients = _updates(name, u, slots, coefficients, sides, tuple(base.shape), base.device)
+    read = _with_coefficients(name, x, updates, tuple(base.shape), base)
     base = _rows_contiguous(base)
     y = base.new_empty(base.shape)
     if y.numel() > 0:
-        _launch(name, "cuda_rank_one_update", base.device, base, u, slots, coefficients, y)
+        _launch(name, "cuda_low_rank_update", base.device, base, read, y)
     return y
 
 
-def _updates(
+def _with_coefficients(
     name: str,
-    u: Tensor,  # [S, O]
-    slots: Tensor,  # [B, R]
-    coefficients: Tensor,  # [B, T, R]
-    sides: tuple[torch.dtype, ...],
-    shape: tuple[int, ...],  # (B, T, O)
-    device: torch.device,
-) -> tuple[Tensor, Tensor]:
-    """u and coefficients as the kernels read them, once everything fits."""
+    x: Tensor | None,  # [B, N, K]
+    updates: Updates,
+    shape: tuple[int, ...],  # (B, N, O)
+    like: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """The updates as the kernels read them: rows of one table, and what is multiplied with them."""
     rows, tokens, outer = shape
-    check_like(name, "u", u, sides, ("S", outer), device)
-    check_like(name, "slots", slots, (torch.int32,), (rows, "R"), device)
-    check_like(name, "coefficients", coefficients, sides, (rows, tokens, slots.shape[1]), device)
-    return _rows_contiguous(u), coefficients.float()
+    check_like(name, "up", updates.up, (like.dtype, torch.float32), ("P", outer), like.device)
+    check_like(name, "slots", updates.slots, (torch.int32,), (rows, "J"), like.device)
+    taken, owner = reference.table_rows(updates)
+    if updates.coefficients is None:
+        c = reference.coefficients(x, updates, taken, owner)
+    else:
+        c = updates.coefficients
+        check_like(name, "coefficients", c, (like.dtype, torch.float32), (rows, tokens, taken.shape[1]), like.device)
+    return _rows_contiguous(updates.up), None, None, taken.int(), None, None, c.float()

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from .machine_code import PROCESSORS, TARGETS, Compiled, compile_launches
-from .testing import SHAPES, Shape, attention_inputs, rank_one_inputs
+from .testing import SHAPES, Shape, attention_inputs, low_rank_inputs, rank_one_inputs
 
 RECORD = Path(__file__).resolve().parents[1] / "benchmarks" / "data" / "compiled.json"
 WORSE = 1.03  # how much of a recorded number a new one may be
@@ -97,6 +97,7 @@ def cases() -> Iterator[Case]:
     """Launcher calls at the shapes of Stable Diffusion 1.5 and XL, forward and backward."""
     yield from _attention_cases()
     yield from _rank_one_cases()
+    yield from _low_rank_cases()
 
 
 def _attention_cases() -> Iterator[Case]:
@@ -162,22 +163,55 @@ def _rank_one_cases() -> Iterator[Case]:
 
 
 def _rank_one_calls(inputs: dict[str, Any]) -> Callable[[], Any]:
-    from .ops.rank_one import triton as rank_one
+    from .ops.low_rank import triton
+    from .ops.low_rank.updates import Updates
 
-    names = ("x", "weight", "u", "v", "slots", "bias", "beta", "tau", "strength")
-    x, weight, u, v, slots, _, *gate = (inputs[name] for name in names)
+    x, weight, u, v, slots = (inputs[name] for name in ("x", "weight", "u", "v", "slots"))
+    gated = Updates(u, v, None, slots, *(inputs[name] for name in ("beta", "tau", "strength")), None, None, 1)
+    given = gated._replace(down=None, beta=None, tau=None, strength=None)
+    given = given._replace(coefficients=torch.empty(*x.shape[:2], slots.shape[1]))
     grad = torch.empty(*x.shape[:2], weight.shape[0], dtype=x.dtype)
-    given = torch.empty(*x.shape[:2], slots.shape[1])
-    needs = dict.fromkeys(("x", "u", "v", "beta", "tau", "strength"), True) | {"coefficients": False}
+    every = dict.fromkeys(("x", *Updates._fields[:-1]), True)
 
     def call() -> None:
-        rank_one.linear(*(inputs[name] for name in names), coefficients=None)  # type: ignore[misc]
-        rank_one.linear_backward(  # type: ignore[misc]
-            grad, x, weight, u, v, slots, *gate, coefficients=None, needs=needs
-        )
-        rank_one.linear(x, weight, u, None, slots, inputs["bias"], None, None, None, given)
-        rank_one.update(grad, u, slots, given)
-        rank_one.update_backward(grad, u, slots, given, True, True)
+        triton.linear(x, weight, inputs["bias"], None, gated)
+        triton.linear_backward(grad, x, weight, gated, every | {"coefficients": False})
+        triton.linear(x, weight, inputs["bias"], None, given)
+        triton.update(grad, None, given)
+        triton.update_backward(grad, None, given, every)
+
+    return call
+
+
+def _low_rank_cases() -> Iterator[Case]:
+    """Adapters of 16 rows, one and two of them on a row, on part of the picture; 64 rows in two chunks."""
+    for name, tokens, inner, outer, rank, slots in (
+        ("sd1.5 to_q 320 rank 16", 4096, 320, 320, 16, 1),
+        ("sd1.5 to_q 320 2 x rank 16", 4096, 320, 320, 16, 2),
+        ("sdxl ff 10240 rank 16", 1024, 1280, 10240, 16, 1),
+        ("sdxl to_k 1280 rank 64", 77, 2048, 1280, 64, 2),
+    ):
+        for dtype in (torch.bfloat16, torch.float32):
+            inputs = low_rank_inputs(2, tokens, inner, outer, (rank,) * 4, slots, dtype=dtype)
+            quick = name == "sd1.5 to_q 320 rank 16" and dtype == torch.bfloat16
+            yield Case(f"{name} {str(dtype)[6:]}", _low_rank_calls(inputs, rank), quick)
+
+
+def _low_rank_calls(inputs: dict[str, Any], rank: int) -> Callable[[], Any]:
+    from .ops.low_rank import triton
+    from .ops.low_rank.updates import Updates
+
+    x, weight, scale = (inputs[name] for name in ("x", "weight", "output_scale"))
+    tables = (inputs[name] for name in ("up", "down", "offsets", "slots"))
+    updates = Updates(*tables, None, None, inputs["strength"], inputs["token_weights"], None, rank)
+    grad = torch.empty(*x.shape[:2], weight.shape[0], dtype=x.dtype)
+    every = dict.fromkeys(("x", *Updates._fields[:-1]), True) | {"coefficients": False}
+
+    def call() -> None:
+        triton.linear(x, weight, inputs["bias"], scale, updates)
+        triton.linear_backward(grad, x, weight, updates, every)
+        triton.update(grad, x, updates)
+        triton.update_backward(grad, x, updates, every)
 
     return call
 

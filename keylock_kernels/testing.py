@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +94,51 @@ def rank_one_inputs(
         inputs["tau"] = 0.3 + 0.4 * torch.rand(*size, generator=generator, dtype=torch.float64, device="cpu")
     if strength:
         inputs["strength"] = normal(rows, taken)
+    return _moved(cast(inputs, dtype), device)
+
+
+def low_rank_inputs(
+    rows: int,  # B
+    tokens: int,  # N
+    inner: int,  # K
+    outer: int,  # O
+    ranks: Sequence[int],  # of S adapters
+    taken: int,  # J
+    *,
+    bias: bool = True,
+    strength: bool = True,
+    weights: bool = True,
+    scale: bool = True,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str | None = None,  # default: torch's
+) -> dict[str, Any]:
+    """Arguments of low_rank_linear, updates of order one; some slots -1 and some repeated, some factors 0."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
+
+    def some(values: Tensor) -> Tensor:
+        return values.masked_fill(torch.rand(values.shape, generator=generator, device="cpu") < 0.2, 0)
+
+    every = sum(ranks)
+    inputs: dict[str, Any] = {
+        "x": normal(rows, tokens, inner),
+        "weight": normal(outer, inner) / math.sqrt(max(inner, 1)),
+        "up": normal(every, outer) / math.sqrt(max(ranks, default=1) or 1),
+        "down": normal(every, inner) / math.sqrt(max(inner, 1)),
+        "offsets": torch.tensor([0, *itertools.accumulate(ranks)], dtype=torch.int32, device="cpu"),
+        "slots": torch.randint(-1, len(ranks), (rows, taken), generator=generator, dtype=torch.int32, device="cpu"),
+    }
+    if bias:
+        inputs["bias"] = normal(outer)
+    if strength:
+        inputs["strength"] = some(normal(rows, taken))
+    if weights:
+        inputs["token_weights"] = some(normal(rows, taken, tokens))
+    if scale:
+        inputs["output_scale"] = 1 + 0.3 * normal(rows, outer)
     return _moved(cast(inputs, dtype), device)
 
 
@@ -212,6 +259,34 @@ def rank_one_by_loops(
             c = c if width == 0 else 1 / (1 + torch.exp(-(c - middle) / width))
         y[b, t] = y[b, t] + c * (1 if strength is None else strength[b, r]) * u[slot]
     return y
+
+
+def low_rank_by_loops(
+    x: Tensor,  # [B, N, K]
+    weight: Tensor,  # [O, K]
+    up: Tensor,  # [P, O]
+    down: Tensor,  # [P, K]
+    offsets: Tensor,  # [S + 1]
+    slots: Tensor,  # [B, J]
+    bias: Tensor | None = None,  # [O]
+    strength: Tensor | None = None,  # [B, J]
+    token_weights: Tensor | None = None,  # [B, J, N]
+    output_scale: Tensor | None = None,  # [B, O]
+) -> Tensor:  # [B, N, O]
+    """low_rank_linear with each token's own weight matrix, made and multiplied."""
+    y = []
+    for b, n in torch.cartesian_prod(*(torch.arange(size) for size in x.shape[:2])).tolist():
+        whole = weight
+        for j, slot in enumerate(slots[b].tolist()):
+            factor = 1.0 if strength is None else strength[b, j]
+            factor = factor if token_weights is None else factor * token_weights[b, j, n]
+            if slot >= 0 and factor != 0:
+                adapter = slice(*offsets[slot : slot + 2].tolist())
+                whole = whole + factor * up[adapter].T @ down[adapter]
+        out = whole @ x[b, n]
+        out = out if output_scale is None else out * output_scale[b]
+        y.append(out if bias is None else out + bias)
+    return torch.stack(y).view(*x.shape[:2], -1) if y else x.new_zeros(*x.shape[:2], weight.shape[0])
 
 
 def attention_by_loops(

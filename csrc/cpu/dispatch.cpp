@@ -2,15 +2,15 @@
 // for the plainest CPU: it runs before anything is known about this one.
 #include "keylock/instruction_set.h"
 #include "keylock/localized_attention.h"
-#include "keylock/rank_one_linear.h"
-#include "keylock/rank_one_update.h"
+#include "keylock/low_rank_linear.h"
+#include "keylock/low_rank_update.h"
 
 // What every kernel file defines for the instruction set it is compiled for.
 #define KEYLOCK_DECLARE_KERNELS(set)                                             \
   namespace keylock::set {                                                       \
-  Status rank_one_linear(const RankOneLinear& op, int threads);                  \
-  Status rank_one_update(const RankOneUpdate& op, int threads);                  \
-  Status rank_one_update_backward(const RankOneUpdateBackward& op, int threads); \
+  Status low_rank_linear(const LowRankLinear& op, int threads);                  \
+  Status low_rank_update(const LowRankUpdate& op, int threads);                  \
+  Status low_rank_backward(const LowRankBackward& op, int threads); \
   Status localized_attention(const LocalizedAttention& op, int threads);         \
   Status localized_attention_backward(const LocalizedAttentionBackward&, int);   \
   }
@@ -83,16 +83,16 @@ bool is_usable(InstructionSet set) {
     default: return portable::call; \
   }
 
-Status rank_one_linear(const RankOneLinear& op, InstructionSet set, int threads) {
-  KEYLOCK_RUN(set, rank_one_linear(op, threads));
+Status low_rank_linear(const LowRankLinear& op, InstructionSet set, int threads) {
+  KEYLOCK_RUN(set, low_rank_linear(op, threads));
 }
 
-Status rank_one_update(const RankOneUpdate& op, InstructionSet set, int threads) {
-  KEYLOCK_RUN(set, rank_one_update(op, threads));
+Status low_rank_update(const LowRankUpdate& op, InstructionSet set, int threads) {
+  KEYLOCK_RUN(set, low_rank_update(op, threads));
 }
 
-Status rank_one_update_backward(const RankOneUpdateBackward& op, InstructionSet set, int threads) {
-  KEYLOCK_RUN(set, rank_one_update_backward(op, threads));
+Status low_rank_backward(const LowRankBackward& op, InstructionSet set, int threads) {
+  KEYLOCK_RUN(set, low_rank_backward(op, threads));
 }
 
 Status localized_attention(const LocalizedAttention& op, InstructionSet set, int threads) {

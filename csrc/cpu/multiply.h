@@ -1,6 +1,6 @@
-// The matrix product that attention is made of: c[rows, columns] = a[rows, depth] b[depth,
-// columns], operands in scratch memory, in cache. Each sum runs over the depth in order, wherever
-// its element lies: what a row of a gives depends on that row alone.
+// The matrix product that the kernels are made of: c[rows, columns] = a[rows, depth] b[depth,
+// columns], operands in cache. Each sum runs over the depth in order, wherever its element lies:
+// what a row of a gives depends on that row alone.
 #pragma once
 
 #include "vector.h"
@@ -43,25 +43,39 @@ struct Product {
   const typename Step::Operand* b;
   int64_t b_depth;
   int64_t depth;
-  typename Step::Real* c;
-  int64_t c_row;
 };
 
-template <class Step, int vectors, bool is_added>
-inline void multiply_tile(const Product<Step>& product, int64_t row, int64_t column) {
+// Where sums go, told of a stretch of a row of c at a time: here into memory, or added to it.
+template <class Real, bool is_added = false>
+struct Memory {
+  Real* c;
+  int64_t c_row;
+
+  template <int vectors>
+  void take(int64_t row, int64_t column, const Full<Real> (&sums)[vectors]) const {
+    Real* to = c + row * c_row + column;
+#pragma GCC unroll 8
+    for (int j = 0; j < vectors; ++j, to += kLanes<Real>) {
+      write_bits(to, is_added ? read_bits<Real, kLanes<Real>>(to) + sums[j] : sums[j]);
+    }
+  }
+};
+
+template <class Step, int height, int vectors, class Output>
+inline void multiply_tile(const Product<Step>& product, const Output& output, int64_t row,
+                          int64_t column) {
   using Operand = typename Step::Operand;
   using Real = typename Step::Real;
   constexpr int lanes = kLanes<Real>;
   const Operand* a = product.a + row * product.a_row;
   const Operand* b = product.b + column;
-  Real* c = product.c + row * product.c_row + column;
-  Full<Real> sums[kTileRows][vectors] = {};
+  Full<Real> sums[height][vectors] = {};
   for (int64_t k = 0; k < product.depth; ++k) {
     Full<Operand> right[vectors];
 #pragma GCC unroll 8
     for (int j = 0; j < vectors; ++j) right[j] = read_bits<Operand, lanes>(b + j * lanes);
 #pragma GCC unroll 8
-    for (int i = 0; i < kTileRows; ++i) {
+    for (int i = 0; i < height; ++i) {
       const Full<Operand> left = all(read_one(a + i * product.a_row));
 #pragma GCC unroll 8
       for (int j = 0; j < vectors; ++j) Step::add(sums[i][j], left, right[j]);
@@ -70,39 +84,41 @@ inline void multiply_tile(const Product<Step>& product, int64_t row, int64_t col
     b += product.b_depth;
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < kTileRows; ++i) {
-#pragma GCC unroll 8
-    for (int j = 0; j < vectors; ++j) {
-      Real* to = c + i * product.c_row + j * lanes;
-      write_bits(to, is_added ? read_bits<Real, lanes>(to) + sums[i][j] : sums[i][j]);
+  for (int i = 0; i < height; ++i) output.take(row + i, column, sums[i]);
+}
+
+template <class Step, int vectors, class Output>
+void multiply_columns(const Product<Step>& product, const Output& output, int64_t rows,
+                      int64_t column) {
+  int64_t row = 0;
+  if constexpr (2 * vectors <= kTileVectors) {  // few sums: of twice the rows, to have them in flight
+    for (; row + 2 * kTileRows <= rows; row += 2 * kTileRows) {
+      multiply_tile<Step, 2 * kTileRows, vectors>(product, output, row, column);
     }
   }
-}
-
-template <class Step, int vectors, bool is_added>
-void multiply_columns(const Product<Step>& product, int64_t rows, int64_t column) {
-  for (int64_t row = 0; row < rows; row += kTileRows) {
-    multiply_tile<Step, vectors, is_added>(product, row, column);
+  for (; row + kTileRows <= rows; row += kTileRows) {
+    multiply_tile<Step, kTileRows, vectors>(product, output, row, column);
   }
+  for (; row < rows; ++row) multiply_tile<Step, 1, vectors>(product, output, row, column);
 }
 
-// `rows` is rounded up to whole tiles, and `vectors` counts b's columns in vectors: what lies
-// beyond in a, b and c is read and written, and so must exist.
-template <class Step, bool is_added = false>
-void multiply(const Product<Step>& product, int64_t rows, int64_t vectors) {
+// `vectors` counts b's columns in vectors: what lies beyond columns in b is read, and goes on to
+// the output.
+template <class Step, class Output>
+void multiply(const Product<Step>& product, const Output& output, int64_t rows, int64_t vectors) {
   constexpr int lanes = kLanes<typename Step::Real>;
   int64_t done = 0;
   for (int64_t passes = divide_up(vectors, kTileVectors); passes > 0; --passes) {
     const int64_t now = divide_up(vectors - done, passes);  // even shares: a lone vector is slow
     const int64_t column = done * lanes;
     switch (now) {
-      case 1: multiply_columns<Step, 1, is_added>(product, rows, column); break;
-      case 2: multiply_columns<Step, 2, is_added>(product, rows, column); break;
-      case 3: multiply_columns<Step, 3, is_added>(product, rows, column); break;
+      case 1: multiply_columns<Step, 1>(product, output, rows, column); break;
+      case 2: multiply_columns<Step, 2>(product, output, rows, column); break;
+      case 3: multiply_columns<Step, 3>(product, output, rows, column); break;
 #if KEYLOCK_VECTOR_BYTES == 64
-      case 4: multiply_columns<Step, 4, is_added>(product, rows, column); break;
-      case 5: multiply_columns<Step, 5, is_added>(product, rows, column); break;
-      case 6: multiply_columns<Step, 6, is_added>(product, rows, column); break;
+      case 4: multiply_columns<Step, 4>(product, output, rows, column); break;
+      case 5: multiply_columns<Step, 5>(product, output, rows, column); break;
+      case 6: multiply_columns<Step, 6>(product, output, rows, column); break;
 #endif
     }
     done += now;

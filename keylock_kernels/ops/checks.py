@@ -37,19 +37,28 @@ def check_like(
     device: torch.device,
 ) -> None:
     """``value`` has one of ``dtypes``, exactly ``shape``, and lives on ``device``."""
+    if isinstance(value, Tensor) and value.dtype in dtypes and _fits(value.shape, shape):
+        if value.device == device:
+            return
+        raise ValueError(f"{op}: {name} must be on {device}, got {value.device}")
     wanted = " or ".join(dict.fromkeys(dtype_name(d) for d in dtypes))
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be {wanted} {_shape_text(shape)}, got {type(value).__name__}")
-    fits = value.dim() == len(shape) and all(
-        isinstance(want, str) or have == want for have, want in zip(value.shape, shape, strict=True)
+    raise ValueError(
+        f"{op}: {name} must be {wanted} {_shape_text(shape)}, "
+        f"got {dtype_name(value.dtype)} {_shape_text(tuple(value.shape))}"
     )
-    if value.dtype not in dtypes or not fits:
-        raise ValueError(
-            f"{op}: {name} must be {wanted} {_shape_text(shape)}, "
-            f"got {dtype_name(value.dtype)} {_shape_text(tuple(value.shape))}"
-        )
-    if value.device != device:
-        raise ValueError(f"{op}: {name} must be on {device}, got {value.device}")
+
+
+def _fits(shape: torch.Size, wanted: tuple[Any, ...]) -> bool:
+    if len(shape) != len(wanted):
+        return False
+    for have, want in zip(
+        shape, wanted, strict=True
+    ):  # all() would make a generator of it, for each argument of a call
+        if have != want and not isinstance(want, str):
+            return False
+    return True
 
 
 def side_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:

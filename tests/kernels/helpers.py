@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from keylock_kernels import localized_attention, native_cuda, rank_one_linear
-from keylock_kernels.testing import attention_inputs, rank_one_inputs
+from keylock_kernels.testing import attention_inputs, low_rank_inputs, rank_one_inputs
 
 # Triton's interpreter takes a process of its own, in which the same tests judge its kernels alone.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -18,7 +18,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = os.environ.get("KEYLOCK_TEST_DEVICE", "cpu")
 TRITON_ALONE = INTERPRETED or DEVICE != "cpu"
 GPU_BACKENDS = ("triton",) if INTERPRETED or native_cuda.missing() is not None else ("triton", "cuda")
-RANK_ONE_BACKENDS = GPU_BACKENDS if TRITON_ALONE else ("eager", "native")
+UPDATE_BACKENDS = GPU_BACKENDS if TRITON_ALONE else ("eager", "native")
+LINEAR_BACKENDS = GPU_BACKENDS if TRITON_ALONE else ("eager", "bmm", "native")
 ATTENTION_BACKENDS = GPU_BACKENDS if TRITON_ALONE else ("eager", "sdpa", "native")
 
 # Every option alone and all of them together; sizes are odd on purpose.
@@ -27,6 +28,12 @@ RANK_ONE_CASES: dict[str, dict[str, Any]] = {
     "sigmoid": dict(gate="table", bias=False, strength=False),
     "per row": dict(gate="row", bias=True, strength=True),
     "everything": dict(gate="table", bias=True, strength=True),
+}
+LOW_RANK_CASES: dict[str, dict[str, Any]] = {
+    "plain": dict(bias=False, strength=False, weights=False, scale=False),
+    "strength": dict(bias=False, weights=False, scale=False),
+    "weights": dict(strength=False, scale=False),
+    "everything": dict(),
 }
 ATTENTION_CASES: dict[str, dict[str, Any]] = {
     "text": dict(),
@@ -42,6 +49,11 @@ ATTENTION_CASES: dict[str, dict[str, Any]] = {
 
 def rank_one_case(name: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
     return rank_one_inputs(3, 7, 9, 11, 4, 3, seed=seed, dtype=dtype, **RANK_ONE_CASES[name])
+
+
+def low_rank_case(name: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+    """Ranks of several chunks, of part of one, and of nothing; rows that carry none, one and several."""
+    return low_rank_inputs(4, 7, 9, 11, (3, 0, 17, 1, 6), 3, seed=seed, dtype=dtype, **LOW_RANK_CASES[name])
 
 
 def attention_case(name: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> dict[str, Any]:

@@ -39,8 +39,9 @@ def test_auto_takes_native_on_the_cpu():
 
 
 def test_auto_falls_back_and_says_why(without_native):
-    assert backend.choose("rank_one_linear", "auto", CPU, torch.float32) == "eager"
-    assert "rank_one_linear on cpu: eager" in explain()
+    assert backend.choose("rank_one_linear", "auto", CPU, torch.float32) == "bmm"
+    assert backend.choose("rank_one_linear", "auto", CPU, torch.float64) == "eager"
+    assert "rank_one_linear on cpu: bmm" in explain()
     assert "not available: no compiler was found" in explain()
 
 
@@ -71,7 +72,12 @@ def test_auto_takes_sdpa_where_the_native_kernel_is_missing_or_only_portable(wit
 
 def test_auto_takes_triton_on_a_gpu_but_for_float64(monkeypatch):
     cuda = torch.device("cuda")
-    for op, second in (("rank_one_linear", "eager"), ("rank_one_update", "eager"), ("localized_attention", "sdpa")):
+    for op, second in (
+        ("rank_one_linear", "bmm"),
+        ("low_rank_linear", "bmm"),
+        ("rank_one_update", "eager"),
+        ("localized_attention", "sdpa"),
+    ):
         assert backend.choose(op, "auto", cuda, torch.bfloat16) == "triton"
         assert backend.choose(op, "auto", cuda, torch.float64) == "eager"
         with monkeypatch.context() as without:
@@ -96,7 +102,12 @@ def on_a_gpu(monkeypatch):
     return record
 
 
-OPS_AND_OTHERS = (("rank_one_linear", "eager"), ("rank_one_update", "eager"), ("localized_attention", "sdpa"))
+OPS_AND_OTHERS = (
+    ("rank_one_linear", "bmm"),
+    ("low_rank_linear", "bmm"),
+    ("rank_one_update", "eager"),
+    ("localized_attention", "sdpa"),
+)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +149,7 @@ def test_cuda_refuses_what_it_cannot_do(on_a_gpu, tmp_path):
 def test_gradients_of_cuda_are_tritons(monkeypatch):
     """Whatever ran forward, the backward asks Triton's launcher."""
     from keylock_kernels.ops.localized_attention import op as attention
-    from keylock_kernels.ops.rank_one import op as rank_one
+    from keylock_kernels.ops.low_rank import op as low_rank
 
     called = []
 
@@ -146,24 +157,27 @@ def test_gradients_of_cuda_are_tritons(monkeypatch):
         return lambda *arguments, **options: called.append(name) or found
 
     attention_triton = types.SimpleNamespace(backward=launcher("attention", []))
-    rank_one_triton = types.SimpleNamespace(
-        linear_backward=launcher("linear", {}), update_backward=launcher("update", (None, None))
+    low_rank_triton = types.SimpleNamespace(
+        linear_backward=launcher("linear", {}), update_backward=launcher("update", {})
     )
-    for module, launchers in ((attention, attention_triton), (rank_one, rank_one_triton)):
+    for module, launchers in ((attention, attention_triton), (low_rank, low_rank_triton)):
         package = module.__name__.rpartition(".")[0]
         monkeypatch.setitem(sys.modules, f"{package}.triton", launchers)
         monkeypatch.setattr(sys.modules[package], "triton", launchers, raising=False)
     x = torch.ones(1, 2, 3)
     slots = torch.zeros(1, 1, dtype=torch.int32)
     attention._backward(None, None, x, x, x, 1.0, *[None] * 5, [], *[None] * 4, "cuda", [False] * 9)
-    rank_one._linear_backward(x, x, x[0], x[0], x[0], slots, *[None] * 5, "cuda", [False] * 10)
-    rank_one._update_backward(x, x[0], slots, x[..., :1], "cuda", [False] * 3)
+    updates = (x[0], None, None, slots, *[None] * 4, x[..., :1], 1)
+    low_rank._linear_backward(x, x, x[0], None, None, *updates, "cuda", [False] * 13)
+    low_rank._update_backward(x, None, *updates, "cuda", [False] * 10)
     assert called == ["attention", "linear", "update"]
 
 
 def test_explain_names_every_op_and_every_backend():
     text = explain()
-    for op in ("rank_one_linear", "rank_one_update", "localized_attention"):
+    for op in keylock_kernels.__all__:
+        if op in ("__version__", "explain", "rank_one_coefficients"):
+            continue
         assert f"{op} on cpu: " in text
     for name in backend.BACKENDS[1:]:
         assert name in text
@@ -209,7 +223,9 @@ def test_every_public_name_resolves_and_no_other_does():
         keylock_kernels.fused  # noqa: B018
 
 
-@pytest.mark.parametrize("module", ["backend", "ops.rank_one.api", "ops.localized_attention.api"])
+@pytest.mark.parametrize(
+    "module", ["backend", "ops.low_rank.low_rank", "ops.low_rank.rank_one", "ops.localized_attention.api"]
+)
 def test_the_docstrings_examples_run(module):
     results = doctest.testmod(importlib.import_module(f"keylock_kernels.{module}"))
     assert results.attempted > 0 and results.failed == 0

@@ -9,7 +9,7 @@ import torch
 from torch import full, int32, ones, zeros
 
 from keylock_kernels import localized_attention, rank_one_coefficients, rank_one_linear, rank_one_update
-from tests.kernels.helpers import ATTENTION_BACKENDS, RANK_ONE_BACKENDS, TRITON_ALONE, attention_case, rank_one_case
+from tests.kernels.helpers import ATTENTION_BACKENDS, TRITON_ALONE, UPDATE_BACKENDS, attention_case, rank_one_case
 
 if TRITON_ALONE:
     pytest.skip("what a CPU refuses without Triton's interpreter", allow_module_level=True)
@@ -45,10 +45,13 @@ LINEAR = {
         dict(v=None, beta=None, tau=None, strength=None, coefficients=ones(3, 7, 2)),
         "coefficients must be float32 [3, 7, 3], got float32 [3, 7, 2]",
     ),
-    "backend": (dict(backend="fast"), "backend must be one of auto, eager, sdpa, native, triton, cuda, got 'fast'"),
+    "backend": (
+        dict(backend="fast"),
+        "backend must be one of auto, eager, sdpa, bmm, native, triton, cuda, got 'fast'",
+    ),
     "sdpa": (
         dict(backend="sdpa"),
-        "backend 'sdpa' has no implementation of this op; it has native, triton, cuda, eager",
+        "backend 'sdpa' has no implementation of this op; it has native, triton, cuda, bmm, eager",
     ),
     "triton": (dict(backend="triton"), "backend 'triton' cannot run on cpu tensors: it runs on cuda tensors only"),
 }
@@ -146,7 +149,7 @@ def test_localized_attention_names_what_is_wrong(wrong):
         localized_attention(**inputs)
 
 
-@pytest.mark.parametrize("backend", RANK_ONE_BACKENDS)
+@pytest.mark.parametrize("backend", UPDATE_BACKENDS)
 def test_a_slot_out_of_range_is_refused_by_every_backend(backend):
     x, table, c = ones(1, 1, 2), ones(3, 2), ones(1, 1, 1)
     for slot in (-2, 3):

@@ -13,7 +13,7 @@ from tests.kernels.helpers import (
     ATTENTION_BACKENDS,
     ATTENTION_CASES,
     INTERPRETED,
-    RANK_ONE_BACKENDS,
+    UPDATE_BACKENDS,
     floating,
     gradients_like,
     run,
@@ -82,7 +82,7 @@ def equal(a, b):
 
 @dirt
 @dtypes
-@pytest.mark.parametrize("backend", RANK_ONE_BACKENDS)
+@pytest.mark.parametrize("backend", UPDATE_BACKENDS)
 @pytest.mark.parametrize("gate", ["table", "row"])
 @pytest.mark.parametrize("sizes", RANK_ONE_SIZES, ids=str)
 @pytest.mark.parametrize("op", [rank_one_linear, update_on_given_base])
@@ -124,7 +124,7 @@ def test_a_neighbours_images_masks_and_gradient_do_not_reach_a_row(case, sizes, 
 
 
 @dtypes
-@pytest.mark.parametrize("backend", RANK_ONE_BACKENDS)
+@pytest.mark.parametrize("backend", UPDATE_BACKENDS)
 @pytest.mark.parametrize("gate", ["table", "row"])
 @pytest.mark.parametrize("sizes", RANK_ONE_SIZES, ids=str)
 def test_permuting_rows_permutes_the_layer_bit_for_bit(sizes, gate, backend, dtype):
@@ -156,7 +156,7 @@ def test_permuting_rows_permutes_attention_bit_for_bit(case, sizes, backend, dty
         assert equal(grad, grads[name][order]), name
 
 
-@pytest.mark.parametrize("backend", RANK_ONE_BACKENDS)
+@pytest.mark.parametrize("backend", UPDATE_BACKENDS)
 def test_repeating_a_layer_repeats_every_bit(backend):
     inputs = rank_one_inputs(ROWS, 77, 64, 48, 4, 6, dtype=torch.float32)
     first, second = (run(rank_one_linear, inputs, backend=backend) for _ in range(2))

@@ -8,13 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keylock_kernels import rank_one_coefficients, rank_one_linear, rank_one_update
-from keylock_kernels.ops.rank_one import reference
+from keylock_kernels.ops.low_rank import reference
+from keylock_kernels.ops.low_rank.updates import Updates
 from keylock_kernels.testing import assert_as_accurate_as_eager, cast, rank_one_by_loops, rank_one_inputs
 from tests.kernels.helpers import (
     DEVICE,
     INTERPRETED,
-    RANK_ONE_BACKENDS,
+    LINEAR_BACKENDS,
     RANK_ONE_CASES,
+    UPDATE_BACKENDS,
     assert_agree,
     linear_through_coefficients,
     property_examples,
@@ -24,25 +26,26 @@ from tests.kernels.helpers import (
 )
 
 cases = pytest.mark.parametrize("case", RANK_ONE_CASES)
-backends = pytest.mark.parametrize("backend", RANK_ONE_BACKENDS)
+backends = pytest.mark.parametrize("backend", UPDATE_BACKENDS)
+layers = pytest.mark.parametrize("backend", LINEAR_BACKENDS)
 halves = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
 
 def plain(x, weight, u, v, slots, bias=None, beta=None, tau=None, strength=None):
     """The reference under plain autograd, with no op around it."""
-    c = reference.coefficients(x, v, slots, beta, tau, strength)
-    return reference.linear(x, weight, u, slots, bias, c)
+    updates = Updates(u, v, None, slots, beta, tau, strength, None, None, 1)
+    return reference.linear(x, weight, bias, None, updates)
 
 
 @cases
-@backends
+@layers
 def test_the_result_is_the_loop_over_tokens_and_updates(case, backend):
     inputs = rank_one_case(case)
     torch.testing.assert_close(rank_one_linear(**inputs, backend=backend), rank_one_by_loops(**inputs))
 
 
 @cases
-@backends
+@layers
 def test_every_gradient_is_the_references(case, backend):
     inputs = rank_one_case(case)
     _, exact = run(plain, inputs)
@@ -63,7 +66,7 @@ def test_the_references_gradients_are_its_derivatives(case):
 
 
 @cases
-@backends
+@layers
 @halves
 def test_each_dtype_errs_at_most_twice_what_eager_errs(case, backend, dtype):
     inputs = rank_one_inputs(2, 77, 64, 48, 5, 3, **RANK_ONE_CASES[case])
@@ -134,7 +137,11 @@ def test_an_update_on_the_layers_output_gives_the_same_layer(backend):
     leaves = {"base": base, "u": inputs["u"], "coefficients": c}
     results, grads = run(update, leaves)
     torch.testing.assert_close(results[0], rank_one_linear(**inputs, backend=backend))
-    _, exact = run(lambda base, u, coefficients: reference.update(base, u, inputs["slots"], coefficients), leaves)
+
+    def plain_update(base, u, coefficients):
+        return reference.update(base, None, Updates(u, None, None, inputs["slots"], *[None] * 4, coefficients, 1))
+
+    _, exact = run(plain_update, leaves)
     torch.testing.assert_close(grads, exact)
 
 
@@ -238,14 +245,14 @@ def test_a_negative_tau_follows_the_formula():
 
 
 def test_the_weights_gradient_is_computed_only_when_asked(monkeypatch):
-    from keylock_kernels.ops.rank_one import op
+    from keylock_kernels.ops.low_rank import op
 
     asked = []
     inner = op._linear_backward_op
     monkeypatch.setattr(op, "_linear_backward_op", lambda *a: asked.append(list(a[-1])) or inner(*a))
     inputs = rank_one_case("everything")
     _, grads = run(rank_one_linear, inputs, wanted=["u", "beta"])
-    assert asked == [[False, False, True, False, False, False, True, False, False, False]]
+    assert asked == [[name in ("up", "beta") for name in op._OF_LAYER]]
     _, everything = run(rank_one_linear, inputs)
     assert torch.equal(grads["u"], everything["u"]) and torch.equal(grads["beta"], everything["beta"])
 
@@ -283,7 +290,7 @@ def test_gates_have_gradients_where_x_has_no_columns(backend):
     gate=st.sampled_from([None, "table", "row"]),
     bias=st.booleans(),
     strength=st.booleans(),
-    backend=st.sampled_from(RANK_ONE_BACKENDS),
+    backend=st.sampled_from(UPDATE_BACKENDS),
     seed=st.integers(0, 1000),
 )
 @settings(max_examples=property_examples(), deadline=None)

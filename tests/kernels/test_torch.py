@@ -6,27 +6,37 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from keylock_kernels import localized_attention, rank_one_coefficients, rank_one_linear, rank_one_update
-from keylock_kernels.testing import attention_inputs, cast, rank_one_inputs
+from keylock_kernels import (
+    localized_attention,
+    low_rank_linear,
+    rank_one_coefficients,
+    rank_one_linear,
+    rank_one_update,
+)
+from keylock_kernels.ops.low_rank.updates import Updates
+from keylock_kernels.testing import attention_inputs, cast, low_rank_inputs, rank_one_inputs
 from tests.kernels.helpers import (
     ATTENTION_BACKENDS,
     ATTENTION_CASES,
     DEVICE,
-    RANK_ONE_BACKENDS,
+    LINEAR_BACKENDS,
+    LOW_RANK_CASES,
     RANK_ONE_CASES,
+    UPDATE_BACKENDS,
     attention_case,
+    low_rank_case,
     rank_one_case,
     run,
 )
 
-RANK_ONE_ORDER = ("x", "weight", "u", "v", "slots", "bias", "beta", "tau", "strength", "coefficients")
 ATTENTION_ORDER = (
     "query", "key", "value", "scale", "key_bias", "query_regions", "key_regions", "image_key", "image_value",
     "image_lengths", "image_key_bias", "image_weights", "readout_tokens", "readout_weights",
 )  # fmt: skip
 OPS = {
+    **{("linear", b): (rank_one_linear, rank_one_case("everything", dtype=torch.float32), b) for b in UPDATE_BACKENDS},
     **{
-        ("linear", b): (rank_one_linear, rank_one_case("everything", dtype=torch.float32), b) for b in RANK_ONE_BACKENDS
+        ("adapters", b): (low_rank_linear, low_rank_case("everything", dtype=torch.float32), b) for b in LINEAR_BACKENDS
     },
     **{
         ("attention", b): (localized_attention, attention_case("everything", dtype=torch.float32), b)
@@ -36,29 +46,60 @@ OPS = {
 every_op = pytest.mark.parametrize("op", OPS, ids="-".join)
 
 
-@pytest.mark.parametrize("backend", RANK_ONE_BACKENDS)
+def rank_one_updates(inputs):
+    x, u, slots = (inputs[name] for name in ("x", "u", "slots"))
+    gate = (inputs.get(name) for name in ("beta", "tau", "strength"))
+    return Updates(u, inputs["v"], None, slots, *gate, None, None, 1)
+
+
+def low_rank_updates(inputs):
+    tables = (inputs[name] for name in ("up", "down", "offsets", "slots"))
+    return Updates(*tables, None, None, inputs.get("strength"), inputs.get("token_weights"), None, 17)
+
+
+def opcheck_layer(inputs, updates, backend):
+    layer = [inputs.get(name) for name in ("x", "weight", "bias", "output_scale")]
+    arguments, how = (*layer, *updates[:-1]), (updates.max_rank, backend)
+    torch.library.opcheck(torch.ops.keylock.low_rank_linear.default, (*arguments, *how))
+    grad = torch.randn(*inputs["x"].shape[:2], inputs["weight"].shape[0])
+    needs = [a is not None and a.is_floating_point() for a in arguments]
+    torch.library.opcheck(torch.ops.keylock.low_rank_linear_backward.default, (grad, *arguments, *how, needs))
+
+
+def opcheck_update(base, x, updates, backend):
+    arguments, how = (x, *updates[:-1]), (updates.max_rank, backend)
+    torch.library.opcheck(torch.ops.keylock.low_rank_update.default, (base, *arguments, *how))
+    needs = [a is not None and a.is_floating_point() for a in arguments]
+    torch.library.opcheck(torch.ops.keylock.low_rank_update_backward.default, (base, *arguments, *how, needs))
+
+
+@pytest.mark.parametrize("backend", LINEAR_BACKENDS)
 @pytest.mark.parametrize("case", RANK_ONE_CASES)
 def test_opcheck_accepts_rank_one_linear(case, backend):
     inputs = rank_one_case(case, dtype=torch.float32)
-    arguments = [inputs.get(name) for name in RANK_ONE_ORDER]
-    torch.library.opcheck(torch.ops.keylock.rank_one_linear.default, (*arguments, backend))
-    grad = torch.randn(3, 7, 11)
-    needs = [a is not None and a.is_floating_point() for a in arguments]
-    torch.library.opcheck(torch.ops.keylock.rank_one_linear_backward.default, (grad, *arguments, backend, needs))
+    opcheck_layer(inputs, rank_one_updates(inputs), backend)
 
 
-@pytest.mark.parametrize("backend", RANK_ONE_BACKENDS)
-def test_opcheck_accepts_coefficients_and_update(backend):
+@pytest.mark.parametrize("backend", LINEAR_BACKENDS)
+@pytest.mark.parametrize("case", LOW_RANK_CASES)
+def test_opcheck_accepts_low_rank_linear(case, backend):
+    inputs = low_rank_case(case, dtype=torch.float32)
+    opcheck_layer(inputs, low_rank_updates(inputs), backend)
+
+
+@pytest.mark.parametrize("backend", UPDATE_BACKENDS)
+def test_opcheck_accepts_coefficients_and_updates(backend):
     inputs = rank_one_case("everything", dtype=torch.float32)
     x, v, slots, u = (inputs[k] for k in ("x", "v", "slots", "u"))
     gate = [inputs[k] for k in ("beta", "tau", "strength")]
-    c, base = rank_one_coefficients(x, v, slots), torch.randn(3, 7, 11)
+    c = rank_one_coefficients(x, v, slots)
     ops = torch.ops.keylock
     torch.library.opcheck(ops.rank_one_coefficients.default, (x, v, slots, *gate))
     needs = [True, True, False, True, True, True]
     torch.library.opcheck(ops.rank_one_coefficients_backward.default, (c, x, v, slots, *gate, needs))
-    torch.library.opcheck(ops.rank_one_update.default, (base, u, slots, c, backend))
-    torch.library.opcheck(ops.rank_one_update_backward.default, (base, u, slots, c, backend, [True, False, True]))
+    opcheck_update(torch.randn(3, 7, 11), None, Updates(u, None, None, slots, *[None] * 4, c, 1), backend)
+    inputs = low_rank_case("everything", dtype=torch.float32)
+    opcheck_update(torch.randn(4, 7, 11), inputs["x"], low_rank_updates(inputs), backend)
 
 
 @pytest.mark.parametrize("backend", ATTENTION_BACKENDS)
@@ -82,6 +123,8 @@ def test_one_compiled_graph_serves_every_shape(op):
     sizes = ((6, 13), (8, 17), (10, 19))  # equal sizes of unrelated dimensions would be compiled as one
     if op[0] == "linear":
         batches = [rank_one_inputs(b, t, 9, 11, 4, 3, dtype=torch.float32) for b, t in sizes]
+    elif op[0] == "adapters":
+        batches = [low_rank_inputs(b, t, 9, 11, (3, 0, 5, 2), 3, dtype=torch.float32) for b, t in sizes]
     else:
         options = ATTENTION_CASES["everything"]
         batches = [attention_inputs(b, n, 7, 2, 5, dtype=torch.float32, **options) for b, n in sizes]
@@ -110,7 +153,7 @@ def test_auto_and_the_pieces_compile_too():
 @every_op
 def test_a_second_derivative_is_refused(op):
     function, inputs, backend = OPS[op]
-    name = "x" if op[0] == "linear" else "query"
+    name = "query" if op[0] == "attention" else "x"
     leaf = inputs[name].clone().requires_grad_()
     result = function(**{**inputs, name: leaf}, backend=backend)
     with pytest.raises(RuntimeError, match="double backward is not supported"):
@@ -122,7 +165,7 @@ def test_a_second_derivative_is_refused(op):
 @every_op
 def test_no_gradient_is_recorded_where_none_is_wanted(op):
     function, inputs, backend = OPS[op]
-    name = "x" if op[0] == "linear" else "query"
+    name = "query" if op[0] == "attention" else "x"
     with torch.no_grad():
         result = function(**{**inputs, name: inputs[name].clone().requires_grad_()}, backend=backend)
     assert not (result[0] if op[0] == "attention" else result).requires_grad
@@ -194,7 +237,7 @@ def test_float32_products_ignore_a_lower_matmul_precision(op):
 
 
 def test_precision_set_per_backend_is_ignored_and_put_back():
-    function, inputs, _ = OPS["linear", RANK_ONE_BACKENDS[0]]
+    function, inputs, _ = OPS["linear", UPDATE_BACKENDS[0]]
     backend = "eager"
     wanted = function(**inputs, backend=backend)
     holders = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
@@ -225,7 +268,7 @@ def test_tensors_of_more_than_two_to_the_31_elements_keep_their_offsets():
     slots = torch.tensor([[0], [1]], dtype=torch.int32)
     u = torch.ones(2, 8, dtype=torch.bfloat16)
     c = torch.ones(2, 1, 1)
-    for backend in RANK_ONE_BACKENDS:
+    for backend in UPDATE_BACKENDS:
         assert torch.equal(rank_one_update(x, u, slots, c, backend=backend), x.contiguous() + 1)
     query = x[:, :, None]
     for backend in ATTENTION_BACKENDS:

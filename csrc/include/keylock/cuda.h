@@ -4,8 +4,8 @@
 #pragma once
 
 #include "keylock/localized_attention.h"
-#include "keylock/rank_one_linear.h"
-#include "keylock/rank_one_update.h"
+#include "keylock/low_rank_linear.h"
+#include "keylock/low_rank_update.h"
 
 namespace keylock::cuda {
 
@@ -18,9 +18,10 @@ constexpr int64_t kReadoutPixels = 16;
 Status localized_attention(const LocalizedAttention& op, void* stream);
 
 // For float16, bfloat16 and float32 x or base of any strides but that the last dimension is
-// contiguous, as it is in weight and u; weight and y have x's type, u and bias that or float32, and
-// coefficients are float32. Sums as on a CPU; a slot outside [-1, S) makes its row NaN.
-Status rank_one_linear(const RankOneLinear& op, void* stream);
-Status rank_one_update(const RankOneUpdate& op, void* stream);
+// contiguous, as it is in weight and the table; weight and y have x's type, table, bias and scale
+// that or float32. Updates come with their coefficients, float32, and slots that are rows of the
+// table. Sums as on a CPU; a slot outside [-1, P) makes its row NaN.
+Status low_rank_linear(const LowRankLinear& op, void* stream);
+Status low_rank_update(const LowRankUpdate& op, void* stream);
 
 }  // namespace keylock::cuda

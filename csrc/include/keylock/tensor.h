@@ -25,6 +25,7 @@ enum class Status {
   unsupported_type,
   shape_mismatch,
   slot_out_of_range,
+  offset_out_of_range,
   token_out_of_range,
   out_of_memory,
   too_many_streams,

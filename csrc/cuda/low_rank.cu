@@ -1,5 +1,5 @@
-// The gated rank-one updates on a GPU: the checks, and which kernel a call takes.
-#include "rank_one_kernel.h"
+// Updates of low rank on a GPU: the checks, and which kernel a call takes.
+#include "low_rank_kernel.h"
 
 namespace keylock::cuda {
 namespace {
@@ -13,8 +13,20 @@ bool is_side(const Tensor<rank>& tensor, DataType type) {
   return tensor.type == type || tensor.type == DataType::float32;
 }
 
+bool has_types(const Updates& updates, DataType type) {
+  return is_side(updates.up, type) && updates.slots.type == DataType::int32 &&
+         updates.coefficients.type == DataType::float32;
+}
+
+bool fits_into(const Updates& updates, const Tensor<3, void>& y) {
+  const Tensor<3>& c = updates.coefficients;
+  return c.data != nullptr && updates.up.sizes[1] == y.sizes[2] && is_row_contiguous(updates.up) &&
+         updates.slots.sizes[0] == y.sizes[0] && c.sizes[0] == y.sizes[0] &&
+         c.sizes[1] == y.sizes[1] && c.sizes[2] == updates.slots.sizes[1];
+}
+
 template <class Kernel>
-Status launch_linear(const RankOneLinear& op, int64_t tokens, int64_t outputs, void* stream) {
+Status launch_linear(const LowRankLinear& op, int64_t tokens, int64_t outputs, void* stream) {
   typename Kernel::Params params{};
   params.op = op;
   params.down = divide_up(op.x.sizes[1], tokens);
@@ -27,7 +39,7 @@ Status launch_linear(const RankOneLinear& op, int64_t tokens, int64_t outputs, v
 
 // The 77 tokens of a prompt fill a tile of 80.
 template <class T>
-Status linear(const RankOneLinear& op, void* stream) {
+Status linear(const LowRankLinear& op, void* stream) {
   if constexpr (sizeof(T) == 4) {
     return launch_linear<LinearForward<T, 80, 64, 1, 4>>(op, 80, 64, stream);
   } else {
@@ -39,7 +51,7 @@ Status linear(const RankOneLinear& op, void* stream) {
 }
 
 template <class T>
-Status update(const RankOneUpdate& op, void* stream) {
+Status update(const LowRankUpdate& op, void* stream) {
   using Kernel = UpdateForward<T>;
   typename Kernel::Params params{};
   params.op = op;
@@ -52,21 +64,21 @@ Status update(const RankOneUpdate& op, void* stream) {
 
 }  // namespace
 
-Status rank_one_linear(const RankOneLinear& op, void* stream) {
+Status low_rank_linear(const LowRankLinear& op, void* stream) {
   const DataType type = op.x.type;
-  if (op.weight.type != type || op.y.type != type || !is_side(op.u, type) ||
-      (op.bias.data != nullptr && !is_side(op.bias, type)) || op.slots.type != DataType::int32 ||
-      op.coefficients.type != DataType::float32) {
+  if (op.weight.type != type || op.y.type != type ||
+      (op.bias.data != nullptr && !is_side(op.bias, type)) ||
+      (op.scale.data != nullptr && !is_side(op.scale, type)) || !has_types(op.updates, type)) {
     return Status::unsupported_type;
   }
-  const int64_t rows = op.x.sizes[0], tokens = op.x.sizes[1], outputs = op.weight.sizes[0];
-  const bool fits =
-      op.weight.sizes[1] == op.x.sizes[2] && op.u.sizes[1] == outputs &&
-      (op.bias.data == nullptr || op.bias.sizes[0] == outputs) && op.slots.sizes[0] == rows &&
-      op.coefficients.sizes[0] == rows && op.coefficients.sizes[1] == tokens &&
-      op.coefficients.sizes[2] == op.slots.sizes[1] && op.y.sizes[0] == rows &&
-      op.y.sizes[1] == tokens && op.y.sizes[2] == outputs && is_row_contiguous(op.x) &&
-      is_row_contiguous(op.weight) && is_row_contiguous(op.u) && is_row_contiguous(op.y);
+  const int64_t rows = op.x.sizes[0], outputs = op.weight.sizes[0];
+  const bool fits = op.weight.sizes[1] == op.x.sizes[2] && op.y.sizes[0] == rows &&
+                    op.y.sizes[1] == op.x.sizes[1] && op.y.sizes[2] == outputs &&
+                    (op.bias.data == nullptr || op.bias.sizes[0] == outputs) &&
+                    (op.scale.data == nullptr ||
+                     (op.scale.sizes[0] == rows && op.scale.sizes[1] == outputs)) &&
+                    is_row_contiguous(op.x) && is_row_contiguous(op.weight) &&
+                    is_row_contiguous(op.y) && fits_into(op.updates, op.y);
   if (!fits) return Status::shape_mismatch;
   switch (type) {
     case DataType::float16: return linear<Half>(op, stream);
@@ -76,18 +88,11 @@ Status rank_one_linear(const RankOneLinear& op, void* stream) {
   }
 }
 
-Status rank_one_update(const RankOneUpdate& op, void* stream) {
+Status low_rank_update(const LowRankUpdate& op, void* stream) {
   const DataType type = op.base.type;
-  if (op.y.type != type || !is_side(op.u, type) || op.slots.type != DataType::int32 ||
-      op.coefficients.type != DataType::float32) {
-    return Status::unsupported_type;
-  }
-  const int64_t rows = op.y.sizes[0], tokens = op.y.sizes[1], columns = op.y.sizes[2];
-  const bool fits =
-      op.base.sizes[0] == rows && op.base.sizes[1] == tokens && op.base.sizes[2] == columns &&
-      op.u.sizes[1] == columns && op.slots.sizes[0] == rows && op.coefficients.sizes[0] == rows &&
-      op.coefficients.sizes[1] == tokens && op.coefficients.sizes[2] == op.slots.sizes[1] &&
-      is_row_contiguous(op.base) && is_row_contiguous(op.u) && is_row_contiguous(op.y);
+  if (op.y.type != type || !has_types(op.updates, type)) return Status::unsupported_type;
+  bool fits = is_row_contiguous(op.base) && is_row_contiguous(op.y) && fits_into(op.updates, op.y);
+  for (int d = 0; d < 3; ++d) fits &= op.base.sizes[d] == op.y.sizes[d];
   if (!fits) return Status::shape_mismatch;
   switch (type) {
     case DataType::float16: return update<Half>(op, stream);

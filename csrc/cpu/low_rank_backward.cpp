@@ -1,9 +1,11 @@
-// The CPU kernel of rank_one_update's gradients, compiled once per instruction set (see vector.h).
+// The CPU kernel of the gradients that few updates have, compiled once per instruction set (see
+// vector.h).
 //
 // The work is cut into tiles of one batch row, some tokens and some columns, by the shape alone. A
 // tile reads its part of grad once and gives a part of both sums; the parts are added in order.
-#include "rank_one.h"
-#include "scratch.h"
+#include "keylock/low_rank_update.h"
+
+#include "updates.h"
 
 namespace keylock::KEYLOCK_ISA {
 namespace {
@@ -11,7 +13,7 @@ namespace {
 constexpr int64_t kTileTokens = 512;
 constexpr int64_t kSerialElements = 32768;  // below this, waking threads costs more than it saves
 
-template <class Element, class Stored>
+template <class Element>
 class UpdateBackward {
   using Real = Accumulator<Element>;
   static constexpr int width = kLanes<Real>;
@@ -19,12 +21,12 @@ class UpdateBackward {
   static constexpr int64_t columns = vectors * width;
 
  public:
-  explicit UpdateBackward(const RankOneUpdateBackward& op)
+  explicit UpdateBackward(const LowRankBackward& op)
       : op(op),
         rows(op.grad.sizes[0]),
         tokens(op.grad.sizes[1]),
         outputs(op.grad.sizes[2]),
-        rank(op.slots.sizes[1]),
+        rank(op.rows.sizes[1]),
         down(divide_up(tokens, kTileTokens)),
         across(divide_up(outputs, columns)) {}
 
@@ -52,7 +54,7 @@ class UpdateBackward {
 #pragma omp for schedule(static)
       for (int64_t index = 0; index < rows * tokens; ++index) add_coefficients(index);
 #pragma omp for schedule(static)
-      for (int64_t slot = 0; slot < op.u.sizes[0]; ++slot) add_slot(slot);
+      for (int64_t slot = 0; slot < op.up.sizes[0]; ++slot) add_slot(slot);
     }
     std::free(memory);
     return Status::ok;
@@ -63,7 +65,7 @@ class UpdateBackward {
   void take(Arena& arena) const { arena.take<Real>(2 * rank * columns); }
 
   void take_partials(Arena& arena) {
-    partial_u = arena.take<Real>(op.grad_u.data ? rows * down * rank * across * columns : 0);
+    partial_u = arena.take<Real>(op.grad_up.data ? rows * down * rank * across * columns : 0);
     partial_coefficients =
         arena.take<Real>(op.grad_coefficients.data ? rows * tokens * across * rank : 0);
   }
@@ -71,12 +73,10 @@ class UpdateBackward {
   void run_tile(int64_t row, int64_t piece, int64_t strip, Real* gathered, Real* sums) const {
     const int64_t first = strip * columns, count = smaller(columns, outputs - first);
     for (int64_t r = 0; r < rank; ++r) {
-      const int64_t slot = slot_at(op.slots, row, r);
+      const int64_t from = at<int32_t>(op.rows, {row, r});
       Real* to = gathered + r * columns;
       for (int64_t i = 0; i < columns; ++i) to[i] = sums[r * columns + i] = 0;
-      if (slot >= 0) {
-        load_row(static_cast<const Stored*>(op.u.data) + slot * op.u.strides[0] + first, count, to);
-      }
+      if (from >= 0) load_any(op.up.data, op.up.type, from * op.up.strides[0] + first, count, to);
     }
     const int64_t end = smaller((piece + 1) * kTileTokens, tokens);
     for (int64_t token = piece * kTileTokens; token < end; ++token) {
@@ -86,7 +86,7 @@ class UpdateBackward {
                count, grads);
       run_token(row, token, strip, grads, gathered, sums);
     }
-    if (op.grad_u.data == nullptr) return;
+    if (op.grad_up.data == nullptr) return;
     for (int64_t r = 0; r < rank; ++r) {
       std::memcpy(partial_of(row, piece, r) + first, sums + r * columns, columns * sizeof(Real));
     }
@@ -98,7 +98,7 @@ class UpdateBackward {
 #pragma GCC unroll 8
     for (int i = 0; i < vectors; ++i) grad[i] = widen<width>(grads + i * width);
     for (int64_t r = 0; r < rank; ++r) {
-      const bool is_taken = slot_at(op.slots, row, r) >= 0;
+      const bool is_taken = at<int32_t>(op.rows, {row, r}) >= 0;
       if (op.grad_coefficients.data != nullptr) {
         Full<Real> dot{};
         const Real* u = gathered + r * columns;
@@ -108,8 +108,9 @@ class UpdateBackward {
         partial_coefficients[((row * tokens + token) * across + strip) * rank + r] =
             is_taken ? dot[0] : 0;
       }
-      if (op.grad_u.data != nullptr && is_taken) {
-        const Real coefficient = coefficient_at<Real>(op.coefficients, row, token, r);
+      if (op.grad_up.data != nullptr && is_taken) {
+        const Real coefficient = at<Real>(op.coefficients, {row, token, r});
+        if (coefficient == 0) continue;  // which is nothing whatever it meets
         Real* sum = sums + r * columns;
 #pragma GCC unroll 8
         for (int i = 0; i < vectors; ++i) {
@@ -135,12 +136,12 @@ class UpdateBackward {
   }
 
   void add_slot(int64_t slot) const {
-    if (op.grad_u.data == nullptr) return;
-    Real* to = static_cast<Real*>(op.grad_u.data) + slot * outputs;
+    if (op.grad_up.data == nullptr) return;
+    Real* to = static_cast<Real*>(op.grad_up.data) + slot * outputs;
     std::memset(to, 0, outputs * sizeof(Real));
     for (int64_t index = 0; index < rows * rank; ++index) {
       const int64_t row = index / rank, r = index % rank;
-      if (slot_at(op.slots, row, r) != slot) continue;
+      if (at<int32_t>(op.rows, {row, r}) != slot) continue;
       for (int64_t piece = 0; piece < down; ++piece) {
         const Real* from = partial_of(row, piece, r);
         for (int64_t i = 0; i < outputs; ++i) to[i] += from[i];
@@ -148,48 +149,52 @@ class UpdateBackward {
     }
   }
 
-  const RankOneUpdateBackward& op;
+  const LowRankBackward& op;
   const int64_t rows, tokens, outputs, rank, down, across;
   Real* partial_u;             // [B, down, R, across * columns]
   Real* partial_coefficients;  // [B, T, across, R]
 };
 
-template <class Element>
-Status run_with(const RankOneUpdateBackward& op, int threads) {
-  switch (op.u.type) {
-    case DataType::float32: return UpdateBackward<Element, float>(op).run(threads);
-    case DataType::float64: return UpdateBackward<Element, double>(op).run(threads);
-    case DataType::float16: return UpdateBackward<Element, Float16>(op).run(threads);
-    case DataType::bfloat16: return UpdateBackward<Element, Bfloat16>(op).run(threads);
-    default: return Status::unsupported_type;
-  }
-}
-
-Status validate(const RankOneUpdateBackward& op) {
+Status validate(const LowRankBackward& op) {
   const DataType wide = op.grad.type == DataType::float64 ? DataType::float64 : DataType::float32;
   if (!is_floating(op.grad)) return Status::unsupported_type;
   if (!has_rows(op.grad)) return Status::shape_mismatch;
-  if (op.grad_u.data != nullptr) {
-    if (op.grad_u.type != wide) return Status::unsupported_type;
-    if (!has_sizes(op.grad_u, op.u.sizes)) return Status::shape_mismatch;
+  if (op.grad_up.data != nullptr) {
+    if (op.grad_up.type != wide) return Status::unsupported_type;
+    if (!has_sizes(op.grad_up, op.up.sizes)) return Status::shape_mismatch;
   }
   if (op.grad_coefficients.data != nullptr) {
     if (op.grad_coefficients.type != wide) return Status::unsupported_type;
     if (!has_sizes(op.grad_coefficients, op.coefficients.sizes)) return Status::shape_mismatch;
   }
-  return validate_updates(op, op.grad.sizes);
+  const int64_t rank = op.rows.sizes[1];
+  if (op.rows.type != DataType::int32 || !is_floating(op.up) || op.coefficients.type != wide) {
+    return Status::unsupported_type;
+  }
+  if (op.rows.sizes[0] != op.grad.sizes[0] || !has_rows(op.up) ||
+      !has_sizes(op.up, {op.up.sizes[0], op.grad.sizes[2]}) ||
+      !has_sizes(op.coefficients, {op.grad.sizes[0], op.grad.sizes[1], rank})) {
+    return Status::shape_mismatch;
+  }
+  for (int64_t row = 0; row < op.rows.sizes[0]; ++row) {
+    for (int64_t r = 0; r < rank; ++r) {
+      const int32_t from = at<int32_t>(op.rows, {row, r});
+      if (from < -1 || from >= op.up.sizes[0]) return Status::slot_out_of_range;
+    }
+  }
+  return Status::ok;
 }
 
 }  // namespace
 
-Status rank_one_update_backward(const RankOneUpdateBackward& op, int threads) {
+Status low_rank_backward(const LowRankBackward& op, int threads) {
   const Status status = validate(op);
   if (status != Status::ok) return status;
   switch (op.grad.type) {
-    case DataType::float32: return run_with<float>(op, threads);
-    case DataType::float64: return run_with<double>(op, threads);
-    case DataType::float16: return run_with<Float16>(op, threads);
-    case DataType::bfloat16: return run_with<Bfloat16>(op, threads);
+    case DataType::float32: return UpdateBackward<float>(op).run(threads);
+    case DataType::float64: return UpdateBackward<double>(op).run(threads);
+    case DataType::float16: return UpdateBackward<Float16>(op).run(threads);
+    case DataType::bfloat16: return UpdateBackward<Bfloat16>(op).run(threads);
     default: return Status::unsupported_type;
   }
 }

@@ -1,4 +1,4 @@
-"""rank_one_linear, rank_one_coefficients and rank_one_update: validation, backend, one op call."""
+"""Gated rank-one updates: validation, backend, one op call."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from ... import backend as backends
 from ..checks import check_like, check_tensor, dtype_name, side_dtypes
 from ..precision import autocast_inputs
 from . import op
+from .updates import Updates
 
 
 def rank_one_linear(
@@ -92,8 +93,8 @@ def rank_one_linear(
         if given:
             raise ValueError(f"{name}: coefficients stand instead of v, beta, tau and strength, got {given} too")
         check_like(name, "coefficients", coefficients, sides, (rows, tokens, slots.shape[1]), x.device)
-    chosen = backends.choose(name, backend, x.device, x.dtype)
-    return op.rank_one_linear(x, weight, u, v, slots, bias, beta, tau, strength, coefficients, chosen)
+    updates = Updates(u, v, None, slots, beta, tau, strength, None, coefficients, 1)
+    return op.linear(x, weight, bias, None, updates, backends.choose(name, backend, x.device, x.dtype))
 
 
 def rank_one_coefficients(
@@ -195,8 +196,8 @@ def rank_one_update(
     check_like(name, "u", u, sides, ("S", base.shape[2]), base.device)
     check_like(name, "slots", slots, (torch.int32,), (base.shape[0], "R"), base.device)
     check_like(name, "coefficients", coefficients, sides, (*base.shape[:2], slots.shape[1]), base.device)
-    chosen = backends.choose(name, backend, base.device, base.dtype)
-    return op.rank_one_update(base, u, slots, coefficients, chosen)
+    updates = Updates(u, None, None, slots, None, None, None, None, coefficients, 1)
+    return op.update(base, None, updates, backends.choose(name, backend, base.device, base.dtype))
 
 
 def _check_gate(

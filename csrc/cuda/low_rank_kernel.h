@@ -1,5 +1,5 @@
-// The kernels of the gated rank-one update: a GEMM with the updates in its epilogue, and the update
-// of what is already there. A tile lies within one row of the batch, so that no product mixes rows.
+// The kernels of updates of low rank: a GEMM with the updates in its epilogue, and the update of
+// what is already there. A tile lies within one row of the batch, so that no product mixes rows.
 #pragma once
 
 #include "keylock/cuda.h"
@@ -35,7 +35,7 @@ struct LinearForward {
   static_assert(kTokens * kOutStride * sizeof(T) <= kSharedBytes);
 
   struct Params {
-    RankOneLinear op;
+    LowRankLinear op;
     int64_t down, across;  // tiles of a row of the batch
     bool is_wide, y_is_wide;
   };
@@ -60,7 +60,7 @@ struct LinearForward {
   static KEYLOCK_DEVICE void run(const Params& p, Shared<unsigned char> memory) {
     LinearForward tile(p, memory);
     tile.multiply_all();
-    const int64_t updates = p.op.slots.sizes[1];
+    const int64_t updates = p.op.updates.slots.sizes[1];
     for (int64_t first = 0; first < updates; first += kUpdates) {
       sync_block();
       tile.fetch_updates(first);
@@ -117,17 +117,17 @@ struct LinearForward {
 
   // A chunk of the row's updates; what is not taken is zero, and a slot that does not exist NaN.
   KEYLOCK_DEVICE void fetch_updates(int64_t first) {
-    const Tensor<2>&u = p.op.u, &slots = p.op.slots;
+    const Tensor<2>&up = p.op.updates.up, &slots = p.op.updates.slots;
     KEYLOCK_ONCE
     for (int i = thread_index(); i < kUpdates * kTokens; i += kThreads) {
       const int64_t r = first + i / kTokens, t = first_token + i % kTokens;
       float c = 0;
       if (r < slots.sizes[1] && t < p.op.x.sizes[1]) {
         const int32_t slot = slot_at(slots, row, r);
-        if (slot < -1 || slot >= u.sizes[0]) {
+        if (slot < -1 || slot >= up.sizes[0]) {
           c = from_bits(0x7fc00000);
         } else if (slot >= 0) {
-          c = coefficient_at(p.op.coefficients, row, t, r);
+          c = coefficient_at(p.op.updates.coefficients, row, t, r);
         }
       }
       chunk[i] = c;
@@ -139,8 +139,8 @@ struct LinearForward {
       float value = 0;
       if (r < slots.sizes[1] && o < p.op.weight.sizes[0]) {
         const int32_t slot = slot_at(slots, row, r);
-        if (slot >= 0 && slot < u.sizes[0]) {
-          value = side<T>(u.data, u.type, slot * u.strides[0] + o);
+        if (slot >= 0 && slot < up.sizes[0]) {
+          value = side<T>(up.data, up.type, slot * up.strides[0] + o);
         }
       }
       vectors[i] = value;
@@ -158,6 +158,7 @@ struct LinearForward {
       KEYLOCK_UNROLL
       for (int m = 0; m < 2 * kRowTiles; ++m) {
         const float c = chunk[r * kTokens + token + m * 8];
+        if (c == 0) continue;  // which is nothing whatever it meets
         KEYLOCK_UNROLL
         for (int n = 0; n < kColumnTiles; ++n) {
           float (&sum)[4] = sums[m / 2][n];
@@ -174,18 +175,26 @@ struct LinearForward {
     return side<T>(bias.data, bias.type, o * bias.strides[0]);
   }
 
-  // Adds the bias and writes the tile, rounded once, through shared memory.
+  KEYLOCK_DEVICE float scale_at(int64_t o) const {
+    const Tensor<2>& scale = p.op.scale;
+    if (scale.data == nullptr || o >= p.op.weight.sizes[0]) return 1;
+    return side<T>(scale.data, scale.type, row * scale.strides[0] + o * scale.strides[1]);
+  }
+
+  // Scales, adds the bias and writes the tile, rounded once, through shared memory.
   KEYLOCK_DEVICE void finish() {
     sync_block();
     KEYLOCK_UNROLL
     for (int n = 0; n < kColumnTiles; ++n) {
       const int64_t o = first_output + output + n * 8;
       const float first = bias_at(o), second = bias_at(o + 1);
+      const float by_first = scale_at(o), by_second = scale_at(o + 1);
       KEYLOCK_UNROLL
       for (int m = 0; m < 2 * kRowTiles; ++m) {
         const float (&sum)[4] = sums[m / 2][n];
-        put_pair(pieces + ((token + m * 8) * kOutStride + output + n * 8), sum[m % 2 * 2] + first,
-                 sum[m % 2 * 2 + 1] + second);
+        put_pair(pieces + ((token + m * 8) * kOutStride + output + n * 8),
+                 multiply_add(sum[m % 2 * 2], by_first, first),
+                 multiply_add(sum[m % 2 * 2 + 1], by_second, second));
       }
     }
     sync_block();
@@ -205,14 +214,14 @@ struct UpdateForward {
   static constexpr int kTokens = 4;
 
   struct Params {
-    RankOneUpdate op;
+    LowRankUpdate op;
     int64_t pieces, blocks;  // of a token; of a row
     bool is_wide;
   };
 
   static KEYLOCK_DEVICE void run(const Params& p, Shared<unsigned char>) {
     const Tensor<3>& base = p.op.base;
-    const Tensor<2>&u = p.op.u, &slots = p.op.slots;
+    const Tensor<2>&up = p.op.updates.up, &slots = p.op.updates.slots;
     const Tensor<3, void>& y = p.op.y;
     const int64_t row = block_index() / p.blocks;
     const int64_t index = block_index() % p.blocks * kThreads + thread_index();
@@ -228,18 +237,18 @@ struct UpdateForward {
       const int32_t slot = slot_at(slots, row, r);
       if (slot == -1) continue;
       takes_any = true;
-      const bool exists = slot >= 0 && slot < u.sizes[0];
+      const bool exists = slot >= 0 && slot < up.sizes[0];
       KEYLOCK_UNROLL
       for (int i = 0; i < kChunk<T>; ++i) {
         float value = from_bits(0x7fc00000);
         if (exists && i < columns) {
-          value = side<T>(u.data, u.type, slot * u.strides[0] + column + i);
+          value = side<T>(up.data, up.type, slot * up.strides[0] + column + i);
         }
         KEYLOCK_UNROLL
         for (int t = 0; t < kTokens; ++t) {
           if (t >= tokens) continue;
-          const float c = coefficient_at(p.op.coefficients, row, first + t, r);
-          sums[t][i] = multiply_add(c, value, sums[t][i]);
+          const float c = coefficient_at(p.op.updates.coefficients, row, first + t, r);
+          if (c != 0 || !exists) sums[t][i] = multiply_add(c, value, sums[t][i]);
         }
       }
     }
