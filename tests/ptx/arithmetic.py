@@ -95,14 +95,14 @@ def _fma(s: Statement, o: Operands) -> Run:
     return _elementwise(s, o, fma, [kind] * 4, "ftz" in flags)
 
 
-@operation("div")
+@operation("div", "rem")
 def _quotient(s: Statement, o: Operands) -> Run:
     flags, kind = s.flags("full", "rn", "ftz"), s.kinds[-1]
 
     def truncated(a: Array, b: Array) -> Array:
-        some = np.where(b == 0, -1, b.astype(np.int64))  # what comes of a division by zero is not specified
-        found = np.abs(a.astype(np.int64)) // np.abs(some)
-        return np.where((a < 0) != (b < 0), -found, found)
+        wide, by = a.astype(np.int64), np.where(b == 0, -1, b.astype(np.int64))  # by zero: not specified
+        found = np.abs(wide) // np.abs(by) * np.sign(wide) * np.sign(by)
+        return wide - found * by if s.name == "rem" else found
 
     return _elementwise(s, o, np.divide if is_float(kind) else truncated, [kind] * 3, "ftz" in flags)
 
@@ -214,3 +214,19 @@ def _move(s: Statement, o: Operands) -> Run:
         return lambda squad: target(squad, parts(squad).view(f"u{size}")[:, 0])
     bits = o.bits(came, size)
     return lambda squad: target(squad, bits(squad))
+
+
+@operation("prmt")
+def _permute(s: Statement, o: Operands) -> Run:
+    s.flags()
+    selector = int(s.operands[3].rstrip("U"), 0)
+    chosen = [selector >> 4 * byte & 15 for byte in range(4)]
+    if max(chosen) > 7:
+        raise Unknown(f"the machine does not spread signs: `{s.text}`")
+    a, b, target = o.source(s.operands[1], "b32"), o.source(s.operands[2], "b32"), o.target(s.operands[0], "b32")
+
+    def run(squad: Squad) -> None:
+        pool = np.stack(np.broadcast_arrays(a(squad), b(squad)), -1).view(np.uint8)
+        target(squad, np.ascontiguousarray(pool[:, chosen]).view(np.uint32)[:, 0])
+
+    return run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from unittest import mock
@@ -12,6 +13,7 @@ import torch
 
 from keylock_kernels import backend
 from keylock_kernels.machine_code import launches_seen
+from keylock_kernels.ops.launching import Observer
 
 from .machine import Kernel, Machine
 
@@ -43,39 +45,52 @@ def arguments(compiled: Any, kernel: Any, args: Iterable[Any], options: dict[str
 
 
 @contextlib.contextmanager
-def simulated(target: str, order: str = "together", edit: Edit | None = None) -> Iterator[list[str]]:
-    """Inside the block, ops take CPU tensors with backend "triton", and their kernels run as PTX of `target`.
+def gpu(target: str, observer: Observer, processors: int = 132) -> Iterator[None]:
+    """Inside the block, ops take CPU tensors with backend "triton"; the observer is shown what they launch.
 
-    Yields:
-        The names of the kernels that were run.
+    Args:
+        target: the architecture that Triton compiles for, without making machine code.
+        observer: as of `launching.observed`.
+        processors: how many multiprocessors launchers are told of: with few, a program takes several tiles in turn.
     """
     from triton import knobs
-
-    ran: list[str] = []
-
-    def launched(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> bool:
-        compiled = kernel.warmup(*args, grid=grid, **options)
-        text, name = compiled.asm["ptx"], kernel.fn.__name__
-        if edit is not None:
-            text = edit(name, text)
-        if text not in _kernels:
-            _kernels[text] = Kernel(text)
-        given = arguments(compiled, kernel, args, options)
-        Machine(_kernels[text], grid, compiled.metadata.num_warps, compiled.metadata.shared, given, order).run()
-        ran.append(name)
-        return True
 
     everywhere = tuple(
         dataclasses.replace(entry, devices=("cuda", "cpu")) if entry.backend == "triton" else entry
         for entry in backend.IMPLEMENTATIONS
     )
-    with (
-        mock.patch.object(knobs.runtime, "add_stages_inspection_hook", _ptx_alone),
-        mock.patch.object(backend, "IMPLEMENTATIONS", everywhere),
-        _poisoned(),
-        launches_seen(launched, target),
-    ):
-        yield ran
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(backend, "IMPLEMENTATIONS", everywhere))
+        stack.enter_context(mock.patch.object(knobs.runtime, "add_stages_inspection_hook", _ptx_alone))
+        for name, module in list(sys.modules.items()):
+            if name.startswith("keylock_kernels.ops.") and hasattr(module, "processors"):
+                stack.enter_context(mock.patch.object(module, "processors", lambda device: processors))
+        stack.enter_context(launches_seen(observer, target))
+        yield
+
+
+@contextlib.contextmanager
+def simulated(target: str, order: str = "together", edit: Edit | None = None, processors: int = 132) -> Iterator[None]:
+    """As `gpu`; what is launched runs on the machine.
+
+    Args:
+        order: in which the warps of a block run, of machine.ORDERS.
+        edit: what becomes of a kernel's PTX before it runs.
+    """
+
+    def launched(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> bool:
+        compiled = kernel.warmup(*args, grid=grid, **options)
+        text = compiled.asm["ptx"]
+        if edit is not None:
+            text = edit(kernel.fn.__name__, text)
+        if text not in _kernels:
+            _kernels[text] = Kernel(text)
+        given = arguments(compiled, kernel, args, options)
+        Machine(_kernels[text], grid, compiled.metadata.num_warps, compiled.metadata.shared, given, order).run()
+        return True
+
+    with _poisoned(), gpu(target, launched, processors):
+        yield
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """The memories of a GPU, and the rules that an access to them keeps.
 
-Global memory holds copies of the tensors that a launch was given, far apart, so that no wrong address is another tensor.
-Shared memory starts as NaN. Both remember who touched what since which barrier, so that a race is found in whatever
-order the warps really ran.
+Global memory holds copies of the tensors that a launch was given, at addresses so far apart that a wrong one is no other
+tensor's. Shared memory starts as NaN. Both remember who touched what since which barrier, so that a race is found in
+whatever order the warps really ran.
 """
 
 from __future__ import annotations
@@ -114,7 +114,6 @@ class Shared(Memory):
         cells = self._cells(squad, address, data.shape[1])
         self.cells[cells] = data.view(BITS[self.granule])
         self.writer[cells] = squad.who()[:, None]
-
 
     def halves(self, squad: Squad, lanes: Array, address: Array) -> tuple[Array, Array]:
         """16-bit elements that one lane each of the warps reads, and the cells in which the active warps' lie."""

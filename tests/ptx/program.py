@@ -10,12 +10,14 @@ from .faults import Unknown
 
 # Bytes of what an instruction's type names.
 SIZES = {
-    "b8": 1, "u8": 1, "s8": 1, "b16": 2, "u16": 2, "s16": 2, "f16": 2, "bf16": 2, "b32": 4, "u32": 4, "s32": 4, "f32": 4,
-    "f16x2": 4, "bf16x2": 4, "b64": 8, "u64": 8, "s64": 8, "f64": 8,
+    "b8": 1, "u8": 1, "s8": 1, "b16": 2, "u16": 2, "s16": 2, "f16": 2, "bf16": 2, "b32": 4, "u32": 4, "s32": 4,
+    "f32": 4, "f16x2": 4, "bf16x2": 4, "b64": 8, "u64": 8, "s64": 8, "f64": 8,
 }  # fmt: skip
 VECTORS = {"v2": 2, "v4": 4}
 _LABEL = re.compile(r"([$\w]+):\s*")
-_STATEMENT = re.compile(r"(?:@(?P<negated>!?)(?P<guard>%\w+)\s+)?(?P<opcode>[a-z]\w*(?:\.[\w:]+)*)\s*(?P<operands>.*)", re.S)
+_STATEMENT = re.compile(
+    r"(?:@(?P<not>!?)(?P<guard>%\w+)\s+)?(?P<opcode>[a-z]\w*(?:\.[\w:]+)*)\s*(?P<operands>.*)", re.S
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Program:
 
     def __init__(self, text: str) -> None:
         head, _, rest = text[text.index(".entry") :].partition("\n{\n")
-        self.name = head.split()[1].rstrip("(")
+        self.name = re.split(r"\W+", head)[2]
         self.parameters = re.findall(rf"\b{re.escape(self.name)}_param_\d+", head)
         body = re.sub(r"//.*", "", rest[: rest.index("\n}\n")])
         body = re.sub(r"^\s*\.(?:loc|file)\b.*", "", body, flags=re.M)
@@ -86,7 +88,7 @@ class Program:
             name, *modifiers = found["opcode"].split(".")
             self.statements.append(
                 Statement(
-                    found["guard"] or "", found["negated"] == "!", name, tuple(modifiers), _split(found["operands"]),
+                    found["guard"] or "", found["not"] == "!", name, tuple(modifiers), _split(found["operands"]),
                     " ".join(piece.split()),
                 )
             )  # fmt: skip
@@ -103,7 +105,7 @@ class Program:
     @cached_property
     def granules(self) -> dict[str, int]:
         """The smallest element, in bytes, of the accesses to global and to shared memory."""
-        found = {"global": 16, "shared": 16}
+        found = {"global": 8, "shared": 8}
         for s in self.statements:
             if s.name == "cp" and len(s.operands) > 1:
                 sizes = {"global": int(s.operands[2], 0), "shared": int(s.operands[2], 0)}

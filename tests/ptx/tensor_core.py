@@ -170,8 +170,12 @@ def _wgmma(s: Statement, o: Operands) -> Run:
         targets(squad, np.full_like(values, np.nan))
 
         def land() -> None:
-            if any((squad.machine.shared.writer[c] != w).any() for c, w in zip(seen, written, strict=True)):
-                raise Race("an operand in shared memory was written before its product was waited for")
+            shared = squad.machine.shared
+            for c, w in zip(seen, written, strict=True):
+                changed = c[shared.writer[c] != w]
+                if len(changed):
+                    place = int(changed[0]) * shared.granule % shared.size
+                    raise Race(f"{shape} reads byte {place} of shared memory, written again before the product's wait")
             squad.flying.land(squad, name, values)
             targets(squad, values)
 

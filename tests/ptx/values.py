@@ -25,6 +25,8 @@ NUMBERS: dict[str, type] = {
     "s8": np.int8, "s16": np.int16, "s32": np.int32, "s64": np.int64, "f16": np.float16, "f32": np.float32,
     "f64": np.float64,
 }  # fmt: skip
+# Registers that the hardware fills, as attributes of a squad.
+SPECIAL = {"%tid.x": "thread"} | {f"%{of}ctaid.{axis}": f"{of}block_{axis}" for of in ("", "n") for axis in "xyz"}
 LOCAL = 1 << 24  # where a thread's own memory lies: the first addresses, far below any tensor
 
 
@@ -133,9 +135,6 @@ class Operands:
             return lambda squad: np.broadcast_to(squad.registers[base].astype(np.int64) + step, squad.lanes)
         start = np.int64(_constant(base)) + step
         return lambda squad: np.full(squad.lanes, start)
-
-
-SPECIAL = {"%tid.x": "thread", **{f"%{group}ctaid.{axis}": f"{group}block_{axis}" for group in ("", "n") for axis in "xyz"}}
 
 
 def _constant(text: str) -> int:
