@@ -102,7 +102,7 @@ CASES: dict[str, Case] = {
         linear_through_coefficients, lambda: rank_one_inputs(2, 83, 40, 72, 5, 2), ("float32 sm_80", "float16 sm_90")
     ),
     "update, two chunks": _rank_one(
-        rank_one_update, lambda: _update_inputs(2, 83, 136, 40, 18), 
+        rank_one_update, lambda: _update_inputs(2, 83, 136, 40, 18),
         ("bfloat16 sm_90", "float16 sm_80", "float32 sm_80"),
     ),
     "text": Case(

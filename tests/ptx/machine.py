@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import memory, tensor_core, warp  # noqa: F401 - they bring their instructions
+from . import memory, tensor_core, warp_wide  # noqa: F401 - they bring their instructions
 from .arithmetic import OPERATIONS
 from .faults import Diverged, Fault, Unknown
 from .memory import Global, Groups, Local, Shared

@@ -1,8 +1,8 @@
 """The memories of a GPU, and the rules that an access to them keeps.
 
-Global memory holds copies of the tensors that a launch was given, at addresses so far apart that a wrong one is no other
-tensor's. Shared memory starts as NaN. Both remember who touched what since which barrier, so that a race is found in
-whatever order the warps really ran.
+Global memory holds copies of the tensors that a launch was given, at addresses so far apart that a wrong one is in no
+other tensor. Shared memory starts as NaN. Both remember who touched what since which barrier, so that a race is found
+in whatever order the warps really ran.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 # Who touches: block, how many barriers it has passed, warp, as one number (`Squad.who`).
 _NOBODY, _IN_FLIGHT, _SEVERAL_WARPS, _SEVERAL_BLOCKS = -1, -2, 255, 1 << 62
+
+# Where tensors lie, as exponents of their distance and as bytes: beyond what 32 bits count, as on a GPU.
+_APART, _FIRST, _ALIGNED = 40, 1 << 39, 256
 
 
 def _unordered(before: Array, now: Array) -> Array:
@@ -131,54 +134,53 @@ class Global(Memory):
     """The elements of the tensors; what lies between the elements of a view is out of bounds."""
 
     def __init__(self, tensors: Iterable[torch.Tensor], granule: int) -> None:
-        self._tensors: dict[int, torch.Tensor] = {}  # by storage, the first of its views
-        elements: dict[int, list[torch.Tensor]] = {}
+        elements: dict[int, list[torch.Tensor]] = {}  # by storage, the views of it
         for tensor in tensors:
             elements.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor)
         self._index = {storage: number for number, storage in enumerate(elements)}
-        sizes = [views[0].untyped_storage().nbytes() for views in elements.values()]
-        # Pointers keep what they are aligned to.
+        self._sizes = np.array([views[0].untyped_storage().nbytes() for views in elements.values()])
+        # Pointers keep what they are aligned to, and no tensor begins where another ends.
         starts, end = [], 0
-        for storage, size in zip(elements, sizes, strict=True):
-            starts.append(end + storage % 256)
-            end = -(-(starts[-1] + size) // 256) * 256
-        data, inside = np.zeros(end, np.uint8), np.zeros(end + 1, bool)
-        self._views = []
-        for start, size, views in zip(starts, sizes, elements.values(), strict=True):
+        for storage, size in zip(elements, self._sizes.tolist(), strict=True):
+            starts.append(end + storage % _ALIGNED)
+            end = -(-(starts[-1] + size + 1) // _ALIGNED) * _ALIGNED
+        self._starts = np.array(starts)
+        data, inside = np.zeros(end, np.uint8), np.zeros(end, bool)
+        self._originals = []
+        for start, views in zip(starts, elements.values(), strict=True):
             original = torch.empty(0, dtype=torch.uint8).set_(views[0].untyped_storage()).numpy()
-            data[start : start + size] = original
-            self._views.append((start, original))
+            data[start : start + len(original)] = original
+            self._originals.append(original)
             for view in views:
-                at = _offsets(view)[:, None] + np.arange(view.element_size())
-                inside[start + at] = True
-        self._starts = np.array([*starts, 0])
-        # How many bytes of tensors follow from each byte on.
+                inside[start + _offsets(view)[:, None] + np.arange(view.element_size())] = True
+        # How many bytes of elements follow from each byte on.
         ends = np.flatnonzero(~inside)
-        self._room = ends[np.searchsorted(ends, np.arange(end + 1))] - np.arange(end + 1)
+        self._room = ends[np.searchsorted(ends, np.arange(end))] - np.arange(end)
         super().__init__(data, granule)
 
     def pointer(self, tensor: torch.Tensor) -> int:
         storage = tensor.untyped_storage().data_ptr()
-        return (self._index[storage] + 1 << 40) + storage % 256 + tensor.data_ptr() - storage
+        return (self._index[storage] << _APART) + _FIRST + storage % _ALIGNED + tensor.data_ptr() - storage
 
     def locate(self, squad: Squad, address: Array, size: int) -> Array:
-        tensor, offset = (address >> 40) - 1, address & ((1 << 40) - 1)
-        known = (tensor >= 0) & (tensor < len(self._views))
-        start = self._starts[np.where(known, tensor, -1)]
-        at = start - start % 256 + offset
-        known &= at < len(self._room)
-        wrong = ~known | (self._room[np.where(known, at, -1)] < size)
+        tensor = address >> _APART
+        known = (tensor >= 0) & (tensor < len(self._sizes))
+        own = np.where(known, tensor, 0)
+        offset = (address & ((1 << _APART) - 1)) - _FIRST - self._starts[own] % _ALIGNED
+        known &= (offset >= 0) & (offset < self._sizes[own])
+        at = self._starts[own] + np.where(known, offset, 0)
+        wrong = ~known | (self._room[at] < size)
         if wrong.any():
             lane = int(np.argmax(wrong))
             raise OutOfBounds(
-                f"{size} bytes at byte {offset[lane] - start[lane] % 256} of what tensor {tensor[lane]} of "
-                f"{len(self._views)} lies in, where it has no elements ({int(wrong.sum())} lanes)"
+                f"{size} bytes at byte {offset[lane]} of the memory of tensor {tensor[lane]} of {len(self._sizes)}, "
+                f"where it has no elements ({int(wrong.sum())} lanes)"
             )
         return at
 
     def write_back(self) -> None:
         """Gives the tensors what was stored."""
-        for start, original in self._views:
+        for start, original in zip(self._starts, self._originals, strict=True):
             original[:] = self.data[start : start + len(original)]
 
 
@@ -212,7 +214,7 @@ class Local:
 def _memory(squad: Squad, space: str, address: Array) -> Any:
     if space == "shared":
         return squad.machine.shared
-    return squad.machine.memory if space == "global" or address.max() >= 1 << 40 else squad.machine.local
+    return squad.machine.memory if space == "global" or address.max() >= _FIRST else squad.machine.local
 
 
 @operation("ld")

@@ -78,10 +78,13 @@ def test_blocks_that_write_one_place_race_and_equal_values_do_not():
 def test_what_lies_between_the_elements_of_a_view_is_out_of_bounds():
     whole = torch.zeros(2, 96)
     run("ld.global.b32 %r3, [%rd3];", whole[:, :64], torch.zeros(64))
-    with pytest.raises(OutOfBounds, match="4 bytes at byte 256 of what tensor 0 of 2 lies in"):
+    with pytest.raises(OutOfBounds, match="4 bytes at byte 256 of the memory of tensor 0 of 2"):
         run("ld.global.b32 %r3, [%rd3+4];", whole[:, :64], torch.zeros(64))
-    with pytest.raises(OutOfBounds, match="4 bytes at byte -4 of what tensor 0 of 2 lies in"):
+    with pytest.raises(OutOfBounds, match="4 bytes at byte -4 of the memory of tensor 0 of 2"):
         run("ld.global.b32 %r3, [%rd3+-4];", whole, torch.zeros(64))
+    for far in (768, 1 << 20, 1 << 31):  # where the next tensor is kept, or none
+        with pytest.raises(OutOfBounds, match=f"at byte {far} of the memory of tensor 0 of 2"):
+            run(f"ld.global.b32 %r3, [%rd0+{far}];", whole, torch.zeros(64))
     with pytest.raises(OutOfBounds, match="shared memory has 256 bytes, not 260"):
         run("st.shared.b32 [%r1+4], %r0;", whole, torch.zeros(64))
 

@@ -27,7 +27,7 @@ NUMBERS: dict[str, type] = {
 }  # fmt: skip
 # Registers that the hardware fills, as attributes of a squad.
 SPECIAL = {"%tid.x": "thread"} | {f"%{of}ctaid.{axis}": f"{of}block_{axis}" for of in ("", "n") for axis in "xyz"}
-LOCAL = 1 << 24  # where a thread's own memory lies: the first addresses, far below any tensor
+LOCAL = 1 << 24  # where a thread's own memory lies, far below any tensor
 
 
 def is_float(kind: str) -> bool:
