@@ -17,6 +17,7 @@ from .values import Array, Operands, Source, decode
 
 if TYPE_CHECKING:
     from .machine import Squad
+    from .memory import Shared
 
 _LANE = np.arange(32)
 _GROUP, _PLACE = _LANE // 4, _LANE % 4
@@ -124,6 +125,14 @@ class Flying:
             self._values[name] = (lanes & ~squad.everyone(), values)
 
 
+def check_unchanged(shared: Shared, cells: Array, writers: Array) -> None:
+    """An operand that an asynchronous product may still be reading must not be written."""
+    changed = cells[shared.writer[cells] != writers]
+    if len(changed):
+        place = int(changed[0]) * shared.granule % shared.size
+        raise Race(f"byte {place} of shared memory was written before the product that reads it was waited for")
+
+
 @operation("wgmma")
 def _wgmma(s: Statement, o: Operands) -> Run:
     shape = next((m for m in s.modifiers if re.fullmatch(r"m64n\d+k16", m)), "")
@@ -170,12 +179,8 @@ def _wgmma(s: Statement, o: Operands) -> Run:
         targets(squad, np.full_like(values, np.nan))
 
         def land() -> None:
-            shared = squad.machine.shared
-            for c, w in zip(seen, written, strict=True):
-                changed = c[shared.writer[c] != w]
-                if len(changed):
-                    place = int(changed[0]) * shared.granule % shared.size
-                    raise Race(f"{shape} reads byte {place} of shared memory, written again before the product's wait")
+            for cells, before in zip(seen, written, strict=True):
+                check_unchanged(squad.machine.shared, cells, before)
             squad.flying.land(squad, name, values)
             targets(squad, values)
 
