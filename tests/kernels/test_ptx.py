@@ -152,10 +152,12 @@ def in_half(*names: str) -> pytest.MarkDecorator:
 
 
 @contextlib.contextmanager
-def on_the_machine(case: Case, target: str, order: str = "together", edit: Edit | None = None) -> Iterator[None]:
+def on_the_machine(
+    case: Case, dtype: str, target: str, order: str = "together", edit: Edit | None = None
+) -> Iterator[None]:
     """Runs the case's kernels on the machine; what is known of OVERTAKEN has a test of its own."""
     with contextlib.ExitStack() as stack:
-        if any(target in point for point in case.races):
+        if f"{dtype} {target}" in case.races:
             stack.enter_context(mock.patch.object(tensor_core, "check_unchanged", lambda *_: None))
         yield stack.enter_context(simulated(target, order, edit, case.processors))
 
@@ -174,7 +176,7 @@ def test_results_and_gradients_err_at_most_twice_as_much_as_eager(name, dtype, t
     case, inputs = CASES[name], cast(CASES[name].inputs(), DTYPES[dtype])
     exact, exact_grads = run(case.op, cast(inputs, torch.float64), backend="eager")
     eager, eager_grads = run(case.op, inputs, backend="eager")
-    with on_the_machine(case, target):
+    with on_the_machine(case, dtype, target):
         actual, grads = run(case.op, inputs, backend="triton")
     for i, result in enumerate(actual):
         assert_as_accurate_as_eager(result, eager[i], exact[i], f"result {i}")
@@ -198,20 +200,26 @@ def test_runs_and_orders_of_warps_agree_to_the_bit(name, dtype, target):
     case, inputs = CASES[name], cast(CASES[name].inputs(), DTYPES[dtype])
     found = []
     for order in ("together", *ORDERS):
-        with on_the_machine(case, target, order):
+        with on_the_machine(case, dtype, target, order):
             found.append(run(case.op, inputs, backend="triton"))
     assert all(equal(again, found[0]) for again in found[1:])
     assert not any(t.isnan().any() for t in (*found[0][0], *found[0][1].values()))
 
 
+def tables(case: Case, inputs: dict[str, Any]) -> list[str]:
+    """Which inputs have a line for every slot: what belongs to a row's places has one for every row instead."""
+    return [name for name in case.tables if name in inputs and len(inputs[name]) != len(inputs["slots"])]
+
+
 def poisoned(case: Case, inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, list[int]]]:
     """NaN wherever row 0 alone, or no row, looks; and for each table what the other rows take of it."""
     inputs, taken = dict(inputs), {}
+    of_slots = tables(case, inputs)
     for name, tensor in floating(inputs).items():
         if name in case.shared:
             continue
         inputs[name] = tensor.clone()
-        if name in case.tables and tensor.shape[0] != inputs["slots"].shape[0]:
+        if name in of_slots:
             mine = {slot for slot in inputs["slots"][1:].flatten().tolist() if slot >= 0}
             taken[name] = sorted(mine)
             inputs[name][sorted(set(range(len(tensor))) - mine)] = torch.nan
@@ -225,7 +233,7 @@ def test_a_neighbours_nan_does_not_reach_a_row(name, dtype, target):
     case, inputs = CASES[name], cast(CASES[name].inputs(), DTYPES[dtype])
     wanted = [what for what in floating(inputs) if what not in case.shared]
     dirt, taken = poisoned(case, inputs)
-    with on_the_machine(case, target):
+    with on_the_machine(case, dtype, target):
         clean, clean_grads = run(case.op, inputs, wanted, backend="triton")
         upstream = gradients_like(clean)
         for gradient in upstream:
@@ -245,15 +253,15 @@ def test_slot_minus_one_is_exactly_nothing_and_a_missing_slot_is_nan(name, dtype
     case, inputs = CASES[name], cast(CASES[name].inputs(), DTYPES[dtype])
     inputs["slots"][1] = -1
     bare = {**inputs, "slots": torch.full_like(inputs["slots"], -1)}
-    # Row 0 takes all its slots but one that does not exist.
-    slots = inputs["slots"].clone()
-    slots[0, -1] = len(inputs["u"])
+    # Row 0 takes its slots but the last, in whose place it asks for one that does not exist.
+    slots, of_slots = inputs["slots"].clone(), tables(case, inputs)
+    count = len(inputs[of_slots[0]])
+    slots[0, -1] = count
     given = {**inputs, "slots": slots}
-    for what in case.tables:
-        if what in given and len(given[what]) == len(inputs["u"]) != len(slots):
-            given[what] = given[what].clone()
-            given[what][sorted(set(range(len(inputs["u"]))) - set(slots.flatten().tolist()))] = torch.nan
-    with mock.patch.object(rank_one_op, "_check_slots", lambda *_: None), on_the_machine(case, target):
+    untaken = sorted(set(range(count)) - set(slots.flatten().tolist()))
+    for what in of_slots:
+        given[what] = given[what].index_fill(0, torch.tensor(untaken), torch.nan)
+    with mock.patch.object(rank_one_op, "_check_slots", lambda *_: None), on_the_machine(case, dtype, target):
         found, plain = (case.op(**i, backend="triton") for i in (given, bare))  # a GPU does not look at slots first
     assert found[0].isnan().all() and torch.equal(found[1], plain[1]) and found[1].isfinite().all()
 
@@ -348,6 +356,6 @@ def test_a_planted_fault_is_found(planted):
         return plant(text) if of == kernel else text
 
     exact, eager = (first(case.op(**i, backend="eager")) for i in (cast(inputs, torch.float64), inputs))
-    with pytest.raises(fault, match=said), on_the_machine(case, target, edit=edit):
+    with pytest.raises(fault, match=said), on_the_machine(case, dtype, target, edit=edit):
         assert_as_accurate_as_eager(first(case.op(**inputs, backend="triton")), eager, exact)
     assert kernel in planted_in

@@ -118,14 +118,14 @@ class Shared(Memory):
         self.cells[cells] = data.view(BITS[self.granule])
         self.writer[cells] = squad.who()[:, None]
 
-    def halves(self, squad: Squad, lanes: Array, address: Array) -> tuple[Array, Array]:
-        """16-bit elements that one lane each of the warps reads, and the cells in which the active warps' lie."""
+    def halves(self, squad: Squad, address: Array) -> tuple[Array, Array]:
+        """16-bit elements that each warp reads as one [w, ...], and the cells in which the active warps' lie."""
         if address.min() < 0 or address.max() + 2 > self.size:
             raise OutOfBounds(f"shared memory has {self.size} bytes, not {address.max() + 2} from {address.min()}")
-        at = (squad.slot[lanes] * self.size)[:, None] + address.reshape(len(lanes), -1)
-        active = squad.everyone()[lanes]
-        cells = at[active] // self.granule
-        with squad.only(squad.everyone() & np.isin(np.arange(squad.lanes), lanes)):
+        first = np.arange(squad.lanes) % 32 == 0
+        at = (squad.slot[first] * self.size)[:, None] + address.reshape(len(address), -1)
+        cells = at[squad.everyone()[first]] // self.granule
+        with squad.only(squad.everyone() & first):
             self.watch_read(cells, squad.who()[:, None])
         return self.data.view(np.uint16)[at // 2].reshape(address.shape), cells
 

@@ -161,8 +161,7 @@ def _wgmma(s: Statement, o: Operands) -> Run:
             of_warps = np.broadcast_to(descriptor, squad.lanes)[first]
             if squad.mask is not None:  # what the others hold is no descriptor
                 of_warps = np.where(squad.mask[first], of_warps, of_warps[squad.mask[first]][0])
-            address = _addresses(of_warps, rows, flip)
-            return squad.machine.shared.halves(squad, first, address)
+            return squad.machine.shared.halves(squad, _addresses(of_warps, rows, flip))
 
         seen = []
         if in_registers:
