@@ -50,14 +50,14 @@ demo: $(VENV)/installed
 	$(BIN)/keylock demo
 
 # Tests of one thread each on two cores; those of more threads set their number themselves. Triton's interpreter is a
-# process of its own, since the mode is fixed on import.
+# process of its own, since the mode is fixed on import; what the kernels are compiled to for GPUs runs in the other one.
 test: $(VENV)/installed-test
 	@export OMP_NUM_THREADS=1; \
 	TRITON_INTERPRET=1 $(TEST) $(INTERPRETED) -k triton -m "not gpu and not long"; interpreted=$$?; \
 	$(TEST) tests -m "not gpu and not long" && exit $$interpreted
 
 # What takes longer: Triton kernels' isolation and compiled graphs in its interpreter, what the kernels compile to for
-# four GPUs, whole benchmarks and models, the C++ kernels under sanitizers.
+# four GPUs, their PTX in every dtype, whole benchmarks and models, the C++ kernels under sanitizers.
 .PHONY: test-long
 test-long: $(VENV)/installed-test test-csrc
 	@export OMP_NUM_THREADS=1; \

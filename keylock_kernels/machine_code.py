@@ -6,15 +6,19 @@ strides exactly as it would be on that GPU.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .ops.launching import Observer
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -96,6 +100,22 @@ class _Target:
         return 0
 
 
+@contextlib.contextmanager
+def launches_seen(observer: Observer, target: str) -> Iterator[None]:
+    """Shows every launch inside the block to `observer`, for which Triton then compiles for `target`."""
+    from triton.runtime.driver import driver
+
+    from .ops import launching
+
+    outer = driver._active  # reading `driver.active` would look for a GPU
+    driver.set_active(_Target(target))  # type: ignore[arg-type]
+    try:
+        with launching.observed(observer, target):
+            yield
+    finally:
+        driver._active = outer
+
+
 def compile_launches(call: Callable[[], Any], target: str, case: str) -> list[Compiled]:
     """Every kernel that `call` would launch, compiled for a target, once; what `call` returns is meaningless.
 
@@ -104,10 +124,6 @@ def compile_launches(call: Callable[[], Any], target: str, case: str) -> list[Co
         target: one of TARGETS.
         case: names the rows.
     """
-    from triton.runtime.driver import driver
-
-    from .ops import launching
-
     found: list[Compiled] = []
     seen: set[tuple[str, int, int]] = set()
 
@@ -127,13 +143,8 @@ def compile_launches(call: Callable[[], Any], target: str, case: str) -> list[Co
             found.append(replace(row, variant=len(alike)))
         return True
 
-    outer = driver._active  # reading `driver.active` would look for a GPU
-    driver.set_active(_Target(target))  # type: ignore[arg-type]
-    try:
-        with launching.observed(record, target):
-            call()
-    finally:
-        driver._active = outer
+    with launches_seen(record, target):
+        call()
     return found
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from keylock_kernels import native_cuda
 from tests.kernels import gpu_record
 from tests.kernels.helpers import DEVICE
 
+ROOT = Path(__file__).resolve().parents[2]
 torch.set_default_device(DEVICE)
 _outcomes: dict[str, str] = {}
 
@@ -23,6 +26,15 @@ def poisoned_memory() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def own_cache() -> Iterator[None]:
+    """Triton finds what it has compiled by its source, options and version, so it is kept from run to run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(ROOT / "build" / "triton"))
+        patch.setitem(os.environ, "TRITON_DEFAULT_FP_FUSION", "1")
+        yield
 
 
 @pytest.hookimpl(wrapper=True)

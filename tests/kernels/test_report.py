@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-from pathlib import Path
 
 import pytest
 
@@ -15,22 +13,15 @@ from keylock_kernels.machine_code import TARGETS, Compiled, compile_launches
 from tests.kernels.helpers import INTERPRETED
 
 pytest.importorskip("triton")
-ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter and the compiler exclude each other")
+pytestmark = [
+    pytest.mark.skipif(INTERPRETED, reason="the interpreter and the compiler exclude each other"),
+    pytest.mark.usefixtures("own_cache"),
+]
 ROW = Compiled(
     "case", "localized_attention_fwd_kernel", "sm_90", 0, registers=128, stack=0, spills=0, shared=1024, warps=4,
     resident=16, matrix=24, unit="HGMMA", matrix_flops=1 << 20, exponentials=10, instructions=1000, wide=1.0, narrow=3,
 )  # fmt: skip
 CASE = report.Case("case", lambda: None, padding=1.2, allowed=1.25, moved=1 << 14)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def own_cache():
-    """Triton finds what it has compiled by its source, options and version, so it is kept from run to run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", str(ROOT / "build" / "triton"))
-        patch.setitem(os.environ, "TRITON_DEFAULT_FP_FUSION", "1")
-        yield
 
 
 QUICK = [case for case in report.cases() if case.quick]
