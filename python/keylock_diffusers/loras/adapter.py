@@ -6,10 +6,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from keylock_diffusers.checks import floats, number
+
+_LONGEST_NAME = 200
 
 
 class LoraFileError(ValueError):
@@ -64,9 +65,7 @@ class LowRank:
         if self.magnitude is not None:
             _finite(self.magnitude, "magnitude")
             if self.magnitude.shape != self.up.shape[:1]:
-                raise ValueError(
-                    f"LowRank: magnitude must be [{self.up.shape[0]}], got {list(self.magnitude.shape)}"
-                )
+                raise ValueError(f"LowRank: magnitude must be [{self.up.shape[0]}], got {list(self.magnitude.shape)}")
 
     @property
     def rank(self) -> int:
@@ -91,10 +90,17 @@ class LearnedWord:
     vectors: tuple[Tensor, ...]  # [n, width] each
 
     def __post_init__(self) -> None:
+        if not 1 <= len(self.name) <= _LONGEST_NAME or not self.name.isprintable():
+            raise ValueError(
+                f"LearnedWord: a word must be called by at most {_LONGEST_NAME} printable characters, "
+                f"got {self.name!r:.80}"
+            )
         for vectors in self.vectors:
             _finite(vectors, f"vectors of {self.name!r:.80}")
             if vectors.ndim != 2:
-                raise ValueError(f"LearnedWord: {self.name!r:.80} must have vectors [n, width], got {list(vectors.shape)}")
+                raise ValueError(
+                    f"LearnedWord: {self.name!r:.80} must have vectors [n, width], got {list(vectors.shape)}"
+                )
         if len({len(vectors) for vectors in self.vectors}) != 1:
             counts = [len(vectors) for vectors in self.vectors]
             raise ValueError(f"LearnedWord: {self.name!r:.80} must have as many vectors for each encoder, got {counts}")

@@ -39,7 +39,7 @@ def read_embedding(path: str | os.PathLike[str], widths: Sequence[int]) -> Learn
             raise LoraFileError(
                 f"{file.source}: must hold one tensor, or {' and '.join(_TWO_ENCODERS)}, got {len(names)}: {listed}"
             )
-        own = not names <= {*_ONE_ENCODERS, *_TWO_ENCODERS}
+        own = not names <= {*_ONE_ENCODER, *_TWO_ENCODERS}
         name = next(iter(names)) if own else Path(file.source).stem
         tensors = {("emb_params" if own else key): read_finite(file, key) for key in names}
         return learned_word(name, tensors, widths, file.source)
@@ -47,7 +47,7 @@ def read_embedding(path: str | os.PathLike[str], widths: Sequence[int]) -> Learn
 
 def split_bundled(key: str) -> tuple[str, str] | None:
     """The word's name and the layout in the key of a LoRA file's embedding; None where it is none."""
-    for layout in (*_ONE_ENCODERS, *_TWO_ENCODERS):
+    for layout in (*_ONE_ENCODER, *_TWO_ENCODERS):
         if key.startswith(BUNDLED) and key.endswith(f".{layout}") and len(key) > len(BUNDLED) + len(layout) + 1:
             return key[len(BUNDLED) : -len(layout) - 1], layout
     return None

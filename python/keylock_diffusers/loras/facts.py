@@ -47,7 +47,9 @@ def facts_of(
         except ValueError:  # reading it says so
             continue
         convolution = kind == "LoRA" and len(shapes["down"]) == 4 and shapes["down"][2:] != (1, 1)
-        kinds |= {"LoCon" if convolution else kind} | ({"DoRA"} if {"dora_scale", "magnitude"} & shapes.keys() else set())
+        kinds.add("LoCon" if convolution else kind)
+        if {"dora_scale", "magnitude"} & shapes.keys():
+            kinds.add("DoRA")
         if rank is not None:
             ranks.setdefault(title, Counter())[rank] += 1
     return AdapterFacts(

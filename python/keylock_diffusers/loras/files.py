@@ -199,9 +199,7 @@ def _read(
     )
 
 
-def _located(
-    file: TensorFile, contents: _Contents, names: ModuleNames, shapes: Mapping[int, Shapes]
-) -> list[_Module]:
+def _located(file: TensorFile, contents: _Contents, names: ModuleNames, shapes: Mapping[int, Shapes]) -> list[_Module]:
     """Every module that the file changes, all checked by names and shapes before any tensor is read."""
     unknown, wrong, located = list(contents.unknown), [], []
     taken: dict[tuple[int, str], str] = {}
@@ -231,7 +229,9 @@ def _located(
     whose = looks_like(contents.shapes(file))
     hint = f"; it looks made for {whose}" if whose else ""
     if unknown:
-        raise ValueError(f"{len(unknown)} of {len(file.tensors)} keys name nothing in this model: {_some(unknown)}{hint}")
+        raise ValueError(
+            f"{len(unknown)} of {len(file.tensors)} keys name nothing in this model: {_some(unknown)}{hint}"
+        )
     if wrong:
         hint *= 2 * len(wrong) > len(contents.modules)
         raise ValueError(f"{len(wrong)} of {len(contents.modules)} modules do not fit this model: {_some(wrong)}{hint}")

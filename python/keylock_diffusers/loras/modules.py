@@ -136,9 +136,7 @@ def _joint(shapes: Shapes) -> dict[str, tuple[str, ...]]:
 
 def _old(name: str) -> list[str]:
     """Names that diffusers gave attention's projections before they were modules of their own."""
-    found = [
-        f"{name.removesuffix(new)}processor.{old}" for new, old in _PROCESSOR.items() if name.endswith(f".{new}")
-    ]
+    found = [f"{name.removesuffix(new)}processor.{old}" for new, old in _PROCESSOR.items() if name.endswith(f".{new}")]
     if name.endswith(".to_out.0"):
         found.append(name.removesuffix(".0"))
     found += [name.removesuffix(new) + old for new, old in _OLD_TEXT.items() if name.endswith(f".self_attn.{new}")]

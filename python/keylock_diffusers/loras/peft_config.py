@@ -73,8 +73,8 @@ def parse(fields: Mapping[str, Any]) -> PeftConfig:
     begin = fields.get("init_lora_weights")
     if isinstance(begin, str) and _CHANGES_BASE.match(begin.lower()):
         raise ValueError(
-            f"PEFT's setting init_lora_weights = {shown(begin)}: such a LoRA belongs to weights that the setting changed; "
-            f"save it with path_initial_model_for_weight_conversion"
+            f"PEFT's setting init_lora_weights = {shown(begin)}: such a LoRA belongs to weights that the setting "
+            f"changed; save it with path_initial_model_for_weight_conversion"
         )
     for name in ("use_rslora", "use_dora"):
         if not isinstance(fields.get(name, False), bool):

@@ -9,13 +9,12 @@
 A convolution's weight [O, C, kh, kw] is the matrix [O, C kh kw] throughout. What has a rank of at most `MAX_RANK` is
 taken exactly; anything else only with the error that the caller allows.
 
-Papers: LyCORIS, Yeh et al. 2023, arXiv 2309.14859; FedPara (LoHa), Hyeon-Woo et al. 2021, arXiv 2108.06098; KronA (LoKr),
-Edalati et al. 2022, arXiv 2212.10650.
+Papers: LyCORIS, Yeh et al. 2023, arXiv 2309.14859; FedPara (LoHa), Hyeon-Woo et al. 2021, arXiv 2108.06098; KronA
+(LoKr), Edalati et al. 2022, arXiv 2212.10650.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from math import prod
 
@@ -159,7 +158,7 @@ def _lokr(parts: Mapping[str, Tensor], weight: Shape, max_error: float | None) -
             factors.append((parts[f"{w}_a"].double(), parts[f"{w}_b"].flatten(1).double()))
     (up1, down1), (up2, down2) = factors
     if len(down1) * len(down2) <= MAX_RANK:
-        return torch.kron(up1, up2).float(), torch.kron(down1, down2).float(), 0.0
+        return _kron(up1, up2).float(), _kron(down1, down2).float(), 0.0
     # The singular values of a Kronecker product are the products of the factors', and so are the vectors.
     (u1, s1, v1), (u2, s2, v2) = _svd(up1 @ down1), _svd(up2 @ down2)
     s, order = torch.outer(s1, s2).flatten().sort(descending=True)
@@ -176,6 +175,11 @@ def _full(parts: Mapping[str, Tensor], weight: Shape, max_error: float | None) -
 def _tucker(core: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """Factors of sum_ij core[i, j, ...] up[i, o] down[j, c]: as LyCORIS stores them, `up` stands on its side."""
     return up.T, torch.einsum("ij...,jc->ic...", core.double(), down).flatten(1)
+
+
+def _kron(first: Tensor, second: Tensor) -> Tensor:
+    """torch.kron of matrices, which fails where one has a row only and strides of a transposition."""
+    return (first[:, None, :, None] * second[None, :, None, :]).flatten(2).flatten(0, 1)
 
 
 def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:

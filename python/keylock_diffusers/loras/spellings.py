@@ -30,6 +30,7 @@ _PARTS |= {
     **{f".{name}": name for name in (*LOHA, *LOHA_TUCKER, *LOKR)},
     ".diff": "diff",
 }
+_UNDERSCORED = ("lora_", "lycoris_")
 # What no low-rank update can stand for, by what the key ends with.
 _REFUSED = {
     (".diff_b", ".lora_B.bias", ".lora_B.default.bias", ".lora_up.bias"): "a changed bias",
@@ -41,7 +42,7 @@ _REFUSED = {
     (".rescale",): "OFT or BOFT with a rescaled output",
     tuple(f".{name}.weight" for name in ("a1", "a2", "b1", "b2", "am", "bm")): "GLoRA",
     (".on_input", ".ia3_l"): "(IA)3, a rescaled input or output",
-    (".lokr_t1",): "LoKr with a Tucker core of its first factor, which no tool writes",
+    (".lokr_t1",): "LoKr with a Tucker core of its first factor, which no tool writes,",
     (".lora_embedding_A", ".lora_embedding_B"): "a LoRA of an embedding table",
     (".lora_E", ".ranknum"): "AdaLoRA",
     (".vera_lambda_b", ".vera_lambda_d"): "VeRA",
@@ -53,7 +54,9 @@ def split_key(key: str) -> tuple[str, str] | None:
     """The module's name as the key spells it, and what the tensor is: ``down``, ``up``, ``mid``, ``alpha``,
     ``dora_scale``, ``magnitude``, ``diff`` or a factor of LoHa or LoKr; None where the key is neither."""
     for ending in sorted((ending for ending in _PARTS if key.endswith(ending)), key=len, reverse=True):
-        return key[: -len(ending)], _PARTS[ending]
+        module = key[: -len(ending)]
+        # diffusers' conversion to kohya's names leaves the last dot of a DoRA's.
+        return module.replace(".", "_") if module.startswith(_UNDERSCORED) else module, _PARTS[ending]
     return None
 
 
