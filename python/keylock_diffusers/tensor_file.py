@@ -64,6 +64,9 @@ class TensorFile:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         self._stream.close()
 
     def read(self, name: str) -> Tensor:

@@ -191,8 +191,7 @@ def test_every_name_of_a_published_model_means_one_module(model):
     table = _table(shapes)
     assert len({name for meant in table.values() for name in meant}) == len(shapes)
     assert table["input_blocks_4_1_proj_in"] == ("down_blocks.1.attentions.0.proj_in",)
-    place = "output_blocks_5_2_conv" if model == "SDXL" else "output_blocks_5_2_conv"
-    assert table[place] == ("up_blocks.1.upsamplers.0.conv",)
+    assert table["output_blocks_5_2_conv"] == ("up_blocks.1.upsamplers.0.conv",)
 
 
 def test_two_modules_of_one_name_are_refused():
@@ -462,6 +461,7 @@ HOSTILE = {
     "not JSON": (raw(b"\xff{}"), "header is not JSON"),
     "a list": (raw([]), "not a JSON object"),
     "numbers among the texts": (raw({"__metadata__": {"a": 1}}), "must hold texts"),
+    "nothing, endlessly": (raw({"layer.lora_A.weight": {**ENTRY, "shape": [0, 1 << 62], "data_offsets": [0, 0]}}), ""),
     "a zip of a pickle": (b"PK\x03\x04" + bytes(100), "a pickle, and reading one runs whatever code"),
     "a pickle": (b"\x80\x02}q\x00." + bytes(100), "a pickle"),
 }
@@ -546,6 +546,21 @@ def test_what_a_file_says_of_itself_is_read_without_a_model(tmp_path):
     assert facts.trigger_words[:4] == ("alice", "in the style of alice", "alice cat", "photo")
     assert facts.training["ss_network_dim"] == "3" and len(facts.training["ss_training_comment"]) == 1000
     assert facts.unsupported == ("OFT, an orthogonal change",)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "texts", "base"),
+    [
+        (layer(1, "unet.down_blocks.0.attn2.to_k", (4, 768)), {}, "Stable Diffusion 1"),
+        (layer(1, "unet.down_blocks.0.attn2.to_v", (4, 1024)), {"ss_base_model_version": "x"}, "Stable Diffusion 2"),
+        (layer(1, "lora_unet_output_blocks_0_1_attn2_to_k", (4, 2048)), {}, "SDXL"),
+        (layer(1, "unet.down_blocks.0.attn1.to_k", (4, 768)), {"ss_base_model_version": "sd_v1"}, "sd_v1"),
+        (layer(1, "unet.down_blocks.0.attn1.to_k", (4, 768)), {}, None),
+        (layer(1, "lora_te2_text_model_encoder_layers_0_mlp_fc1", (4, 768)), {}, "SDXL"),
+    ],
+)
+def test_the_base_model_is_told_by_the_layers_first(tensors, texts, base, tmp_path):
+    assert inspect_adapter(write(tmp_path / "lora.safetensors", tensors, **texts)).base == base
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "NaN", '{"a": {"b": "c"}}', "[]", '{"a": 1}'])

@@ -111,7 +111,7 @@ class AdapterFacts:
     """What a LoRA file says of itself; the texts are as its author wrote them, and nobody checked them.
 
     Args:
-        kinds: ``LoRA``, ``LoCon``, ``LoHa``, ``LoKr``, ``full`` and ``DoRA``, as far as they occur.
+        kinds: ``LoRA``, ``LoCon`` (of convolutions), ``LoHa``, ``LoKr``, ``full`` and ``DoRA``, as far as they occur.
         base: the model that its layers look made for, such as ``SDXL``; None where they do not tell.
         layers: how many it changes, per component: ``denoiser``, ``text_encoder``, ``text_encoder_2``.
         ranks: per component, how many layers have each rank, as trained; a product's factors count, not the product.

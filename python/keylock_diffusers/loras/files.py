@@ -122,7 +122,7 @@ def _open(path: str | os.PathLike[str]) -> tuple[TensorFile, dict[int, PeftConfi
     try:
         return file, parse_header(file.texts[HEADER_KEY]) if HEADER_KEY in file.texts else {}
     except (ValueError, RecursionError) as error:
-        file.__exit__()
+        file.close()
         raise LoraFileError(f"{source}: {HEADER_KEY} of its header: {error}") from None
 
 

@@ -16,7 +16,6 @@ HEADER_KEY = "lora_adapter_metadata"  # of files that diffusers saved: one JSON 
 # Settings that say nothing about the weights of a trained adapter: training, bookkeeping, and which modules to wrap,
 # which the file's own keys tell.
 _HARMLESS = {
-    "arrow_config",
     "auto_mapping",
     "base_model_name_or_path",
     "ensure_weight_tying",
