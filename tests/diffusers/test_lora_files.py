@@ -11,6 +11,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 
@@ -239,6 +241,12 @@ def test_a_joint_projection_is_split_by_its_rows(shapes, joint, tmp_path):
     assert torch.equal(torch.cat([found[name].magnitude for name in inside]), scale.flatten())
 
 
+def test_projections_of_different_inputs_are_not_joined(tmp_path):
+    path = write(tmp_path / "lora.safetensors", layer(name="attn.to_qkv", weight=(12, 7)))
+    with pytest.raises(LoraFileError, match="2 of 2 keys name nothing in this model: attn.to_qkv"):
+        read_adapter(path, denoiser={"attn.to_q": (4, 7), "attn.to_k": (3, 6), "attn.to_v": (5, 6)}, text_encoders=[])
+
+
 def trained_unet(seed=0, **settings):
     """A tiny U-Net with PEFT's LoRA, whose every tensor is random."""
     unet = copy.deepcopy(pipeline("SD1.5").unet)
@@ -441,6 +449,7 @@ def raw(header, payload=b""):
 
 
 ENTRY = {"dtype": "F32", "shape": [1, 1], "data_offsets": [0, 4]}
+DAMAGED = {"layer": (5, 6), "other": (5, 6)}
 HOSTILE = {
     "empty": (b"", "no safetensors file: a header of 0 bytes"),
     "a huge header": (struct.pack("<Q", 1 << 62) + b"{}", "does not fit, the file has 10"),
@@ -461,7 +470,6 @@ HOSTILE = {
     "not JSON": (raw(b"\xff{}"), "header is not JSON"),
     "a list": (raw([]), "not a JSON object"),
     "numbers among the texts": (raw({"__metadata__": {"a": 1}}), "must hold texts"),
-    "nothing, endlessly": (raw({"layer.lora_A.weight": {**ENTRY, "shape": [0, 1 << 62], "data_offsets": [0, 0]}}), ""),
     "a zip of a pickle": (b"PK\x03\x04" + bytes(100), "a pickle, and reading one runs whatever code"),
     "a pickle": (b"\x80\x02}q\x00." + bytes(100), "a pickle"),
 }
@@ -475,6 +483,32 @@ def test_hostile_files_are_refused(case, reader, tmp_path):
     path.write_bytes(data)
     with pytest.raises(LoraFileError, match=f"lora.safetensors: .*{message}"):
         reader(path)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_a_damaged_file_is_read_or_refused(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "damaged.safetensors"
+    tensors = {**layer(), "layer.alpha": torch.ones(()), "layer.dora_scale": torch.ones(5, 1)}
+    tensors |= {
+        f"other.{name}": one for name, one in {"lokr_w1": torch.ones(5, 2), "lokr_w2": torch.ones(1, 3)}.items()
+    }
+    whole = bytearray(write(path, tensors, ss_tag_frequency='{"a": {"b": 1}}').read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.sampled_from(b'0123456789"{}[],:._AB\x00\xff'))
+    path.write_bytes(whole[: data.draw(st.integers(0, len(whole)))] if data.draw(st.booleans()) else whole)
+    for reader in (inspect_adapter, lambda path: read_adapter(path, denoiser=DAMAGED, text_encoders=[])):
+        try:
+            reader(path)
+        except LoraFileError as error:
+            assert str(error).startswith(str(path))
+
+
+def test_a_tensor_of_nothing_and_endless_width_is_refused(tmp_path):
+    path = tmp_path / "lora.safetensors"
+    path.write_bytes(raw({"layer.diff": {**ENTRY, "shape": [0, 1 << 62], "data_offsets": [0, 0]}}))
+    with pytest.raises(LoraFileError, match=r"diff must be \[5, 6\], got \[0, 4611686018427387904\]"):
+        read_linear(path, (5, 6))
 
 
 def test_pickles_folders_and_pipes_are_refused(tmp_path):

@@ -127,10 +127,11 @@ def _joint(shapes: Shapes) -> dict[str, tuple[str, ...]]:
     for parent in dict.fromkeys(name.rpartition(".")[0] for name in shapes):
         for name, parts in _JOINT.items():
             modules = tuple(f"{parent}.{part}" for part in parts)
+            if f"{parent}.{name}" in shapes or not all(module in shapes for module in modules):
+                continue
             # Projections of different inputs, as to_q and to_k of cross-attention, cannot be one.
-            if all(module in shapes for module in modules) and len({shapes[module][1:] for module in modules}) == 1:
-                if f"{parent}.{name}" not in shapes:
-                    joint[f"{parent}.{name}"] = modules
+            if len({shapes[module][1:] for module in modules}) == 1:
+                joint[f"{parent}.{name}"] = modules
     return joint
 
 
@@ -189,11 +190,8 @@ def _compvis(name: str, blocks: Mapping[str, str]) -> list[str]:
     """A U-Net's module in the original implementation's naming (CompVis, Stability AI's sgm)."""
     if name in _OUTSIDE_BLOCKS:
         return [_OUTSIDE_BLOCKS[name]]
-    cuts = [index for index, letter in enumerate(f"{name}.") if letter == "."]
-    for cut in cuts:
-        if place := blocks.get(name[:cut]):
-            rest = name[cut + 1 :]
-            if ".resnets." in name:
-                rest = _RESNET.get(rest, rest)
-            return [f"{place}.{rest}" if rest else place]
+    for dot in re.finditer(r"\.|$", name):
+        if place := blocks.get(name[: dot.start()]):
+            rest = name[dot.end() :]
+            return [f"{place}.{_RESNET.get(rest, rest)}" if rest else place]
     return []
