@@ -82,6 +82,7 @@ WRONG = {
     "two words": ({"<a>": ONE, "<b>": ONE}, [6], "must hold one tensor, or clip_l and clip_g, got 2: <a>, <b>"),
     "nothing": ({}, [6], "got 0"),
     "no vector": ({"<a>": torch.ones(0, 6)}, [6], "must not be empty"),
+    "no width": ({"<a>": torch.ones(1, 0)}, [6], "must have vectors"),
     "a scalar": ({"<a>": torch.ones(())}, [6], "must have vectors"),
     "three dimensions": ({"<a>": torch.ones(1, 1, 6)}, [6], "must have vectors"),
     "NaN": ({"<a>": ONE * math.nan}, [6], "<a> holds a NaN or an infinity"),

@@ -52,7 +52,7 @@ class LowRank:
 
     def __post_init__(self) -> None:
         for name in ("down", "up"):
-            _finite(getattr(self, name), name)
+            _finite(getattr(self, name), f"LowRank: {name}")
         if self.up.ndim != 2 or self.down.ndim < 2 or self.up.shape[1] != self.down.shape[0]:
             raise ValueError(
                 f"LowRank: up must be [O, r] and down [r, K] or [r, C, kh, kw], "
@@ -63,7 +63,7 @@ class LowRank:
         object.__setattr__(self, "scale", number(self.scale, "LowRank: scale"))
         object.__setattr__(self, "residual", number(self.residual, "LowRank: residual", 0, 1))
         if self.magnitude is not None:
-            _finite(self.magnitude, "magnitude")
+            _finite(self.magnitude, "LowRank: magnitude")
             if self.magnitude.shape != self.up.shape[:1]:
                 raise ValueError(f"LowRank: magnitude must be [{self.up.shape[0]}], got {list(self.magnitude.shape)}")
 
@@ -96,7 +96,7 @@ class LearnedWord:
                 f"got {self.name!r:.80}"
             )
         for vectors in self.vectors:
-            _finite(vectors, f"vectors of {self.name!r:.80}")
+            _finite(vectors, f"LearnedWord: vectors of {self.name!r:.80}")
             if vectors.ndim != 2:
                 raise ValueError(
                     f"LearnedWord: {self.name!r:.80} must have vectors [n, width], got {list(vectors.shape)}"
@@ -163,5 +163,6 @@ def component_name(component: int) -> str:
 
 def _finite(tensor: Tensor, name: str) -> None:
     floats(tensor, name)
-    if not math.isfinite(float(tensor.float().abs().max())):
-        raise ValueError(f"{name} must be finite, got {float(tensor.float().abs().max())}")
+    largest = float(tensor.float().abs().max())  # NaN where there is one
+    if not math.isfinite(largest):
+        raise ValueError(f"{name} must be finite, got {largest}")

@@ -68,14 +68,13 @@ def learned_word(name: str, tensors: Mapping[str, Tensor], widths: Sequence[int]
     order = _TWO_ENCODERS if set(tensors) == {*_TWO_ENCODERS} else tuple(tensors)
     if len(order) != 1 and order != _TWO_ENCODERS:
         raise LoraFileError(f"{source}: the word {name!r:.80} has the layouts {', '.join(order)}, expected one")
-    vectors = tuple(tensors[layout].reshape(-1, *tensors[layout].shape[-1:]) for layout in order)
-    if any(not 1 <= tensors[layout].ndim <= 2 for layout in order) or [v.shape[-1] for v in vectors] != list(widths):
-        got = [list(tensors[layout].shape) for layout in order]
+    given = [tensors[layout] for layout in order]
+    if any(one.ndim not in (1, 2) for one in given) or [one.shape[-1] for one in given] != list(widths):
         raise LoraFileError(
             f"{source}: the word {name!r:.80} must have vectors [n, width] of the widths {list(widths)}, those of the "
-            f"model's text encoders, got {got}"
+            f"model's text encoders, got {[list(one.shape) for one in given]}"
         )
     try:
-        return LearnedWord(name, vectors)
+        return LearnedWord(name, tuple(one if one.ndim == 2 else one[None] for one in given))
     except (TypeError, ValueError) as error:
         raise LoraFileError(f"{source}: {error}") from None
