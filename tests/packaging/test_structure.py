@@ -11,8 +11,8 @@ PACKAGE = ROOT / "python" / "keylock_diffusers"
 NAME = "keylock_diffusers"
 # From the ground up; a module may import what stands in its own line or below.
 STOREYS = (
-    ("checks", "files", "pictures", "requests", "requests_schema", "masks"),
-    ("denoisers", "concepts"),
+    ("checks", "files", "tensor_file", "pictures", "requests", "requests_schema", "masks"),
+    ("denoisers", "concepts", "loras"),
     ("processors",),
     ("routing",),
     ("encoding",),
