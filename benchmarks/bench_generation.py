@@ -292,7 +292,7 @@ def resident(personalization: kd.Personalization) -> dict[str, float]:
     everything = size(personalization.tensors())
     pairs = [*personalization.kv.values(), *personalization.image_kv.values()]
     return {
-        f"MB per row with {STEP_IMAGES[0]} images": everything / len(personalization.row_index) / 1e6,
+        f"MB per row with {STEP_IMAGES[0]} images": everything / len(personalization.rows) / 1e6,
         "all of it over keys and values": everything / size(t for pair in pairs for t in pair),
     }
 

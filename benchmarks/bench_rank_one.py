@@ -25,8 +25,9 @@ from benchmarks.harness import (
     library,
     make_sets,
 )
-from keylock_kernels import rank_one_linear, rank_one_update
-from keylock_kernels.ops.rank_one import reference
+from keylock_kernels import rank_one_coefficients, rank_one_linear, rank_one_update
+from keylock_kernels.ops.low_rank import reference
+from keylock_kernels.ops.low_rank.updates import Updates
 from keylock_kernels.testing import SHAPES, rank_one_inputs
 
 TAKEN = 2  # R
@@ -51,7 +52,7 @@ def make(rows: int, inner: int, outer: int, dtype: torch.dtype, given: bool, see
     if given:
         # As concepts have them: in float32 whatever the layer computes in, and 0 for a row that takes nothing.
         x, v = inputs["x"].double(), inputs.pop("v").double()
-        inputs["coefficients"] = reference.coefficients(x, v, inputs["slots"], None, None, None).float()
+        inputs["coefficients"] = rank_one_coefficients(x, v, inputs["slots"]).float()
         inputs["v"] = None
     return inputs
 
@@ -79,12 +80,11 @@ def base(inputs: dict[str, Any]) -> Tensor:
 
 def eager(inputs: dict[str, Any]) -> Tensor:
     """The eager backend's code, open to the compiler."""
+    u, v, slots, c = (inputs.get(name) for name in ("u", "v", "slots", "coefficients"))
+    updates = Updates(u, v, None, slots, None, None, None, None, c, 1)
     if "base" in inputs:
-        return reference.update(inputs["base"], inputs["u"], inputs["slots"], inputs["coefficients"])
-    x, u, slots = inputs["x"], inputs["u"], inputs["slots"]
-    c = inputs.get("coefficients")
-    c = reference.coefficients(x, inputs["v"], slots, None, None, None) if c is None else c
-    return reference.linear(x, inputs["weight"], u, slots, None, c)
+        return reference.update(inputs["base"], None, updates)
+    return reference.linear(inputs["x"], inputs["weight"], None, None, updates)
 
 
 def adapters(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,18 @@ TARGETS: dict[str, list[dict[str, Any]]] = {
         {"form": form, "inner": 2048, "outer": 640, "rows": 8, "dtype": "bfloat16"}
         for form in ("coefficients", "linear")
     ],
+    "test_low_rank_linear": [
+        {"projection": projection, "rank": rank, "taken": 1, "dtype": "bfloat16"}
+        for projection, ranks in (
+            ("sdxl-to_q-4096x640x640", (8, 16, 32)),
+            ("sdxl-to_q-1024x1280x1280", (16,)),
+            ("sdxl-to_k-77x2048x640", (16,)),
+            ("sdxl-ff_in-1024x1280x10240", (16,)),
+            ("sdxl-ff_out-1024x5120x1280", (16,)),
+            ("sd1.5-to_q-256x1280x1280", (16,)),
+        )
+        for rank in ranks
+    ],
 }
 
 
@@ -36,8 +48,8 @@ def has(item: pytest.Item) -> bool:
     if not isinstance(item, pytest.Function) or not hasattr(item, "callspec"):
         return False
     parameters = dict(item.callspec.params)
-    if "level" in parameters:
-        parameters["level"] = parameters["level"].name
+    for name in parameters.keys() & {"level", "projection"}:
+        parameters[name] = parameters[name].name
     parameters["dtype"] = str(parameters.get("dtype")).removeprefix("torch.")
     cases = TARGETS.get(item.originalname, [])
     return any(all(parameters.get(name) == value for name, value in case.items()) for case in cases)

@@ -54,9 +54,9 @@ Status low_rank_backward_of(const Description<3>& grad, const Description<2>& up
                             const Optional<2>& grad_up, const Optional<3>& grad_coefficients,
                             InstructionSet set, int threads) {
   require_usable(set);
-  const LowRankBackward op{describe<const void, 3>(grad),   describe<const void, 2>(up),
-                           describe<const void, 2>(rows),   describe<const void, 3>(coefficients),
-                           describe<void, 2>(grad_up),      describe<void, 3>(grad_coefficients)};
+  const LowRankBackward op{describe<const void, 3>(grad), describe<const void, 2>(up),
+                           describe<const void, 2>(rows), describe<const void, 3>(coefficients),
+                           describe<void, 2>(grad_up),    describe<void, 3>(grad_coefficients)};
   const py::gil_scoped_release release;
   return low_rank_backward(op, set, threads);
 }

@@ -45,9 +45,9 @@ using UpdatesInputs = std::tuple<Description<2>, Optional<2>, Optional<1>, Descr
 
 inline Updates updates_of(const UpdatesInputs& inputs) {
   const auto& [up, down, offsets, slots, strength, token_weights, coefficients] = inputs;
-  return {describe<const void, 2>(up),           describe<const void, 2>(down),
-          describe<const void, 1>(offsets),      describe<const void, 2>(slots),
-          describe<const void, 2>(strength),     describe<const void, 3>(token_weights),
+  return {describe<const void, 2>(up),          describe<const void, 2>(down),
+          describe<const void, 1>(offsets),     describe<const void, 2>(slots),
+          describe<const void, 2>(strength),    describe<const void, 3>(token_weights),
           describe<const void, 3>(coefficients)};
 }
 

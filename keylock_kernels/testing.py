@@ -48,6 +48,35 @@ SHAPES = (
 )
 
 
+@dataclass(frozen=True)
+class Projection:
+    """One linear layer of a published model's attention blocks, and how many tokens a row has there."""
+
+    model: str
+    layer: str
+    tokens: int  # N
+    inner: int  # K
+    outer: int  # O
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}-{self.layer}-{self.tokens}x{self.inner}x{self.outer}"
+
+
+# to_out, proj_in and proj_out have to_q's shape, and to_v to_k's; ff_in is a GEGLU's.
+PROJECTIONS = tuple(
+    projection
+    for s in SHAPES
+    if s.model in ("sd1.5", "sdxl") and s.pixels >= 256
+    for projection in (
+        Projection(s.model, "to_q", s.pixels, s.width, s.width),
+        Projection(s.model, "to_k", s.tokens, s.text_width, s.width),
+        Projection(s.model, "ff_in", s.pixels, s.width, 8 * s.width),
+        Projection(s.model, "ff_out", s.pixels, 4 * s.width, s.width),
+    )
+)
+
+
 def cast(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """The same inputs with every floating-point tensor in ``dtype``."""
     return {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}

@@ -8,12 +8,19 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.first_gpu import device
 from benchmarks.harness import DEVICE
-from keylock_kernels import localized_attention, rank_one_linear, rank_one_update
-from keylock_kernels.testing import assert_as_accurate_as_eager, attention_inputs, cast, rank_one_inputs
+from keylock_kernels import localized_attention, low_rank_linear, low_rank_update, rank_one_linear, rank_one_update
+from keylock_kernels.testing import (
+    assert_as_accurate_as_eager,
+    attention_inputs,
+    cast,
+    low_rank_inputs,
+    rank_one_inputs,
+)
 
 ATTENTION: dict[str, dict[str, Any]] = {
     "text": {},
@@ -38,6 +45,11 @@ def cases(dtype: torch.dtype) -> dict[str, tuple[Op, dict[str, Any]]]:
             rank_one_linear,
             rank_one_inputs(2, tokens, 128, 96, 40, 3, dtype=dtype, device=DEVICE),
         )
+        adapters = low_rank_inputs(2, tokens, 128, 96, (8, 40, 3), 2, dtype=dtype, device=DEVICE)
+        found[f"adapters, {name}"] = low_rank_linear, adapters
+    adapters = low_rank_inputs(2, 77, 128, 96, (8, 40, 3), 2, bias=False, scale=False, dtype=dtype, device=DEVICE)
+    adapters["base"] = F.linear(adapters["x"], adapters.pop("weight"))
+    found["update by adapters"] = low_rank_update, adapters
     given = torch.rand(2, 77, 3, device=DEVICE)
     u, slots = (rank_one_inputs(2, 77, 128, 96, 40, 3, dtype=dtype, device=DEVICE)[name] for name in ("u", "slots"))
     base = torch.randn(2, 77, 96, device=DEVICE).to(dtype)

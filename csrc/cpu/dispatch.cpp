@@ -6,13 +6,13 @@
 #include "keylock/low_rank_update.h"
 
 // What every kernel file defines for the instruction set it is compiled for.
-#define KEYLOCK_DECLARE_KERNELS(set)                                             \
-  namespace keylock::set {                                                       \
-  Status low_rank_linear(const LowRankLinear& op, int threads);                  \
-  Status low_rank_update(const LowRankUpdate& op, int threads);                  \
-  Status low_rank_backward(const LowRankBackward& op, int threads); \
-  Status localized_attention(const LocalizedAttention& op, int threads);         \
-  Status localized_attention_backward(const LocalizedAttentionBackward&, int);   \
+#define KEYLOCK_DECLARE_KERNELS(set)                                           \
+  namespace keylock::set {                                                     \
+  Status low_rank_linear(const LowRankLinear& op, int threads);                \
+  Status low_rank_update(const LowRankUpdate& op, int threads);                \
+  Status low_rank_backward(const LowRankBackward& op, int threads);            \
+  Status localized_attention(const LocalizedAttention& op, int threads);       \
+  Status localized_attention_backward(const LocalizedAttentionBackward&, int); \
   }
 
 KEYLOCK_DECLARE_KERNELS(portable)

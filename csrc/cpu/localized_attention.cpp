@@ -133,7 +133,8 @@ class Forward {
         std::memset(to, 0, depth_stride * sizeof(Operand));
       }
     }
-    multiply<Step>({scratch.queries, depth_stride, 1, scratch.keys, lanes.count, depth}, Memory<Real>{scratch.scores, lanes.count}, kBlock, lanes.count / width);
+    multiply<Step>({scratch.queries, depth_stride, 1, scratch.keys, lanes.count, depth},
+                   Memory<Real>{scratch.scores, lanes.count}, kBlock, lanes.count / width);
 
     Operand* shares = scratch.shares;
     if constexpr (Step::kDepth == 1) {
@@ -147,9 +148,12 @@ class Forward {
     // Images apart: a long sum on top of the text's would round as often as it has terms, at that
     // size.
     const int64_t text = text_lanes(lanes) / Step::kDepth, all_lanes = lanes.count / Step::kDepth;
-    multiply<Step>({shares, all_lanes, 1, scratch.values, padded, text}, Memory<Real>{scratch.sums, padded}, kBlock, padded / width);
+    multiply<Step>({shares, all_lanes, 1, scratch.values, padded, text},
+                   Memory<Real>{scratch.sums, padded}, kBlock, padded / width);
     if (text < all_lanes) {
-      multiply<Step>({shares + text, all_lanes, 1, scratch.values + text * padded, padded, all_lanes - text}, Memory<Real, true>{scratch.sums, padded}, kBlock, padded / width);
+      multiply<Step>(
+          {shares + text, all_lanes, 1, scratch.values + text * padded, padded, all_lanes - text},
+          Memory<Real, true>{scratch.sums, padded}, kBlock, padded / width);
     }
     for (int64_t i = 0; i < count; ++i) {
       store_row(scratch.sums + i * padded, dims, row_of<Element>(op.out, row, first + i, head));

@@ -229,14 +229,16 @@ class Backward {
     const int64_t vectors = lanes.count / width, padded_vectors = padded / width;
     load_pixels(op.query, row, head, first, count, scratch.queries, scratch.query_rows);
     load_pixels(out.grad_out, row, head, first, count, scratch.grads, scratch.grad_rows);
-    multiply<Step>({scratch.queries, depth_stride, 1, scratch.keys, lanes.count, depth}, Memory<Real>{scratch.scores, lanes.count}, kBlock, vectors);
+    multiply<Step>({scratch.queries, depth_stride, 1, scratch.keys, lanes.count, depth},
+                   Memory<Real>{scratch.scores, lanes.count}, kBlock, vectors);
 
     const auto softmax =
         softmax_of<Single<Real>>(op, lanes, row, first, count, scratch.scores, scratch.shares,
                                  scratch.weights, scratch.pixel_regions);
     soften(softmax);
 
-    multiply<Step>({scratch.grads, depth_stride, 1, scratch.values, lanes.count, depth}, Memory<Real>{scratch.slopes, lanes.count}, kBlock, vectors);
+    multiply<Step>({scratch.grads, depth_stride, 1, scratch.values, lanes.count, depth},
+                   Memory<Real>{scratch.slopes, lanes.count}, kBlock, vectors);
     for (int64_t i = 0; i < kBlock; ++i) {
       weigh(scratch, softmax, row, head, first, i, i < count);
       if (i < count) add_readout(scratch, row, head, first, i);
@@ -245,7 +247,9 @@ class Backward {
     convert(scratch);
 
     if (out.query.data != nullptr) {
-      multiply<Step>({scratch.slope_operands, lanes.count / Step::kDepth, 1, scratch.key_rows, padded, lanes.count / Step::kDepth}, Memory<Real>{scratch.grad_queries, padded}, kBlock, padded_vectors);
+      multiply<Step>({scratch.slope_operands, lanes.count / Step::kDepth, 1, scratch.key_rows,
+                      padded, lanes.count / Step::kDepth},
+                     Memory<Real>{scratch.grad_queries, padded}, kBlock, padded_vectors);
       for (int64_t i = 0; i < count; ++i) {
         Real* grad = scratch.grad_queries + i * padded;
         for (int64_t d = 0; d < padded; ++d) grad[d] *= static_cast<Real>(op.scale);
@@ -254,10 +258,12 @@ class Backward {
     }
     constexpr int64_t pixels_deep = kBlock / Step::kDepth;
     if (sums.wants_keys()) {
-      multiply<Step>({scratch.slope_rows, 1, lanes.count, scratch.query_rows, padded, pixels_deep}, Memory<Real, true>{scratch.grad_keys, padded}, lanes.count, padded_vectors);
+      multiply<Step>({scratch.slope_rows, 1, lanes.count, scratch.query_rows, padded, pixels_deep},
+                     Memory<Real, true>{scratch.grad_keys, padded}, lanes.count, padded_vectors);
     }
     if (sums.wants_values() && out.grad_out.data != nullptr) {
-      multiply<Step>({scratch.share_rows, 1, lanes.count, scratch.grad_rows, padded, pixels_deep}, Memory<Real, true>{scratch.grad_values, padded}, lanes.count, padded_vectors);
+      multiply<Step>({scratch.share_rows, 1, lanes.count, scratch.grad_rows, padded, pixels_deep},
+                     Memory<Real, true>{scratch.grad_values, padded}, lanes.count, padded_vectors);
     }
   }
 

@@ -4,7 +4,6 @@
 // The work is cut into tiles of one batch row, some tokens and some columns, by the shape alone. A
 // tile reads its part of grad once and gives a part of both sums; the parts are added in order.
 #include "keylock/low_rank_update.h"
-
 #include "updates.h"
 
 namespace keylock::KEYLOCK_ISA {

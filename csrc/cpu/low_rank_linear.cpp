@@ -3,8 +3,8 @@
 //
 // The weight is laid out for the register tiles once, for all threads, in strips of columns. Then a
 // thread takes a block of tokens, finds its coefficients, and multiplies it with a strip after the
-// other: by a stretch of the depth that fits the first-level cache, so that sums wait in the second.
-// The updates are one stretch more, whose tiles scale, add the bias, round and write.
+// other: by a stretch of the depth that fits the first-level cache, so that sums wait in the
+// second. The updates are one stretch more, whose tiles scale, add the bias, round and write.
 #include "keylock/low_rank_linear.h"
 
 #include "updates.h"
@@ -15,7 +15,6 @@ namespace keylock::KEYLOCK_ISA {
 namespace {
 
 constexpr int64_t kBlockTokens = 192;
-constexpr int64_t kBlockDepth = 160;          // operands per stretch of the depth
 constexpr int64_t kHeldBytes = 8 << 20;       // of the weight, laid out at a time
 constexpr int64_t kSerialProducts = 1 << 20;  // below this, waking threads costs more than it saves
 constexpr int width = kLanes<float>;
@@ -159,7 +158,8 @@ class Linear {
                          float* coefficients) const {
     while (first < last) {
       const int64_t row = first / op.y.sizes[1], token = first - row * op.y.sizes[1];
-      const int64_t count = smaller(smaller(Rows::kUnitTokens, op.y.sizes[1] - token), last - first);
+      const int64_t count =
+          smaller(smaller(Rows::kUnitTokens, op.y.sizes[1] - token), last - first);
       updates.coefficients(scratch.updates, row_held, row, token, count,
                            coefficients + first * updates.stride());
       first += count;
@@ -173,16 +173,8 @@ class Linear {
     const int64_t stride = op.x.strides[1] / Step::kDepth;
     const auto* x = reinterpret_cast<const Operand*>(static_cast<const Element*>(op.x.data) +
                                                      first * op.x.strides[1]);
-    const int64_t stretches = larger(1, divide_up(depth, kBlockDepth));
-    for (int64_t i = 0; i < stretches; ++i) {
-      const int64_t k = i * depth / stretches, now = (i + 1) * depth / stretches - k;
-      const Product<Step> product = {x + k, stride, 1, packed + k * kColumns, kColumns, now};
-      if (i == 0) {
-        multiply<Step>(product, Memory<float>{scratch.sums, kColumns}, count, across);
-      } else {
-        multiply<Step>(product, Memory<float, true>{scratch.sums, kColumns}, count, across);
-      }
-    }
+    multiply_by_stretches<Step>({x, stride, 1, packed, kColumns, depth}, scratch.sums, kColumns,
+                                count, across);
     const int64_t columns = smaller(across * width, outputs - begin), last = first + count;
     const float* bias = load(op.bias.data, op.bias.type, begin, columns, scratch.bias);
     const float* sums = scratch.sums;
@@ -222,7 +214,7 @@ bool is_single_or_half(DataType type) {
 }
 
 Status validate(const LowRankLinear& op) {
-  const int64_t(&sizes)[3] = op.y.sizes;
+  const int64_t (&sizes)[3] = op.y.sizes;
   const DataType type = op.x.type;
   if (!is_single_or_half(type) || op.weight.type != type || op.y.type != type ||
       !is_single_or_half(op.bias.type) || !is_single_or_half(op.scale.type) ||

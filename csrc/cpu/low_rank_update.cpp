@@ -54,7 +54,7 @@ Status update_all(const LowRankUpdate& op, int threads) {
 }
 
 Status validate(const LowRankUpdate& op) {
-  const int64_t(&sizes)[3] = op.y.sizes;
+  const int64_t (&sizes)[3] = op.y.sizes;
   const bool has_x = op.updates.down.data != nullptr;
   if (op.y.type != op.base.type || (has_x && op.x.type != op.base.type)) {
     return Status::unsupported_type;

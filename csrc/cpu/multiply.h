@@ -11,6 +11,7 @@ namespace {
 constexpr bool kWide = KEYLOCK_VECTOR_BYTES == 64;  // and thus 32 vector registers
 constexpr int kTileRows = 4;                        // of a, per register tile
 constexpr int kTileVectors = kWide ? 6 : 3;         // of b, per register tile
+constexpr int64_t kBlockDepth = 160;                // operands along the depth, per stretch of it
 
 // How products are formed: of `Operand`s, each `kDepth` numbers along the depth, into `Real`s.
 template <class Scalar>
@@ -91,7 +92,7 @@ template <class Step, int vectors, class Output>
 void multiply_columns(const Product<Step>& product, const Output& output, int64_t rows,
                       int64_t column) {
   int64_t row = 0;
-  if constexpr (2 * vectors <= kTileVectors) {  // few sums: of twice the rows, to have them in flight
+  if constexpr (2 * vectors <= kTileVectors) {  // twice the rows, to have as many sums in flight
     for (; row + 2 * kTileRows <= rows; row += 2 * kTileRows) {
       multiply_tile<Step, 2 * kTileRows, vectors>(product, output, row, column);
     }
@@ -122,6 +123,27 @@ void multiply(const Product<Step>& product, const Output& output, int64_t rows, 
 #endif
     }
     done += now;
+  }
+}
+
+// Into c, `c_row` apart, by stretches of the depth: one that fits the first-level cache at a time,
+// and sums of sums, which err less than one long sum does.
+template <class Step>
+void multiply_by_stretches(const Product<Step>& product, typename Step::Real* c, int64_t c_row,
+                           int64_t rows, int64_t vectors) {
+  using Real = typename Step::Real;
+  const int64_t stretches = larger(1, divide_up(product.depth, kBlockDepth));
+  for (int64_t i = 0; i < stretches; ++i) {
+    Product<Step> part = product;
+    const int64_t k = i * product.depth / stretches;
+    part.a += k * product.a_depth;
+    part.b += k * product.b_depth;
+    part.depth = (i + 1) * product.depth / stretches - k;
+    if (i == 0) {
+      multiply<Step>(part, Memory<Real>{c, c_row}, rows, vectors);
+    } else {
+      multiply<Step>(part, Memory<Real, true>{c, c_row}, rows, vectors);
+    }
   }
 }
 

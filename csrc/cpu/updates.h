@@ -42,7 +42,7 @@ struct Taken {
 };
 
 inline Status validate_updates(const Updates& updates, const Tensor<3, void>& y, const Tensor<3>& x,
-                        DataType real) {
+                               DataType real) {
   const int64_t rows = y.sizes[0], tokens = y.sizes[1], slots = updates.slots.sizes[1];
   const Tensor<2>&up = updates.up, &down = updates.down;
   const bool is_given = down.data == nullptr, has_offsets = updates.offsets.data != nullptr;
@@ -174,11 +174,11 @@ class RowUpdates {
   }
 
   struct Scratch {
-    Real* directions;  // [K, stride] the row's rows of down, across
-    Real* lines;       // [lanes, K] some of them as they lie
+    Real* directions;   // [K, stride] the row's rows of down, across
+    Real* lines;        // [lanes, K] some of them as they lie
     Real* activations;  // [kUnitTokens, K] unless x can be read as it is
-    Real* up;          // [width, kColumns]
-    Real* token;       // [kColumns]
+    Real* up;           // [width, kColumns]
+    Real* token;        // [kColumns]
   };
 
   Scratch take(Arena& arena) const {
@@ -246,7 +246,7 @@ class RowUpdates {
         }
       }
       const Finish<Real, Real, Element> one = {
-          scratch.token, 0, output.y + i * output.y_row, 0, output.scale, output.bias,
+          scratch.token,  0,    output.y + i * output.y_row, 0, output.scale, output.bias,
           output.columns, false};
       multiply<Single<Real>>({c, 0, 1, scratch.up, kColumns, 0}, one, 1, vectors);
     }
@@ -306,8 +306,8 @@ class RowUpdates {
       }
       a = reinterpret_cast<const Operand*>(scratch.activations);
     }
-    multiply<Step>({a, a_row, 1, directions, stride(), depth}, Memory<Real>{c, stride()}, count,
-                   stride() / lanes);
+    multiply_by_stretches<Step>({a, a_row, 1, directions, stride(), depth}, c, stride(), count,
+                                stride() / lanes);
   }
 
   // The row's rows of down as columns [depth, stride], zeros beyond them.

@@ -121,8 +121,11 @@ inline void narrow(double* to, Vector<double, kLanes<double>> value) { write_bit
 
 inline void narrow(Bfloat16* to, Vector<float, kLanes<float>> value) {
 #if KEYLOCK_VECTOR_BYTES == 64 && defined(__AVX512BF16__)
-  write_bits(to, _mm512_cvtneps_pbh(value));  // but what is subnormal becomes 0
-#else
+  constexpr int kSubnormal = 0x20;  // which the instruction for it would take for 0
+  if (_mm512_fpclass_ps_mask(value, kSubnormal) == 0) {
+    return write_bits(to, _mm512_cvtneps_pbh(value));
+  }
+#endif
   constexpr int lanes = kLanes<float>;
   using Bits = Vector<uint32_t, lanes>;
   const Bits bits = (Bits)value;
@@ -130,7 +133,6 @@ inline void narrow(Bfloat16* to, Vector<float, kLanes<float>> value) {
   // Rounding up could carry a NaN into an infinity.
   const Bits result = value != value ? Bits{} + 0x7fc0u : rounded;
   write_bits(to, __builtin_convertvector(result, Vector<uint16_t, lanes>));
-#endif
 }
 
 inline void narrow(Float16* to, Vector<float, kLanes<float>> value) {

@@ -72,13 +72,13 @@ Status low_rank_linear(const LowRankLinear& op, void* stream) {
     return Status::unsupported_type;
   }
   const int64_t rows = op.x.sizes[0], outputs = op.weight.sizes[0];
-  const bool fits = op.weight.sizes[1] == op.x.sizes[2] && op.y.sizes[0] == rows &&
-                    op.y.sizes[1] == op.x.sizes[1] && op.y.sizes[2] == outputs &&
-                    (op.bias.data == nullptr || op.bias.sizes[0] == outputs) &&
-                    (op.scale.data == nullptr ||
-                     (op.scale.sizes[0] == rows && op.scale.sizes[1] == outputs)) &&
-                    is_row_contiguous(op.x) && is_row_contiguous(op.weight) &&
-                    is_row_contiguous(op.y) && fits_into(op.updates, op.y);
+  const bool fits =
+      op.weight.sizes[1] == op.x.sizes[2] && op.y.sizes[0] == rows &&
+      op.y.sizes[1] == op.x.sizes[1] && op.y.sizes[2] == outputs &&
+      (op.bias.data == nullptr || op.bias.sizes[0] == outputs) &&
+      (op.scale.data == nullptr || (op.scale.sizes[0] == rows && op.scale.sizes[1] == outputs)) &&
+      is_row_contiguous(op.x) && is_row_contiguous(op.weight) && is_row_contiguous(op.y) &&
+      fits_into(op.updates, op.y);
   if (!fits) return Status::shape_mismatch;
   switch (type) {
     case DataType::float16: return linear<Half>(op, stream);

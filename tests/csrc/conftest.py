@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import subprocess
 import sys
@@ -34,11 +35,14 @@ def emulation() -> ModuleType:
         "pybind11_DIR": pybind11.get_cmake_dir(),
     }
     configure = [cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(scratch)]
-    for command in (
-        [*configure, *(f"-D{name}={value}" for name, value in options.items())],
-        [cmake, "--build", str(scratch), "--target", "_cuda_emulation"],
-    ):
-        result = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        assert result.returncode == 0, result.stdout
+    scratch.mkdir(parents=True, exist_ok=True)
+    with open(scratch / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes that run tests, one builds
+        for command in (
+            [*configure, *(f"-D{name}={value}" for name, value in options.items())],
+            [cmake, "--build", str(scratch), "--target", "_cuda_emulation"],
+        ):
+            result = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            assert result.returncode == 0, result.stdout
     (path,) = (scratch / "csrc" / "cuda").glob("_cuda_emulation*.so")
     return load("_cuda_emulation", path)

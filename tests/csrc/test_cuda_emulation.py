@@ -11,11 +11,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keylock_kernels import localized_attention, native_cuda, rank_one_coefficients
+from keylock_kernels import localized_attention, low_rank_linear, low_rank_update, native_cuda, rank_one_coefficients
 from keylock_kernels import rank_one_linear as eager_linear
 from keylock_kernels import rank_one_update as eager_update
 from keylock_kernels.ops.localized_attention import op
-from keylock_kernels.testing import SHAPES, assert_as_accurate_as_eager, attention_inputs, cast, rank_one_inputs
+from keylock_kernels.ops.low_rank.updates import Updates
+from keylock_kernels.testing import (
+    SHAPES,
+    assert_as_accurate_as_eager,
+    attention_inputs,
+    cast,
+    low_rank_inputs,
+    rank_one_inputs,
+)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -301,11 +309,30 @@ def test_wrong_arguments_are_named():
             attend({**inputs, name: value})
 
 
+def with_coefficients(u, slots, c):
+    return Updates(u, None, None, slots, None, None, None, None, c, 1)
+
+
 def linear(inputs):
     gate = {name: inputs.get(name) for name in ("beta", "tau", "strength")}
-    x, u, slots = inputs["x"], inputs["u"], inputs["slots"]
-    c = rank_one_coefficients(x, inputs["v"], slots, **gate)
-    return native_cuda.rank_one_linear(x, inputs["weight"], u, slots, inputs.get("bias"), c)
+    c = rank_one_coefficients(inputs["x"], inputs["v"], inputs["slots"], **gate)
+    updates = with_coefficients(inputs["u"], inputs["slots"], c)
+    return native_cuda.low_rank_linear(inputs["x"], inputs["weight"], inputs.get("bias"), None, updates)
+
+
+def update(base, u, slots, c):
+    return native_cuda.low_rank_update(base, None, with_coefficients(u, slots, c))
+
+
+def adapters(inputs):
+    up, down, offsets, slots = (inputs[name] for name in ("up", "down", "offsets", "slots"))
+    more = inputs.get("strength"), inputs.get("token_weights")
+    return Updates(up, down, offsets, slots, None, None, *more, None, int(offsets.diff().max()))
+
+
+def adapted(inputs):
+    layer = (inputs["x"], inputs["weight"], inputs.get("bias"), inputs.get("output_scale"))
+    return native_cuda.low_rank_linear(*layer, adapters(inputs))
 
 
 def judge_linear(inputs):
@@ -333,7 +360,7 @@ def test_every_number_of_updates(taken, dtype):
             arguments = (b, inputs["u"][:, : b.shape[2]], inputs["slots"], c)
             exact = eager_update(*(t.double() if t.is_floating_point() else t for t in arguments), backend="eager")
             eager = eager_update(*arguments, backend="eager")
-            assert_as_accurate_as_eager(native_cuda.rank_one_update(*arguments), eager, exact)
+            assert_as_accurate_as_eager(update(*arguments), eager, exact)
 
 
 @dtypes
@@ -360,12 +387,12 @@ def test_slots_that_are_none_or_do_not_exist(tokens, dtype):
     c = torch.ones(4, tokens, 2)
     c[slots[:, None].expand(-1, tokens, -1) == -1] = torch.nan
     for y in (
-        native_cuda.rank_one_linear(x, weight, u, slots, None, c),
-        native_cuda.rank_one_update(torch.full_like(x[..., :1], 16).expand(-1, -1, 24), u, slots, c),
+        native_cuda.low_rank_linear(x, weight, None, None, with_coefficients(u, slots, c)),
+        update(torch.full_like(x[..., :1], 16).expand(-1, -1, 24), u, slots, c),
     ):
         assert (y[0] == 17).all() and (y[1] == 16).all() and y[2:].isnan().all()
     base = torch.full((1, tokens, 24), -0.0, dtype=dtype)
-    y = native_cuda.rank_one_update(base, u, torch.full((1, 2), -1, dtype=torch.int32), c[:1])
+    y = update(base, u, torch.full((1, 2), -1, dtype=torch.int32), c[:1])
     assert torch.equal(y.signbit(), base.signbit())
 
 
@@ -383,6 +410,69 @@ def test_layers_rows_do_not_know_of_each_other_nor_of_the_order_of_threads(machi
             inputs[name][[0, 2]] = torch.nan
         inputs["u"][[0, 1, 4, 5]] = torch.nan
         assert same([linear(inputs)[1]], [clean[1]])
+
+
+@dtypes
+@pytest.mark.parametrize("ranks", [(0,), (1, 16), (17, 0, 5), (40, 8)], ids=str)
+@pytest.mark.parametrize("scale", [False, True])
+def test_adapters_of_every_rank(scale, ranks, dtype):
+    for tokens in (20, 170):
+        inputs = low_rank_inputs(3, tokens, 64, 72, ranks, 2, scale=scale, bias=scale, dtype=dtype)
+        exact = low_rank_linear(**cast(inputs, torch.float64), backend="eager")
+        assert_as_accurate_as_eager(adapted(inputs), low_rank_linear(**inputs, backend="eager"), exact)
+        base = inputs["x"][..., :1].expand(-1, -1, 72)
+        given = {k: v for k, v in inputs.items() if k not in ("weight", "bias", "output_scale")} | {"base": base}
+        exact = low_rank_update(**cast(given, torch.float64), backend="eager")
+        eager = low_rank_update(**given, backend="eager")
+        assert_as_accurate_as_eager(native_cuda.low_rank_update(base, inputs["x"], adapters(inputs)), eager, exact)
+
+
+@dtypes
+def test_scales_may_be_float32_and_strided(dtype):
+    inputs = low_rank_inputs(2, 20, 48, 56, (4, 3), 2, dtype=torch.float32)
+    inputs.update({name: inputs[name].to(dtype) for name in ("x", "weight")})
+    wanted = adapted(inputs)
+    exact = low_rank_linear(**cast(inputs, torch.float64), backend="eager")
+    assert_as_accurate_as_eager(wanted, low_rank_linear(**inputs, backend="eager"), exact)
+    for name in ("output_scale", "slots", "strength"):
+        inputs[name] = inputs[name].T.contiguous().T
+    inputs["token_weights"] = inputs["token_weights"].mT.contiguous().mT
+    assert same([adapted(inputs)], [wanted])
+
+
+@dtypes
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("tokens", [9, 170])
+def test_a_coefficient_of_zero_adds_nothing_whatever_it_meets(tokens, bad, dtype):
+    inputs = low_rank_inputs(2, tokens, 64, 72, (17, 3), 2, dtype=dtype)
+    inputs["slots"] = torch.tensor([[0, 1], [1, 0]], dtype=torch.int32)
+    inputs["strength"] = torch.tensor([[0.0, 1.0], [1.0, 1.0]])
+    inputs["token_weights"] = torch.ones(2, 2, tokens)
+    inputs["token_weights"][1, 1, ::2] = 0
+    base = inputs["weight"][0, 0].expand(2, tokens, 72)
+
+    def both():
+        return adapted(inputs), native_cuda.low_rank_update(base, inputs["x"], adapters(inputs))
+
+    clean = both()
+    for name in ("up", "down"):
+        whole = inputs[name]
+        inputs[name] = whole.clone()
+        inputs[name][:17] = bad
+        for y, wanted in zip(both(), clean, strict=True):
+            assert same([y[0], y[1, ::2]], [wanted[0], wanted[1, ::2]])
+            assert not y[1, 1::2].isfinite().any()
+        inputs[name] = whole
+
+
+@dtypes
+def test_adapters_that_do_not_exist_make_their_row_nan(dtype):
+    inputs = low_rank_inputs(4, 9, 16, 24, (3, 2), 2, dtype=dtype)
+    inputs["slots"] = torch.tensor([[0, 1], [2, 0], [-2, -1], [-1, -1]], dtype=torch.int32)
+    inputs["strength"] = torch.ones(4, 2)
+    inputs["token_weights"] = torch.ones(4, 2, 9)
+    y = adapted(inputs)
+    assert y[[0, 3]].isfinite().all() and y[1:3].isnan().all()
 
 
 def test_aligned_layers_move_in_128_bits(machine):

@@ -2,6 +2,7 @@
 //
 // Shapes are ragged, and every tensor lies in memory of exactly its size: built with sanitizers,
 // this also finds what reads or writes beyond. Exact accuracy is for the Python tests to judge.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -10,8 +11,8 @@
 
 #include "keylock/instruction_set.h"
 #include "keylock/localized_attention.h"
-#include "keylock/rank_one_linear.h"
-#include "keylock/rank_one_update.h"
+#include "keylock/low_rank_linear.h"
+#include "keylock/low_rank_update.h"
 
 namespace {
 
@@ -32,16 +33,30 @@ int64_t one_of(const int64_t (&choices)[count]) {
 }
 double drawn() { return static_cast<double>(below(20001)) / 10000 - 1; }
 
+struct Half {
+  uint16_t bits;
+};
+
 template <class Element>
 constexpr DataType kType = std::is_same_v<Element, float>    ? DataType::float32
                            : std::is_same_v<Element, double> ? DataType::float64
                            : std::is_same_v<Element, int>    ? DataType::int32
+                           : std::is_same_v<Element, Half>   ? DataType::float16
                                                              : DataType::bfloat16;
 
-// Storage of float32, float64, int32, and bfloat16 as its upper half.
+// Storage of float32, float64, int32, float16, and bfloat16 as its upper half.
 template <class Element>
 Element stored(double value) {
-  if constexpr (std::is_same_v<Element, uint16_t>) {
+  if constexpr (std::is_same_v<Element, Half>) {
+    const int sign = std::signbit(value) ? 0x8000 : 0;
+    if (!std::isfinite(value)) return {static_cast<uint16_t>(sign | 0x7c00 | std::isnan(value))};
+    int exponent = 0;  // value = +-0.1... 2^exponent
+    std::frexp(value, &exponent);
+    exponent = exponent < -13 ? -13 : exponent;
+    const double mantissa = std::nearbyint(std::ldexp(std::fabs(value), 11 - exponent));
+    // A mantissa without its leading bit is subnormal, and one bit more carries into the exponent.
+    return {static_cast<uint16_t>(sign | ((exponent + 13) * 1024 + static_cast<int>(mantissa)))};
+  } else if constexpr (std::is_same_v<Element, uint16_t>) {
     const float single = static_cast<float>(value);
     uint32_t bits;
     std::memcpy(&bits, &single, sizeof bits);
@@ -52,7 +67,13 @@ Element stored(double value) {
 }
 template <class Element>
 double value_of(Element element) {
-  if constexpr (std::is_same_v<Element, uint16_t>) {
+  if constexpr (std::is_same_v<Element, Half>) {
+    const int exponent = element.bits >> 10 & 31, mantissa = element.bits & 1023;
+    const double size = exponent == 31  ? (mantissa ? NAN : INFINITY)
+                        : exponent == 0 ? std::ldexp(mantissa, -24)
+                                        : std::ldexp(1024 + mantissa, exponent - 25);
+    return element.bits & 0x8000 ? -size : size;
+  } else if constexpr (std::is_same_v<Element, uint16_t>) {
     const uint32_t bits = static_cast<uint32_t>(element) << 16;
     float single;
     std::memcpy(&single, &bits, sizeof single);
@@ -115,77 +136,266 @@ Array<Element, rank> array(const int64_t (&sizes)[rank], bool is_given = true) {
 template <class Element>
 constexpr double kTolerance = std::is_same_v<Element, double>  ? 1e-11
                               : std::is_same_v<Element, float> ? 1e-4
+                              : std::is_same_v<Element, Half>  ? 0.01
                                                                : 0.05;
 
 void expect(double actual, double exact, double tolerance, const char* what) {
   if (std::abs(actual - exact) <= tolerance * (1 + std::abs(exact))) return;
+  if (!std::isfinite(exact) && !std::isfinite(actual)) return;
   if (++failures < 20) std::printf("%s: %g instead of %g\n", what, actual, exact);
 }
-void expect_ok(Status status, const char* what) {
-  if (status == Status::ok) return;
+void expect_status(Status status, Status wanted, const char* what) {
+  if (status == wanted) return;
   if (++failures < 20) std::printf("%s: status %d\n", what, static_cast<int>(status));
 }
+void expect_ok(Status status, const char* what) { expect_status(status, Status::ok, what); }
 
 template <class Element>
-void test_rank_one(InstructionSet set) {
-  using Real = std::conditional_t<std::is_same_v<Element, double>, double, float>;
-  const int64_t rows = below(3), tokens = one_of({0, 1, 5, 40, 77}), depth = 2 * (1 + below(40));
-  const int64_t outputs = one_of({1, 7, 16, 33, 100, 193, 260}), rank = one_of({0, 1, 3, 17});
-  const int64_t count = 1 + below(4);
-  auto x = array<Element, 3>({rows, tokens, depth});
-  auto weight = array<Element, 2>({outputs, depth});
-  auto bias = array<Element, 1>({outputs}, below(2) == 0);
-  auto u = array<Element, 2>({count, outputs});
-  auto slots = array<int, 2>({rows, rank});
-  auto coefficients = array<Real, 3>({rows, tokens, rank});
-  auto base = array<Element, 3>({rows, tokens, outputs});
-  auto y = array<Element, 3>({rows, tokens, outputs});
-  auto layer = array<Element, 3>({rows, tokens, outputs});
-  auto grad_u = array<Real, 2>({count, outputs});
-  auto grad_coefficients = array<Real, 3>({rows, tokens, rank});
-  for (auto& slot : slots.data) slot = static_cast<int>(below(count + 1)) - 1;
+using RealOf = std::conditional_t<std::is_same_v<Element, double>, double, float>;
 
-  expect_ok(
-      keylock::rank_one_update({base.in(), u.in(), slots.in(), coefficients.in(), y.out()}, set, 2),
-      "rank_one_update");
-  expect_ok(keylock::rank_one_update_backward({base.in(), u.in(), slots.in(), coefficients.in(),
-                                               grad_u.out(), grad_coefficients.out()},
-                                              set, 2),
-            "rank_one_update_backward");
-  const Status status = keylock::rank_one_linear(
-      {x.in(), weight.in(), bias.in(), u.in(), slots.in(), coefficients.in(), layer.out()}, set, 2);
-  const bool has_layer = status != Status::unsupported_type;
-  if (has_layer) expect_ok(status, "rank_one_linear");
+// Some of what a coefficient of 0 may meet.
+template <class Element, int rank>
+void spoil(Array<Element, rank>& array) {
+  for (const double bad : {NAN, INFINITY}) {
+    if (array.data.empty()) return;
+    array.data[static_cast<size_t>(below(array.count()))] = stored<Element>(bad);
+  }
+}
 
-  std::vector<double> exact_grad_u(u.data.size());
-  for (int64_t b = 0; b < rows; ++b) {
-    for (int64_t t = 0; t < tokens; ++t) {
-      for (int64_t o = 0; o < outputs; ++o) {
-        double added = 0, product = bias.is_given ? bias(o) : 0;
-        for (int64_t r = 0; r < rank; ++r) {
-          if (slots(b, r) < 0) continue;
-          const auto slot = static_cast<int64_t>(slots(b, r));
-          added += coefficients(b, t, r) * u(slot, o);
-          exact_grad_u[static_cast<size_t>(u.offset(slot, o))] +=
-              coefficients(b, t, r) * base(b, t, o);
-        }
-        expect(y(b, t, o), base(b, t, o) + added, kTolerance<Element>, "rank_one_update");
-        if (!has_layer) continue;
-        for (int64_t k = 0; k < depth; ++k) product += x(b, t, k) * weight(o, k);
-        expect(layer(b, t, o), product + added, kTolerance<Element>, "rank_one_linear");
+// The two forms of an update's layer: adapters of ragged ranks, and rows with given coefficients.
+template <class Element, class Table>
+struct LowRank {
+  using Real = RealOf<Element>;
+
+  int64_t rows, tokens, depth, outputs, taken;
+  bool is_given;
+  Array<Element, 3> x, base, y, layer;
+  Array<Element, 2> weight;
+  Array<Real, 1> bias;
+  Array<Real, 2> scale, strength;
+  Array<Table, 2> up, down;
+  Array<int, 1> offsets;
+  Array<int, 2> slots;
+  Array<Real, 3> token_weights, coefficients;
+
+  LowRank()
+      : LowRank(below(3), one_of({0, 1, 5, 40, 77}), 2 * below(40),
+                one_of({0, 1, 7, 16, 33, 100, 193, 260}), one_of({0, 1, 2, 5})) {}
+
+  LowRank(int64_t rows, int64_t tokens, int64_t depth, int64_t outputs, int64_t taken)
+      : rows(rows), tokens(tokens), depth(depth), outputs(outputs), taken(taken) {
+    is_given = below(4) == 0;
+    const bool has_offsets = !is_given && below(4) > 0;
+    const int64_t count = below(5);
+    offsets = array<int, 1>({count + 1}, has_offsets);
+    int64_t end = has_offsets ? below(3) : count;
+    for (auto& offset : offsets.data) {
+      offset = static_cast<int>(end);
+      end += one_of({0, 1, 3, 8, 17, 40});
+    }
+    x = array<Element, 3>({rows, tokens, depth});
+    base = array<Element, 3>({rows, tokens, outputs});
+    y = layer = base;
+    weight = array<Element, 2>({outputs, depth});
+    bias = array<Real, 1>({outputs}, below(2) == 0);
+    scale = array<Real, 2>({rows, outputs}, below(2) == 0);
+    up = array<Table, 2>({end, outputs});
+    down = array<Table, 2>({end, depth}, !is_given);
+    slots = array<int, 2>({rows, taken});
+    for (auto& slot : slots.data) slot = static_cast<int>(below(count + 1)) - 1;
+    strength = array<Real, 2>({rows, taken}, !is_given && below(2) == 0);
+    token_weights = array<Real, 3>({rows, taken, tokens}, !is_given && below(2) == 0);
+    coefficients = array<Real, 3>({rows, tokens, taken}, is_given);
+    for (auto& s : strength.data) s = below(4) == 0 ? 0 : s;
+    for (auto* many : {&token_weights, &coefficients}) {
+      for (auto& w : many->data) w = below(4) == 0 ? 0 : w;
+    }
+    if (below(3) == 0) spoil(up);
+    if (below(3) == 0) spoil(down);
+    if (below(3) == 0) spoil(x);
+  }
+
+  keylock::Updates describe() {
+    return {up.in(),       down.in(),          offsets.in(),     slots.in(),
+            strength.in(), token_weights.in(), coefficients.in()};
+  }
+
+  struct Term {
+    int64_t p;  // a row of up
+    double coefficient;
+  };
+
+  // What a token's output is told to add, less what is nothing.
+  std::vector<Term> terms(int64_t b, int64_t n) const {
+    std::vector<Term> found;
+    for (int64_t j = 0; j < taken; ++j) {
+      const auto slot = static_cast<int64_t>(slots(b, j));
+      if (slot < 0) continue;
+      double factor = strength.is_given ? strength(b, j) : 1;
+      if (token_weights.is_given) factor *= token_weights(b, j, n);
+      if (factor == 0) continue;
+      const auto first = offsets.is_given ? static_cast<int64_t>(offsets(slot)) : slot;
+      const auto end = offsets.is_given ? static_cast<int64_t>(offsets(slot + 1)) : slot + 1;
+      for (int64_t p = first; p < end; ++p) {
+        double c = is_given ? coefficients(b, n, j) : 0;
+        for (int64_t k = 0; k < depth && !is_given; ++k) c += factor * x(b, n, k) * down(p, k);
+        if (c != 0) found.push_back({p, c});
       }
-      for (int64_t r = 0; r < rank; ++r) {
-        double dot = 0;
-        for (int64_t o = 0; o < outputs && slots(b, r) >= 0; ++o) {
-          dot += base(b, t, o) * u(slots(b, r), o);
+    }
+    return found;
+  }
+
+  void check(InstructionSet set) {
+    const keylock::Updates updates = describe();
+    const auto of_x = is_given ? keylock::Tensor<3>{} : x.in();
+    expect_ok(keylock::low_rank_update({base.in(), of_x, updates, y.out()}, set, 2),
+              "low_rank_update");
+    const Status status = keylock::low_rank_linear(
+        {x.in(), weight.in(), bias.in(), scale.in(), updates, layer.out()}, set, 2);
+    const bool has_layer = multiplies(set);
+    expect_status(status, has_layer ? Status::ok : Status::unsupported_type, "low_rank_linear");
+    for (int64_t b = 0; b < rows; ++b) {
+      for (int64_t n = 0; n < tokens; ++n) {
+        const auto of_token = terms(b, n);
+        for (int64_t o = 0; o < outputs; ++o) {
+          double more = 0;
+          for (const auto& term : of_token) more += term.coefficient * up(term.p, o);
+          expect(y(b, n, o), base(b, n, o) + more, kTolerance<Element>, "low_rank_update");
+          if (!has_layer) continue;
+          double product = more;
+          for (int64_t k = 0; k < depth; ++k) product += x(b, n, k) * weight(o, k);
+          if (scale.is_given) product *= scale(b, o);
+          if (bias.is_given) product += bias(o);
+          expect(layer(b, n, o), product, kTolerance<Element>, "low_rank_linear");
         }
-        expect(grad_coefficients(b, t, r), dot, kTolerance<Real>, "grad_coefficients");
       }
     }
   }
-  for (size_t i = 0; i < u.data.size(); ++i) {
-    expect(value_of(grad_u.data[i]), exact_grad_u[i], kTolerance<Real>, "grad_u");
+
+  static bool multiplies(InstructionSet set) {
+    const auto is_read = [](DataType type) {
+      return type == DataType::float32 || type == DataType::bfloat16;
+    };
+    if (!is_read(kType<Element>) || !is_read(kType<Table>)) return false;
+    return set == InstructionSet::avx512_bf16 ||
+           (set == InstructionSet::avx512 && kType<Element> == DataType::float32);
   }
+};
+
+template <class Element, class Table>
+void test_low_rank_backward(InstructionSet set) {
+  using Real = RealOf<Element>;
+  const int64_t rows = below(3), tokens = one_of({0, 1, 5, 40, 77}), taken = one_of({0, 1, 3, 17});
+  const int64_t outputs = one_of({0, 1, 7, 16, 33, 100, 193, 260}), count = 1 + below(4);
+  auto grad = array<Element, 3>({rows, tokens, outputs});
+  auto up = array<Table, 2>({count, outputs});
+  auto slots = array<int, 2>({rows, taken});
+  auto coefficients = array<Real, 3>({rows, tokens, taken});
+  auto grad_up = array<Real, 2>({count, outputs}, below(4) > 0);
+  auto grad_c = array<Real, 3>({rows, tokens, taken}, below(4) > 0);
+  for (auto& slot : slots.data) slot = static_cast<int>(below(count + 1)) - 1;
+  for (auto& c : coefficients.data) c = below(4) == 0 ? 0 : c;
+  if (below(3) == 0) spoil(grad);
+  if (below(3) == 0) spoil(up);
+  expect_ok(
+      keylock::low_rank_backward(
+          {grad.in(), up.in(), slots.in(), coefficients.in(), grad_up.out(), grad_c.out()}, set, 2),
+      "low_rank_backward");
+
+  std::vector<double> exact(up.data.size());
+  for (int64_t b = 0; b < rows; ++b) {
+    for (int64_t n = 0; n < tokens; ++n) {
+      for (int64_t r = 0; r < taken; ++r) {
+        const auto p = static_cast<int64_t>(slots(b, r));
+        double dot = 0;
+        for (int64_t o = 0; o < outputs && p >= 0; ++o) {
+          dot += grad(b, n, o) * up(p, o);
+          const double c = coefficients(b, n, r);
+          if (c != 0) exact[static_cast<size_t>(up.offset(p, o))] += c * grad(b, n, o);
+        }
+        if (grad_c.is_given) expect(grad_c(b, n, r), dot, kTolerance<Real>, "grad_coefficients");
+      }
+    }
+  }
+  for (size_t i = 0; i < grad_up.data.size(); ++i) {
+    expect(value_of(grad_up.data[i]), exact[i], kTolerance<Real>, "grad_up");
+  }
+}
+
+// What the kernels refuse, without a word written.
+void test_low_rank_refusals(InstructionSet set) {
+  auto x = array<float, 3>({2, 5, 8}), y = array<float, 3>({2, 5, 33}), base = y;
+  auto weight = array<float, 2>({33, 8}), up = array<float, 2>({7, 33});
+  auto down = array<float, 2>({7, 8}), strength = array<float, 2>({2, 3});
+  auto token_weights = array<float, 3>({2, 3, 5}), coefficients = array<float, 3>({2, 5, 3});
+  auto scale = array<float, 2>({2, 33});
+  auto offsets = array<int, 1>({3});
+  auto slots = array<int, 2>({2, 3});
+  offsets.data = {0, 3, 7};
+  slots.data = {0, 1, -1, 1, 1, 0};
+  const keylock::Updates good = {
+      up.in(), down.in(), offsets.in(), slots.in(), strength.in(), token_weights.in(), {}};
+  y.data.assign(y.data.size(), 7);
+
+  const auto runs = [&](const keylock::Updates& updates, Status wanted, const char* what) {
+    const keylock::LowRankUpdate update = {base.in(), x.in(), updates, y.out()};
+    expect_status(keylock::low_rank_update(update, set, 2), wanted, what);
+    if (!LowRank<float, float>::multiplies(set)) return;
+    const keylock::LowRankLinear layer = {x.in(), weight.in(), {}, scale.in(), updates, y.out()};
+    expect_status(keylock::low_rank_linear(layer, set, 2), wanted, what);
+  };
+  const auto refuses = [&](const keylock::Updates& updates, Status wanted, const char* what) {
+    runs(updates, wanted, what);
+    for (const float element : y.data) expect(element, 7, 0, what);
+  };
+
+  keylock::Updates bad = good;
+  for (const int slot : {2, -2, std::numeric_limits<int>::max(), std::numeric_limits<int>::min()}) {
+    slots.data[4] = slot;
+    refuses(good, Status::slot_out_of_range, "a slot");
+  }
+  slots.data[4] = 1;
+  for (const auto& wrong : {std::vector<int>{0, 4, 3}, {0, 3, 8}, {-1, 3, 7}, {8, 8, 8}}) {
+    std::copy(wrong.begin(), wrong.end(), offsets.data.begin());
+    refuses(good, Status::offset_out_of_range, "offsets");
+  }
+  offsets.data = {0, 3, 7};
+  bad.offsets.sizes[0] = 0;
+  refuses(bad, Status::shape_mismatch, "no offsets at all");
+  bad = good, bad.offsets.type = DataType::float32;
+  refuses(bad, Status::unsupported_type, "offsets of another type");
+  bad = good, bad.slots.sizes[0] = 1;
+  refuses(bad, Status::shape_mismatch, "slots of fewer rows");
+  bad = good, bad.up.sizes[1] = 32;
+  refuses(bad, Status::shape_mismatch, "up of fewer columns");
+  bad = good, bad.down.sizes[0] = 6;
+  refuses(bad, Status::shape_mismatch, "down of fewer rows");
+  bad = good, bad.down.strides[1] = 2;
+  refuses(bad, Status::shape_mismatch, "rows of down that are not contiguous");
+  bad = good, bad.strength.sizes[1] = 2;
+  refuses(bad, Status::shape_mismatch, "strength of fewer slots");
+  bad = good, bad.strength.type = DataType::float64;
+  refuses(bad, Status::unsupported_type, "strength of another type");
+  bad = good, bad.token_weights.sizes[2] = 4;
+  refuses(bad, Status::shape_mismatch, "weights of fewer tokens");
+  bad = good, bad.down = {}, bad.coefficients = coefficients.in();
+  refuses(bad, Status::shape_mismatch, "coefficients beside offsets");
+  bad.offsets = {}, bad.coefficients.sizes[2] = 2;
+  refuses(bad, Status::shape_mismatch, "coefficients of fewer slots");
+  bad = good, bad.down = {};
+  refuses(bad, Status::shape_mismatch, "neither down nor coefficients");
+  runs(good, Status::ok, "nothing is wrong");
+}
+
+template <class Element>
+void test_low_rank(InstructionSet set) {
+  LowRank<Element, Element>().check(set);
+  LowRank<Element, float>().check(set);
+  LowRank<Element, double>().check(set);
+  LowRank<Element, Half>().check(set);
+  LowRank<Element, uint16_t>().check(set);
+  test_low_rank_backward<Element, Element>(set);
+  test_low_rank_backward<Element, float>(set);
 }
 
 // One set of inputs, and the op written as loops.
@@ -420,13 +630,19 @@ int main() {
                          InstructionSet::avx512_bf16}) {
     if (!keylock::is_usable(set)) continue;
     for (int i = 0; i < 40; ++i) {
-      test_rank_one<float>(set);
-      test_rank_one<double>(set);
-      test_rank_one<uint16_t>(set);
+      test_low_rank<float>(set);
+      test_low_rank<double>(set);
+      test_low_rank<Half>(set);
+      test_low_rank<uint16_t>(set);
       Attention<float>().check(set);
       Attention<double>().check(set);
       Attention<uint16_t>().check(set);
     }
+    // A weight that is laid out in several pieces, and more tokens than a block has.
+    LowRank<float, float>(1, 5, 1100, 2000, 2).check(set);
+    LowRank<uint16_t, float>(1, 2, 1100, 4100, 2).check(set);
+    LowRank<float, uint16_t>(3, 150, 66, 200, 3).check(set);
+    test_low_rank_refusals(set);
     std::printf("instruction set %d: %d failures so far\n", static_cast<int>(set), failures);
   }
   return failures == 0 ? 0 : 1;

@@ -11,7 +11,7 @@ import functools
 import importlib
 import itertools
 import pkgutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -22,12 +22,20 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from keylock_kernels import localized_attention, ops, rank_one_linear, rank_one_update  # noqa: E402
-from keylock_kernels.ops.rank_one import op as rank_one_op  # noqa: E402
+from keylock_kernels import (  # noqa: E402
+    localized_attention,
+    low_rank_linear,
+    low_rank_update,
+    ops,
+    rank_one_linear,
+    rank_one_update,
+)
+from keylock_kernels.ops.low_rank.updates import Updates  # noqa: E402
 from keylock_kernels.testing import (  # noqa: E402
     assert_as_accurate_as_eager,
     attention_inputs,
     cast,
+    low_rank_inputs,
     rank_one_inputs,
 )
 from tests.kernels.helpers import (  # noqa: E402
@@ -37,7 +45,7 @@ from tests.kernels.helpers import (  # noqa: E402
     linear_through_coefficients,
     run,
 )
-from tests.ptx import plants, tensor_core  # noqa: E402
+from tests.ptx import plants  # noqa: E402
 from tests.ptx.faults import Diverged, Misaligned, OutOfBounds, Race, Unwaited  # noqa: E402
 from tests.ptx.launches import Edit, gpu, simulated  # noqa: E402
 from tests.ptx.machine import ORDERS  # noqa: E402
@@ -48,11 +56,6 @@ pytestmark = [
 ]
 TARGETS = ("sm_80", "sm_90")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-
-# With aligned widths Triton keeps two tiles of weights and of directions. On Hopper the products of a prompt's first 64
-# tokens are asynchronous and one step of them is not waited for; the products of the last 16 are not, and for them two
-# tiles suffice, so the next copy goes where an asynchronous product may still read.
-OVERTAKEN = "a tile of weights is copied over before the asynchronous product that reads it has been waited for"
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,6 @@ class Case:
     tables: tuple[str, ...] = ()  # inputs of which a row sees what its slots take
     shared: tuple[str, ...] = ()  # and those that it shares with all rows
     processors: int = 132  # with few of them a program takes several tiles in turn
-    races: tuple[str, ...] = ()  # where the machine finds OVERTAKEN, as "dtype target"
 
 
 def _update_inputs(rows: int, tokens: int, outer: int, updates: int, taken: int) -> dict[str, Any]:
@@ -80,14 +82,20 @@ def _heads_of_a_slice(inputs: dict[str, Any]) -> dict[str, Any]:
     return {**inputs, "query": inputs["query"].transpose(1, 2).contiguous().transpose(1, 2), "key": key, "value": value}
 
 
+def _on_an_output(inputs: dict[str, Any]) -> dict[str, Any]:
+    weight, _, _ = (inputs.pop(name) for name in ("weight", "bias", "output_scale"))
+    return {"base": inputs["x"] @ weight.mT, **inputs}
+
+
 _rank_one = functools.partial(Case, tables=("u", "v", "beta", "tau"), shared=("weight", "bias"))
+_low_rank = functools.partial(Case, tables=("up", "down"), shared=("weight", "bias"))
 CASES: dict[str, Case] = {
     "linear, odd": _rank_one(
         rank_one_linear, lambda: rank_one_inputs(2, 83, 70, 72, 5, 2, gate=None), ("float16 sm_80", "bfloat16 sm_90")
     ),
     "gated, two chunks, aligned": _rank_one(
         rank_one_linear, lambda: rank_one_inputs(2, 77, 64, 48, 40, 18),
-        ("bfloat16 sm_80", "float32 sm_90", "float16 sm_90"), races=("bfloat16 sm_90", "float16 sm_90"),
+        ("bfloat16 sm_80", "float32 sm_90", "float16 sm_90"),
     ),
     "gated, pixels, aligned": _rank_one(
         rank_one_linear, lambda: rank_one_inputs(2, 170, 128, 144, 5, 3), ("bfloat16 sm_90",)
@@ -101,6 +109,22 @@ CASES: dict[str, Case] = {
     ),
     "given coefficients": _rank_one(
         linear_through_coefficients, lambda: rank_one_inputs(2, 83, 40, 72, 5, 2), ("float32 sm_80", "float16 sm_90")
+    ),
+    "a few updates": _rank_one(rank_one_update, lambda: _update_inputs(2, 45, 136, 5, 3), ("float16 sm_90",)),
+    "adapters, odd": _low_rank(
+        low_rank_linear, lambda: low_rank_inputs(2, 83, 70, 72, (3, 0, 21, 5), 3, seed=1),
+        ("float16 sm_80", "bfloat16 sm_90"),
+    ),
+    "adapters, pixels, aligned": _low_rank(
+        low_rank_linear, lambda: low_rank_inputs(2, 170, 128, 144, (16, 8, 16), 1, weights=False),
+        ("float16 sm_90",),
+    ),
+    "adapters of many": _low_rank(
+        low_rank_linear, lambda: low_rank_inputs(2, 40, 64, 64, (64, 33, 70), 2, scale=False), ("bfloat16 sm_90",)
+    ),
+    "adapters on an output": _low_rank(
+        low_rank_update, lambda: _on_an_output(low_rank_inputs(2, 43, 70, 136, (3, 0, 21, 5), 3, seed=1)),
+        ("float16 sm_80", "bfloat16 sm_90"),
     ),
     "update, two chunks": _rank_one(
         rank_one_update, lambda: _update_inputs(2, 83, 136, 40, 18),
@@ -151,15 +175,10 @@ def in_half(*names: str) -> pytest.MarkDecorator:
     return points(names, ["float16"], mark_long=False)
 
 
-@contextlib.contextmanager
 def on_the_machine(
-    case: Case, dtype: str, target: str, order: str = "together", edit: Edit | None = None
-) -> Iterator[None]:
-    """Runs the case's kernels on the machine; what is known of OVERTAKEN has a test of its own."""
-    with contextlib.ExitStack() as stack:
-        if f"{dtype} {target}" in case.races:
-            stack.enter_context(mock.patch.object(tensor_core, "check_unchanged", lambda *_: None))
-        yield stack.enter_context(simulated(target, order, edit, case.processors))
+    case: Case, target: str, order: str = "together", edit: Edit | None = None
+) -> contextlib.AbstractContextManager[None]:
+    return simulated(target, order, edit, case.processors)
 
 
 def first(results: Any) -> Tensor:
@@ -176,7 +195,7 @@ def test_results_and_gradients_err_at_most_twice_as_much_as_eager(name, dtype, t
     case, inputs = CASES[name], cast(CASES[name].inputs(), DTYPES[dtype])
     exact, exact_grads = run(case.op, cast(inputs, torch.float64), backend="eager")
     eager, eager_grads = run(case.op, inputs, backend="eager")
-    with on_the_machine(case, dtype, target):
+    with on_the_machine(case, target):
         actual, grads = run(case.op, inputs, backend="triton")
     for i, result in enumerate(actual):
         assert_as_accurate_as_eager(result, eager[i], exact[i], f"result {i}")
@@ -184,31 +203,29 @@ def test_results_and_gradients_err_at_most_twice_as_much_as_eager(name, dtype, t
         assert_as_accurate_as_eager(grad, eager_grads[what], exact_grads[what], what)
 
 
-RACING = [(name, *point.split()) for name, case in CASES.items() for point in case.races]
-
-
-@pytest.mark.xfail(raises=Race, strict=True, reason=OVERTAKEN)
-@pytest.mark.parametrize(("name", "dtype", "target"), RACING)
-def test_no_tile_is_copied_over_while_a_product_may_read_it(name, dtype, target):
-    case, inputs = CASES[name], cast(CASES[name].inputs(), DTYPES[dtype])
-    with simulated(target):
-        case.op(**inputs, backend="triton")
-
-
 @in_half("linear, odd", "gated, two chunks, aligned", "text", "everything, odd")
 def test_runs_and_orders_of_warps_agree_to_the_bit(name, dtype, target):
     case, inputs = CASES[name], cast(CASES[name].inputs(), DTYPES[dtype])
     found = []
     for order in ("together", *ORDERS):
-        with on_the_machine(case, dtype, target, order):
+        with on_the_machine(case, target, order):
             found.append(run(case.op, inputs, backend="triton"))
     assert all(equal(again, found[0]) for again in found[1:])
     assert not any(t.isnan().any() for t in (*found[0][0], *found[0][1].values()))
 
 
 def tables(case: Case, inputs: dict[str, Any]) -> list[str]:
-    """Which inputs have a line for every slot: what belongs to a row's places has one for every row instead."""
+    """Which inputs have lines for every slot: what belongs to a row's places has one for every row instead."""
     return [name for name in case.tables if name in inputs and len(inputs[name]) != len(inputs["slots"])]
+
+
+def lines(inputs: dict[str, Any], slots: Tensor) -> set[int]:
+    """What slots take of the tables."""
+    taken = {slot for slot in slots.flatten().tolist() if slot >= 0}
+    if "offsets" not in inputs:
+        return taken
+    bounds = inputs["offsets"].tolist()
+    return {line for slot in taken if slot + 1 < len(bounds) for line in range(*bounds[slot : slot + 2])}
 
 
 def poisoned(case: Case, inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, list[int]]]:
@@ -220,7 +237,7 @@ def poisoned(case: Case, inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[s
             continue
         inputs[name] = tensor.clone()
         if name in of_slots:
-            mine = {slot for slot in inputs["slots"][1:].flatten().tolist() if slot >= 0}
+            mine = lines(inputs, inputs["slots"][1:])
             taken[name] = sorted(mine)
             inputs[name][sorted(set(range(len(tensor))) - mine)] = torch.nan
         else:
@@ -228,12 +245,12 @@ def poisoned(case: Case, inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[s
     return inputs, taken
 
 
-@in_half("linear, odd", "update, two chunks", "text", "everything, odd")
+@in_half("linear, odd", "adapters, odd", "update, two chunks", "text", "everything, odd")
 def test_a_neighbours_nan_does_not_reach_a_row(name, dtype, target):
     case, inputs = CASES[name], cast(CASES[name].inputs(), DTYPES[dtype])
     wanted = [what for what in floating(inputs) if what not in case.shared]
     dirt, taken = poisoned(case, inputs)
-    with on_the_machine(case, dtype, target):
+    with on_the_machine(case, target):
         clean, clean_grads = run(case.op, inputs, wanted, backend="triton")
         upstream = gradients_like(clean)
         for gradient in upstream:
@@ -242,26 +259,25 @@ def test_a_neighbours_nan_does_not_reach_a_row(name, dtype, target):
     for a, b in zip(dirty, clean, strict=True):
         assert torch.equal(a[1:], b[1:]) and a[0].isnan().any()
     # What both rows take has a gradient from both.
-    also = set(inputs["slots"][0].tolist()) if "slots" in inputs else set()
+    also = lines(inputs, inputs["slots"][0]) if "slots" in inputs else set()
     for what, gradient in grads.items():
         rows = [slot for slot in taken[what] if slot not in also] if what in taken else list(range(1, len(gradient)))
         assert rows and torch.equal(gradient[rows], clean_grads[what][rows]), what
 
 
-@in_half("linear, odd", "gated per row, pixels", "update, two chunks")
+@in_half("linear, odd", "gated per row, pixels", "adapters, odd", "adapters on an output", "update, two chunks")
 def test_slot_minus_one_is_exactly_nothing_and_a_missing_slot_is_nan(name, dtype, target):
     case, inputs = CASES[name], cast(CASES[name].inputs(), DTYPES[dtype])
     inputs["slots"][1] = -1
     bare = {**inputs, "slots": torch.full_like(inputs["slots"], -1)}
     # Row 0 takes its slots but the last, in whose place it asks for one that does not exist.
     slots, of_slots = inputs["slots"].clone(), tables(case, inputs)
-    count = len(inputs[of_slots[0]])
-    slots[0, -1] = count
+    slots[0, -1] = len(inputs["offsets"]) - 1 if "offsets" in inputs else len(inputs[of_slots[0]])
     given = {**inputs, "slots": slots}
-    untaken = sorted(set(range(count)) - set(slots.flatten().tolist()))
+    untaken = sorted(set(range(len(inputs[of_slots[0]]))) - lines(inputs, slots))
     for what in of_slots:
         given[what] = given[what].index_fill(0, torch.tensor(untaken), torch.nan)
-    with mock.patch.object(rank_one_op, "_check_slots", lambda *_: None), on_the_machine(case, dtype, target):
+    with mock.patch.object(Updates, "checked", lambda updates, _: updates), on_the_machine(case, target):
         found, plain = (case.op(**i, backend="triton") for i in (given, bare))  # a GPU does not look at slots first
     assert found[0].isnan().all() and torch.equal(found[1], plain[1]) and found[1].isfinite().all()
 
@@ -340,7 +356,7 @@ PLANTED = {
         "error .* allowed",
     ),
     "operands rounded to 16 bits": (
-        plants.ROUNDED_OPERANDS, "update, two chunks", "float32", "sm_80", "update_kernel", AssertionError,
+        plants.ROUNDED_OPERANDS, "update, two chunks", "float32", "sm_80", "given_update_kernel", AssertionError,
         "error .* allowed",
     ),
 }  # fmt: skip
@@ -356,6 +372,6 @@ def test_a_planted_fault_is_found(planted):
         return plant(text) if of == kernel else text
 
     exact, eager = (first(case.op(**i, backend="eager")) for i in (cast(inputs, torch.float64), inputs))
-    with pytest.raises(fault, match=said), on_the_machine(case, dtype, target, edit=edit):
+    with pytest.raises(fault, match=said), on_the_machine(case, target, edit=edit):
         assert_as_accurate_as_eager(first(case.op(**inputs, backend="triton")), eager, exact)
     assert kernel in planted_in

@@ -62,8 +62,8 @@ def test_without_the_extension_everything_reports_and_ops_raise():
 print(json.dumps([native.available(), native.unavailable_reason()]))
 import torch
 try:
-    from keylock_kernels.ops.rank_one import native as rank_one
-    rank_one.rank_one_update(torch.zeros(1, 1, 1), *[torch.zeros(1, 1)] * 2, torch.zeros(1, 1, 1))
+    from keylock_kernels.ops.low_rank import native as low_rank
+    low_rank.low_rank_update(torch.zeros(1, 1, 1), None, None)
 except RuntimeError as error:
     print(json.dumps(str(error)))
 """
@@ -109,14 +109,17 @@ def test_cuda_is_reported_as_it_was_built():
 def test_without_a_driver_a_launch_is_refused(monkeypatch):
     import torch
 
+    from keylock_kernels.ops.low_rank.updates import Updates
+
     if torch.cuda.is_available():
         pytest.skip("there is a driver")
     monkeypatch.setattr(native_cuda, "_DEVICE", "cpu")
     monkeypatch.setattr(native_cuda, "_stream", lambda device: 0)
     x, slots = torch.ones(1, 4, 8), torch.zeros(1, 1, dtype=torch.int32)
+    updates = Updates(x[0], None, None, slots, None, None, None, None, x[..., :1], 1)
     for call in (
-        lambda: native_cuda.rank_one_update(x, x[0], slots, x[..., :1]),
-        lambda: native_cuda.rank_one_linear(x, x[0], x[0][:, :4], slots, None, x[..., :1]),
+        lambda: native_cuda.low_rank_update(x, None, updates),
+        lambda: native_cuda.low_rank_linear(x, torch.ones(8, 8), None, None, updates),
         lambda: native_cuda.localized_attention(*[x[:, :, None]] * 3, 1.0, *[None] * 5, [], *[None] * 4),
     ):
         with pytest.raises(RuntimeError, match="the CUDA kernel was not launched: launch_failed"):

@@ -35,8 +35,8 @@ def _of_warps(squad: Squad, values: Array) -> Array:  # [warps, 32]
 
 @operation("shfl")
 def _shuffle(s: Statement, o: Operands) -> Run:
-    flags = s.flags("sync", "bfly", "idx")
-    if s.operands[3:] != ("31", "-1") or "|" in s.operands[0]:
+    flags = s.flags("sync", "bfly", "idx", "up")
+    if s.operands[3:] != ("0" if "up" in flags else "31", "-1") or "|" in s.operands[0]:
         raise Unknown(f"the machine shuffles whole warps only: `{s.text}`")
     target, value, by = o.target(s.operands[0], "b32"), o.source(s.operands[1], "b32"), o.source(s.operands[2], "u32")
 
@@ -44,6 +44,8 @@ def _shuffle(s: Statement, o: Operands) -> Run:
         squad.whole_warps()
         lane = _of_warps(squad, by(squad)) & np.uint32(31)
         lane = _LANE ^ lane if "bfly" in flags else lane.astype(int)
+        if "up" in flags:
+            lane = np.where(_LANE >= lane, _LANE - lane, _LANE)
         target(squad, np.take_along_axis(_of_warps(squad, value(squad)), lane, 1).reshape(-1))
 
     return run

@@ -7,12 +7,12 @@
 namespace keylock {
 
 struct LowRankLinear {
-  Tensor<3> x;       // [B, N, K] float32 or bfloat16, one distance from token to token, batch rows
-                     // included; for bfloat16 it and K are even
-  Tensor<2> weight;  // [O, K] x's type
-  Tensor<1> bias;    // [O] float32 or bfloat16, optional
-  Tensor<2> scale;   // [B, O] float32 or bfloat16, optional
-  Updates updates;   // tables in float32 or bfloat16
+  Tensor<3> x;        // [B, N, K] float32 or bfloat16, one distance from token to token, batch rows
+                      // included; for bfloat16 it and K are even
+  Tensor<2> weight;   // [O, K] x's type
+  Tensor<1> bias;     // [O] float32 or bfloat16, optional
+  Tensor<2> scale;    // [B, O] float32 or bfloat16, optional
+  Updates updates;    // tables in float32 or bfloat16
   Tensor<3, void> y;  // [B, N, O] x's type, no overlap with any
 };
 

@@ -25,9 +25,9 @@ def table_rows(updates: Updates) -> tuple[Tensor, Tensor | None]:  # [B, R], [B,
         return slots, None
     offsets = offsets.long()
     first, rank = offsets[:-1], offsets.diff()
-    index = torch.where(taken_slots(slots, updates.count), slots, 0).long()
-    rank = torch.where(taken_slots(slots, updates.count), _at(rank, index), 0)
-    missing = (slots != -1) & (~taken_slots(slots, updates.count) | (rank < 0) | (rank > updates.max_rank))
+    index = torch.where(taken_slots(slots, updates.choices), slots, 0).long()
+    rank = torch.where(taken_slots(slots, updates.choices), _at(rank, index), 0)
+    missing = (slots != -1) & (~taken_slots(slots, updates.choices) | (rank < 0) | (rank > updates.max_rank))
     rank, first = torch.where(missing, 1, rank), torch.where(missing, updates.up.shape[0], _at(first, index))
     ends = rank.cumsum(1)
     place = torch.arange(updates.width, device=slots.device)

@@ -85,14 +85,14 @@ def _rows(updates: Updates, size: int) -> _Rows:
     u = updates
     slots = Slots(
         u.slots, u.slots.stride(0), u.slots.stride(1), u.slots.shape[1],
-        None if u.offsets is None else u.offsets.contiguous(), u.count, u.max_rank, u.width, u.up.shape[0],
+        None if u.offsets is None else u.offsets.contiguous(), u.choices, u.max_rank, u.width, u.up.shape[0],
     )  # fmt: skip
     chunk, slots_together = CHUNK, 1
     if u.offsets is not None:
         slots_together = 1 << max(u.slots.shape[1] - 1, 0).bit_length()
         # What a row's adapters have between them; where nobody said, by the adapters' mean. Wide types have no room.
-        likely = u.slots.shape[1] * min(u.max_rank, ceil_div(u.up.shape[0], max(u.count, 1)))
-        chunk = next((c for c in (16, 32) if likely <= c), 64) if size == 2 else CHUNK
+        likely = u.slots.shape[1] * min(u.max_rank, ceil_div(u.up.shape[0], max(u.choices, 1)))
+        chunk = 2 * CHUNK if likely > CHUNK and size == 2 else CHUNK
     return _Rows(
         slots, tuple(_per(table) for table in (u.beta, u.tau, u.strength)), _tokens(u.token_weights),
         _tokens(u.coefficients), u.width, {"J": slots_together, "C": chunk},
@@ -120,6 +120,8 @@ def _gemm(
     batch, tokens, width = x.shape
     y = x.new_empty(batch, tokens, outputs)
     tile = _tile(x)
+    if rows.slots.offsets is not None and tile.tokens == 128:  # whose lists and weights take registers
+        tile = tile._replace(warps=8)
     if similarity is not None:  # the gate's slope takes registers
         tile = tile._replace(outputs=tile.outputs // 2)
     grid = (ceil_div(tokens, tile.tokens), ceil_div(outputs, tile.outputs), batch)
@@ -183,7 +185,7 @@ def update(base: Tensor, x: Tensor | None, updates: Updates) -> Tensor:  # [B, N
         update_kernel, (ceil_div(tokens, block_t), ceil_div(outputs, share) if share else 0, batch), base.device,
         _tokens(base), _tokens(x), _table(updates.up), _table(updates.down), rows.slots, rows.gate[2], rows.weights, y,
         tokens, x.shape[2], outputs, share,
-        ACC=accumulator(base.dtype), BT=block_t, BO=block_o, BK=_tile(x).inner, **rows.options, num_warps=4,
+        ACC=accumulator(base.dtype), BT=block_t, BO=block_o, BK=_tile(x).inner, **rows.options, num_warps=8,
         num_stages=_tile(x).stages,
     )  # fmt: skip
     return y
@@ -195,7 +197,7 @@ def _sum_over_rows(part: Tensor, rows: _Rows, like: Tensor) -> Tensor:  # [B, sp
     columns = TABLE_TILE[1]
     launch(
         table_sum_kernel, (ceil_div(width, columns), rows.slots.total), part.device,
-        part, rows.slots, grad, batch, splits, width, BC=columns, **rows.options, num_warps=4,
+        part, rows.slots, grad, batch, splits, width, BC=columns, **rows.options, num_warps=2,
     )  # fmt: skip
     return grad
 

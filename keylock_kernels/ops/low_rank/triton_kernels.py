@@ -42,7 +42,7 @@ class Slots(NamedTuple):
     data: Any
     b: int
     j: int
-    count: int  # J
+    per_row: int  # J
     offsets: Any
     adapters: int  # S
     max_rank: int
@@ -66,7 +66,7 @@ def _adapters(slots, row, J: tl.constexpr):
     A slot that does not exist takes one row, which does not exist.
     """
     j = tl.arange(0, J)
-    slot = tl.load(slots.data + row * slots.b + j * slots.j, mask=j < slots.count, other=-1)
+    slot = tl.load(slots.data + row * slots.b + j * slots.j, mask=j < slots.per_row, other=-1)
     exists = (slot >= 0) & (slot < slots.adapters)
     at = slots.offsets + tl.where(exists, slot, 0)
     begin = tl.load(at, mask=exists, other=0)
@@ -97,7 +97,7 @@ def _updates(slots, row, first, J: tl.constexpr, C: tl.constexpr):
     place = first + tl.arange(0, C)
     if slots.offsets is None:
         owner = place
-        index = tl.load(slots.data + row * slots.b + place * slots.j, mask=place < slots.count, other=-1)
+        index = tl.load(slots.data + row * slots.b + place * slots.j, mask=place < slots.per_row, other=-1)
         found = index != -1
     else:
         begin, start, ends = _adapters(slots, row, J)
@@ -128,8 +128,8 @@ def _selected_dot(c, values, acc):
     finite = tl.abs(values) < float("inf")
     acc = dot(c.to(acc.dtype), tl.where(finite, values, 0.0).to(acc.dtype), acc)
     if tl.max(tl.max((finite == 0).to(tl.int32), 1), 0) != 0:
-        counts = (c != 0).to(tl.float32)
-        hits = tl.dot(counts, (finite == 0).to(tl.float32), input_precision="tf32")  # of ones and zeros: exact
+        # Of zeros and ones, which half precision has.
+        hits = tl.dot((c != 0).to(tl.float16), (finite == 0).to(tl.float16))
         acc = tl.where(hits > 0, float("nan"), acc)
     return acc
 
@@ -486,11 +486,10 @@ def table_sum_kernel(
         for first in range(0, _count(slots, tl.cast(row, tl.int64), J), C):
             place, _, taken, index, _ = _updates(slots, tl.cast(row, tl.int64), first, J, C)
             hit = taken & (index == own)
-            if tl.max(hit.to(tl.int32), 0) != 0:
-                for split in range(splits):
-                    at = ((tl.cast(row, tl.int64) * splits + split) * slots.updates + place[:, None]) * width + c[None]
-                    value = tl.load(part + at, mask=hit[:, None] & (c < width)[None], other=0.0)
-                    acc += tl.sum(value, 0)
+            for split in range(tl.max(hit.to(tl.int32), 0) * splits):
+                at = ((tl.cast(row, tl.int64) * splits + split) * slots.updates + place[:, None]) * width + c[None]
+                value = tl.load(part + at, mask=hit[:, None] & (c < width)[None], other=0.0)
+                acc += tl.sum(value, 0)
     tl.store(grad + own.to(tl.int64) * width + c, acc.to(grad.dtype.element_ty), mask=c < width)
 
 

@@ -33,7 +33,7 @@ class Updates(NamedTuple):
         return "rank_one" if self.offsets is None else "low_rank"
 
     @property
-    def count(self) -> int:
+    def choices(self) -> int:
         """S, of what slots may name."""
         return self.up.shape[0] if self.offsets is None else self.offsets.shape[0] - 1
 
@@ -54,9 +54,9 @@ class Updates(NamedTuple):
             return self
         if self.slots.numel() > 0:
             low, high = (int(bound) for bound in torch.aminmax(self.slots))
-            if low < -1 or high >= self.count:
+            if low < -1 or high >= self.choices:
                 wrong = low if low < -1 else high
-                raise ValueError(f"{self.family}_{op}: slots must lie in [-1, {self.count}), got {wrong}")
+                raise ValueError(f"{self.family}_{op}: slots must lie in [-1, {self.choices}), got {wrong}")
         if self.offsets is None:
             return self
         steps, end = self.offsets.tolist(), self.up.shape[0]
