@@ -11,7 +11,6 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 RUN ?= $(BIN)/python
 TRITON_TESTS := $(addprefix tests/kernels/test_,rank_one.py low_rank.py localized_attention.py triton_attention.py isolation.py torch.py)
-INTERPRETED := $(filter-out %low_rank.py %isolation.py %torch.py,$(TRITON_TESTS))
 TEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
 GPU_TEST := KEYLOCK_TEST_DEVICE=cuda CUBLAS_WORKSPACE_CONFIG=:4096:8 PYTHONPATH=.:python $(RUN) -m pytest
 # The test of a whole pipeline on a GPU, where diffusers is installed.
@@ -49,19 +48,17 @@ help:
 demo: $(VENV)/installed
 	$(BIN)/keylock demo
 
-# Tests of one thread each on two cores; those of more threads set their number themselves. Triton's interpreter is a
-# process of its own, since the mode is fixed on import; what the kernels are compiled to for GPUs runs in the other one.
+# Tests of one thread each on two cores; those of more threads set their number themselves. Of the Triton kernels they
+# execute what is compiled for GPUs.
 test: $(VENV)/installed-test
-	@export OMP_NUM_THREADS=1; \
-	TRITON_INTERPRET=1 $(TEST) $(INTERPRETED) -k triton -m "not gpu and not long"; interpreted=$$?; \
-	$(TEST) tests -m "not gpu and not long" && exit $$interpreted
+	OMP_NUM_THREADS=1 $(TEST) tests -m "not gpu and not long"
 
-# What takes longer: Triton kernels' isolation and compiled graphs in its interpreter, what the kernels compile to for
-# four GPUs, their PTX in every dtype, whole benchmarks and models, the C++ kernels under sanitizers.
+# What takes longer: the Triton kernels in its interpreter, a process of its own since the mode is fixed on import, what
+# they compile to for four GPUs, their PTX in every dtype, whole benchmarks and models, the C++ kernels under sanitizers.
 .PHONY: test-long
 test-long: $(VENV)/installed-test test-csrc
 	@export OMP_NUM_THREADS=1; \
-	TRITON_INTERPRET=1 $(TEST) $(filter-out $(INTERPRETED),$(TRITON_TESTS)) -k triton -m "not gpu"; interpreted=$$?; \
+	TRITON_INTERPRET=1 $(TEST) $(TRITON_TESTS) -k triton -m "not gpu"; interpreted=$$?; \
 	$(TEST) tests -m "long and not gpu" && exit $$interpreted
 
 # The C++ kernels' own tests, under sanitizers. Its errors end the program.

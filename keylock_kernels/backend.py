@@ -99,7 +99,7 @@ class Implementation:
         return self.missing()
 
 
-_NO_GPU_RUN = "checked in Triton's interpreter and compiled for GPUs; no run on a GPU is on record yet"
+_NO_GPU_RUN = "checked in Triton's interpreter and as PTX executed on a CPU; no run on a GPU is on record yet"
 
 
 def _cuda(op: str, summary: str) -> Implementation:

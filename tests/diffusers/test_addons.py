@@ -29,6 +29,8 @@ from keylock_diffusers.concepts.bank import ConceptExistsError, UnknownConceptEr
 from keylock_diffusers.concepts.files import ConceptFileError
 from keylock_diffusers.denoisers.neighbours import loading
 from keylock_diffusers.denoisers.unet import attention_modules
+from keylock_diffusers.loras import LoraFileError
+from keylock_diffusers.loras.products import WrongShape
 from keylock_diffusers.processors.projection import is_plain_linear
 from keylock_diffusers.training.config import ConceptTrainingError
 from tests.diffusers.compatibility import sdxl
@@ -534,6 +536,8 @@ def test_text_encoders_may_be_freed_where_all_is_encoded(freed):
 ERRORS = [
     RequestError(3, Request("a cat", id="alice"), "no"),
     ConceptFileError("damaged"),
+    LoraFileError("damaged"),
+    WrongShape("[2] and not [3]"),
     ConceptTrainingError("<alice-cat>: no"),
     UnknownConceptError("no concept 'a'"),
     ConceptExistsError("exists already"),

@@ -92,7 +92,8 @@ def low_rank_linear(
     updates = _gated(x, updates)
     native.require_cpu(op, *(t for t in (x, weight, bias, output_scale, *updates[:-1]) if t is not None))
     bias, output_scale = (None if t is None else t.contiguous() for t in (bias, output_scale))
-    if x.stride(2) != 1 or x.stride(1) % 2 or x.stride(0) != x.shape[1] * x.stride(1):
+    odd = x.dtype == torch.bfloat16 and x.stride(1) % 2  # numbers are read in pairs
+    if odd or x.stride(2) != 1 or x.stride(0) != x.shape[1] * x.stride(1):
         x = x.contiguous().view(-1).view(x.shape)  # whose strides are odd no more where a size is 1
     weight = _rows_contiguous(weight)
     y = torch.empty(*x.shape[:2], weight.shape[0], dtype=x.dtype)
