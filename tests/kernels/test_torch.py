@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 
 from keylock_kernels import (
     localized_attention,
@@ -135,6 +136,17 @@ def test_one_compiled_graph_serves_every_shape(op):
         assert all(torch.equal(grads[name], wanted_grads[name]) for name in wanted_grads)
     assert graphs.frame_count == 1
     torch._dynamo.reset()
+
+
+@every_op
+def test_a_checkpointed_block_has_the_gradients_of_one_that_is_not(op):
+    function, inputs, backend = OPS[op]
+    results, grads = run(
+        lambda **given: checkpoint(lambda: function(**given), use_reentrant=False), inputs, backend=backend
+    )
+    wanted, wanted_grads = run(function, inputs, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(results, wanted, strict=True))
+    assert all(torch.equal(grads[name], wanted_grads[name]) for name in wanted_grads)
 
 
 def test_auto_and_the_pieces_compile_too():

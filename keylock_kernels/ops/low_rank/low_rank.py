@@ -52,8 +52,8 @@ def low_rank_linear(
             nothing, even beside what is not finite.
         output_scale: factor on each output before the bias, as weight-decomposed adapters (DoRA) have it; x's dtype
             or float32 [B, O].
-        max_rank: no adapter has more rows than this. Only a GPU needs to be told, where looking would stall it: its
-            gradients take memory for so many rows a slot. Default there: P.
+        max_rank: no adapter that a row carries has more rows than this. Only a GPU needs to be told, where looking
+            would stall it: its gradients take memory for so many rows a slot. Default there: P.
         backend: "auto", "eager", "bmm", "native", "triton" or "cuda".
 
     Returns:
@@ -63,7 +63,7 @@ def low_rank_linear(
     Raises:
         TypeError: an argument is not a tensor.
         ValueError: a dtype, shape, device or combination does not fit, the backend cannot run, or (CPU only) a slot
-            lies outside [-1, S), offsets decrease or reach beyond P, or an adapter has more rows than ``max_rank``.
+            lies outside [-1, S), offsets decrease or reach beyond P, or one of these has more rows than ``max_rank``.
             On a GPU these make their row NaN.
         RuntimeError: a CUDA graph is being captured, and Triton has no kernel for such arguments yet: call the op
             once before, with the same arguments and wanted gradients (docs/performance.md, "Captured graphs").

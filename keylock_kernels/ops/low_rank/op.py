@@ -268,9 +268,10 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        refuse_double_backward(f"{_family(ctx.saved_tensors[6])}_linear")
+        saved = ctx.saved_tensors  # once: where blocks are checkpointed they are computed again for whoever asks first
+        refuse_double_backward(f"{_family(saved[6])}_linear")
         needs = ctx.needs_input_grad[:-2]
-        return *_spread(needs, _linear_backward_op(grad, *ctx.saved_tensors, *ctx.how, list(needs))), None, None
+        return *_spread(needs, _linear_backward_op(grad, *saved, *ctx.how, list(needs))), None, None
 
 
 class _Update(torch.autograd.Function):
@@ -282,9 +283,10 @@ class _Update(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        refuse_double_backward(f"{_family(ctx.saved_tensors[3])}_update")
+        saved = ctx.saved_tensors
+        refuse_double_backward(f"{_family(saved[3])}_update")
         needs = ctx.needs_input_grad[1:-2]
-        found = _update_backward_op(grad, *ctx.saved_tensors, *ctx.how, list(needs)) if any(needs) else []
+        found = _update_backward_op(grad, *saved, *ctx.how, list(needs)) if any(needs) else []
         return grad, *_spread(needs, found), None, None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import NamedTuple
 
 import torch
@@ -43,12 +42,12 @@ class Updates(NamedTuple):
         return self.slots.shape[1] * max(self.max_rank, 1)
 
     def checked(self, op: str) -> Updates:
-        """These, with max_rank as small as it can be.
+        """These, with max_rank as small as what rows take lets it be.
 
         Looks at slots and offsets on the CPU alone, since elsewhere looking would stall the device.
 
         Raises:
-            ValueError: a slot or a row does not exist, or an adapter has more than max_rank rows.
+            ValueError: a slot or a row does not exist, or an adapter that is taken has more than max_rank rows.
         """
         if self.slots.device.type != "cpu":
             return self
@@ -62,7 +61,9 @@ class Updates(NamedTuple):
         steps, end = self.offsets.tolist(), self.up.shape[0]
         if sorted((0, *steps, end)) != [0, *steps, end]:
             raise ValueError(f"{self.family}_{op}: offsets must not decrease and lie in [0, {end}], got {steps}")
-        most = max((b - a for a, b in itertools.pairwise(steps)), default=0)
+        # Of those taken: between a pool's adapters lie rows that nobody has, as an adapter of any number of rows.
+        taken = set(self.slots.flatten().tolist()) - {-1}
+        most = max((steps[slot + 1] - steps[slot] for slot in taken), default=0)
         if most > self.max_rank:
             raise ValueError(f"{self.family}_{op}: max_rank is {self.max_rank}, and an adapter has {most} rows")
         return self._replace(max_rank=most)
