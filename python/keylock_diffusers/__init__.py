@@ -15,20 +15,24 @@ if TYPE_CHECKING:
     from keylock_diffusers.generation.maps import AttentionMaps
     from keylock_diffusers.generation.recording import record_attention
     from keylock_diffusers.generation.sweep import Sweep, sweep
+    from keylock_diffusers.loras import LoraBank
     from keylock_diffusers.pictures import PictureLimits
     from keylock_diffusers.processors import install, uninstall
     from keylock_diffusers.requests import (
         Control,
+        Embedding,
         FusedSubject,
         ImagePrompt,
+        Lora,
         Region,
         Request,
         RequestError,
         RequestLimits,
         Use,
     )
+    from keylock_diffusers.routing.adapters import LoraCapacity
     from keylock_diffusers.routing.personalization import Personalization
-    from keylock_diffusers.routing.rows import ConceptUse, ImageUse, Row
+    from keylock_diffusers.routing.rows import ConceptUse, ImageUse, LoraUse, Row
 
 # Where each public name lives; the module itself where the two have one name.
 _HOME = {
@@ -37,10 +41,15 @@ _HOME = {
     "ConceptBank": "concepts",
     "ConceptUse": "routing.rows",
     "Control": "requests",
+    "Embedding": "requests",
     "Engine": "generation.engine",
     "FusedSubject": "requests",
     "ImagePrompt": "requests",
     "ImageUse": "routing.rows",
+    "Lora": "requests",
+    "LoraBank": "loras",
+    "LoraCapacity": "routing.adapters",
+    "LoraUse": "routing.rows",
     "Personalization": "routing.personalization",
     "PictureLimits": "pictures",
     "Region": "requests",
@@ -65,10 +74,15 @@ __all__ = [
     "ConceptBank",
     "ConceptUse",
     "Control",
+    "Embedding",
     "Engine",
     "FusedSubject",
     "ImagePrompt",
     "ImageUse",
+    "Lora",
+    "LoraBank",
+    "LoraCapacity",
+    "LoraUse",
     "Personalization",
     "PictureLimits",
     "Region",

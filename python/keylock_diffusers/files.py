@@ -12,7 +12,7 @@ import re
 import secrets
 import stat
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any
@@ -27,13 +27,17 @@ _ABANDONED_SECONDS = 60
 
 
 def write_atomically(
-    path: str | os.PathLike[str], data: bytes, *, overwrite: bool = True, folder: int | None = None
+    path: str | os.PathLike[str],
+    data: bytes | Sequence[bytes | memoryview],
+    *,
+    overwrite: bool = True,
+    folder: int | None = None,
 ) -> None:
     """Write a file so that readers see the old one or the new one whole, and a failure leaves the old one.
 
     Args:
         path: the file.
-        data: its content.
+        data: its content, whole or in parts.
         overwrite: whether it may exist.
         folder: an open folder that `path` is relative to; default the working folder.
 
@@ -46,7 +50,7 @@ def write_atomically(
     try:
         with _made(temporary, folder) as stream:
             _lock(stream.fileno())  # a sign of life to `sweep`
-            stream.write(data)
+            stream.writelines([data] if isinstance(data, bytes) else data)
             stream.flush()
             os.fsync(stream.fileno())
             if overwrite or not _link_new(temporary, path, folder):
@@ -257,6 +261,15 @@ def keep_tensors(
         logger.warning("%s %s cannot be written (%s); the work goes on without it", what, path, error)
         return False
     return True
+
+
+def cache_folder(name: str = "") -> Path:
+    """Where files are kept that save time: a folder in ``$KEYLOCK_CACHE``, in ``keylock`` of ``$XDG_CACHE_HOME``, or in
+    ``~/.cache/keylock``."""
+    if own := os.environ.get("KEYLOCK_CACHE"):
+        return Path(own).expanduser() / name
+    root = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(root) if os.path.isabs(root) else Path.home() / ".cache") / "keylock" / name
 
 
 def _temporary(path: Path) -> Path:

@@ -9,6 +9,7 @@ They are several on purpose, each what its paper or its pipeline does:
 | `antialiased` | bilinear, antialiased | the localization loss, as FastComposer |
 | `soft_mask` | mean of the area, over its maximum | the weights of a training picture, as Perfusion |
 | `latent_mask` | nearest | inpainting, as diffusers |
+| `area_share` | mean of the area | low-rank adapters' regions, of layers with pixels and without |
 """
 
 from __future__ import annotations
@@ -32,6 +33,11 @@ def inside(mask: Tensor, size: tuple[int, int]) -> Tensor:  # [N] bool
     """The pixels of a layer that a mask [height, width] covers by half; if none, those that it covers most."""
     share = F.interpolate(mask.float().cpu()[None, None], size, mode="area").flatten()
     return share >= min(0.5, float(share.max()))
+
+
+def area_share(mask: Tensor, size: tuple[int, int]) -> Tensor:  # [N] float32 in 0..1
+    """How much of each of a layer's pixels a mask [height, width] covers; of (1, 1), of the whole picture."""
+    return F.interpolate(mask.float().cpu()[None, None], size, mode="area").flatten().clamp(0, 1)
 
 
 def read_mask(mask: Any, what: str, limits: PictureLimits = PictureLimits()) -> Tensor:  # [height, width] float32

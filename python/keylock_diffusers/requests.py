@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from keylock_diffusers.checks import listed, reason_of, shown
+from keylock_diffusers.files import open_regular
 from keylock_diffusers.pictures import PictureLimits, open_picture
 
 ENDINGS = ("own", "everywhere", "outside", "hidden")
@@ -112,6 +113,51 @@ class Use:
 
 
 @dataclass(frozen=True, eq=False)
+class Lora:
+    """One low-rank adapter of a request.
+
+    Args:
+        lora: an id of the bank that `generate` is given as `loras`, a Path of a file of any tool's (text is always an
+            id), or an Adapter that was read.
+        strength: 1 is the adapter as trained, 0 exactly its absence, below 0 its opposite (sliders).
+        text_strength: of its half in the text encoders; default `strength`.
+        region: where it counts, as an `ImagePrompt`'s; words that it taught are read inside of it alone.
+        start: the share of the steps before it is switched on; a step counts where it starts.
+        end: the share of the steps by whose end it is switched off.
+        blocks: further factors per block of the U-Net, in the form of diffusers' `set_adapters`:
+            ``{"down": 0.5, "mid": 1.0, "up": {"block_0": 0.6, "block_1": [0.4, 0.8, 1.0]}}``; 1 where nothing is said.
+
+    Paper: Hu et al., LoRA, arXiv 2106.09685.
+    """
+
+    lora: Any  # str, Path, or a keylock_diffusers.loras.Adapter
+    strength: float = 1.0
+    text_strength: float | None = None
+    region: Any = None  # [height, width]
+    start: float = 0.0
+    end: float = 1.0
+    blocks: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Embedding:
+    """A word that textual inversion taught, in one request's prompts: the prompt, the negative one, or both.
+
+    Args:
+        source: a safetensors file's Path (as diffusers, A1111 or kohya write it, or SDXL's of two text encoders), or a
+            `keylock_diffusers.loras.LearnedWord`.
+        name: what the prompts call it: text without spaces, such as ``<bad-hand>`` or ``EasyNegative``, that stands in
+            at least one of them as a word of its own; capitals do not matter. Default: the word's own name, which is
+            its file's where the file says none.
+
+    Paper: Gal et al., Textual Inversion, arXiv 2208.01618.
+    """
+
+    source: Any  # Path, or a keylock_diffusers.loras.LearnedWord
+    name: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Control:
     """One control image of a request, for a ControlNet that `generate` is given by name.
 
@@ -141,6 +187,8 @@ class RequestLimits:
         pictures: that it holds altogether, and masks: image prompts, subjects, controls, regions, what it begins from.
         pixels: of all of them together; numbers, of those that are given encoded.
         concepts: that it uses.
+        loras: that it uses.
+        embeddings: learned words that it brings, those within its LoRA files among them.
         text: letters of each of its prompts.
         tokens: of each of its prompts, and of given encodings.
         drawn: pixels of what is drawn where the request's own picture gives the size.
@@ -151,6 +199,8 @@ class RequestLimits:
     pictures: int = 64
     pixels: int = 128_000_000
     concepts: int = 64
+    loras: int = 8
+    embeddings: int = 64
     text: int = 10_000
     tokens: int = 1_024
     drawn: int = 2_048 * 2_048
@@ -165,12 +215,14 @@ class Request:
         prompt: text in which each concept's placeholder stands once or more; of any length, and with weights such as
             ``(word:1.3)``, ``(word)`` and ``[word]`` (docs/prompts.md).
         prompt_embeds: encodings [T, D] instead of a prompt, without concepts.
-        negative_prompt: text for the unconditional half; placeholders are not allowed in it.
+        negative_prompt: text for the unconditional half; concepts' placeholders are not allowed in it.
         negative_prompt_embeds: encodings [T, D] instead of a negative prompt.
         pooled_prompt_embeds: SDXL's pooled encoding [P] that goes with `prompt_embeds`.
         negative_pooled_prompt_embeds: the same for `negative_prompt_embeds`.
         guidance_scale: weight of the prompt; 1 or less is without guidance.
         concepts: what the prompt's placeholders stand for.
+        loras: low-rank adapters, of the whole picture or of regions of it; they act on both halves of guidance.
+        embeddings: learned words of the prompts, the negative ones included.
         image_prompts: pictures that the drawn one should resemble, through the pipeline's IP-Adapters.
         subjects: pictures of what words of the prompt name, through `generate`'s fusion module.
         subject_start: the share of the steps that are drawn before concepts and subjects count, their super-classes or
@@ -204,6 +256,8 @@ class Request:
     negative_pooled_prompt_embeds: Tensor | None = None  # [P]
     guidance_scale: float = 7.5
     concepts: Sequence[Any] = ()  # Use, or what its `concept` takes
+    loras: Sequence[Any] = ()  # Lora, or what its `lora` takes
+    embeddings: Sequence[Embedding] = ()
     image_prompts: Sequence[ImagePrompt] = ()
     subjects: Sequence[FusedSubject] = ()
     subject_start: float = 0.0
@@ -240,17 +294,18 @@ class Request:
     ) -> Request:
         """A request as JSON says it: fields by their names, and what they hold as objects of the classes here.
 
-        Pictures (``image``, ``mask``, ``region``) are names of files inside a folder; nothing else is opened.
+        Pictures (``image``, ``mask``, ``region``), embeddings (``source``) and a ``lora`` that ends in ``.safetensors``
+        are names of files inside a folder; nothing else is opened.
 
         Args:
             order: the JSON object.
-            folder: where its pictures are; None: it may have none.
+            folder: where its files are; None: it may have none.
             outside: whether names may lead out of the folder.
             limits: of its pictures, checked before they are decoded.
 
         Raises:
             TypeError, ValueError: what it says is no request; the message names the field.
-            OSError: a picture cannot be read.
+            OSError: a picture cannot be read, or there is no such file.
 
         Example:
             >>> Request.from_json({"prompt": "a cat", "concepts": [{"concept": "alice/cat"}], "seed": 1}).seed
@@ -298,6 +353,7 @@ def _again(message: str, facts: dict[str, Any]) -> RequestError:
 
 
 PICTURES = ("image", "mask", "region")
+FILES = ("source",)  # fields that are names of other files
 _PAIRS = (
     "original_size", "target_size", "crops_coords_top_left",
     "negative_original_size", "negative_target_size", "negative_crops_coords_top_left",
@@ -305,13 +361,22 @@ _PAIRS = (
 # What a list of a request holds; its items may also be what the class's first field is.
 LISTS: Mapping[str, type] = {
     "concepts": Use,
+    "loras": Lora,
+    "embeddings": Embedding,
     "image_prompts": ImagePrompt,
     "subjects": FusedSubject,
     "regions": Region,
     "negative_regions": Region,
     "controls": Control,
 }
+NAMED = (Use, Lora)  # whose first field is an id, which may stand for them
+SUFFIX = ".safetensors"  # in JSON what ends in it is a file in the folder, and anything else an id
 TENSORS = ("embeds", "latents")  # the ends of names of fields that JSON cannot hold
+
+
+def _regular(path: Path) -> Path:
+    with open_regular(path):
+        return path
 
 
 @dataclass
@@ -343,6 +408,8 @@ class _Reader:
             elif name in PICTURES and value is not None:
                 several = isinstance(value, list)
                 value = [self._picture(one, name) for one in value] if several else self._picture(value, name)
+            elif name in FILES or (kind is Lora and name == "lora" and str(value).endswith(SUFFIX)):
+                value = self._opened(value, name, "files", _regular)
             values[name] = value
         try:
             return kind(**values)
@@ -350,24 +417,33 @@ class _Reader:
             raise TypeError(f"{what}: {str(error).rpartition('() ')[2]}") from None
 
     def _item(self, kind: type, given: Any, what: str) -> Any:
-        return Use(given) if kind is Use and isinstance(given, str) else self.made(kind, given, what)
+        if kind in NAMED and isinstance(given, str):
+            given = {fields(kind)[0].name: given}
+        return self.made(kind, given, what)
 
     def _picture(self, name: Any, field: str) -> Image.Image:
+        return self._opened(name, field, "pictures", self._decoded)
+
+    def _decoded(self, path: Path) -> Image.Image:
+        self.opened += 1
+        if self.opened > self.limits.pictures:
+            raise ValueError(f"is one too many: a request must hold at most {self.limits.pictures} pictures and masks")
+        left = min(self.limits.picture.pixels, self.limits.pixels - self.pixels)
+        picture = open_picture(path, replace(self.limits.picture, pixels=left))
+        self.pixels += picture.width * picture.height
+        return picture
+
+    def _opened(self, name: Any, field: str, kind: str, read: Callable[[Path], Any]) -> Any:
+        """What is made of a file that JSON names."""
         if not isinstance(name, str):
             raise TypeError(f"{field} must be the name of a file, got {type(name).__name__}")
         if self.folder is None:
-            raise ValueError(f"{field} must be None where no folder of pictures was given, got {shown(name)}")
-        self.opened += 1
-        if self.opened > self.limits.pictures:
-            raise ValueError(f"a request must hold at most {self.limits.pictures} pictures and masks, got more")
+            raise ValueError(f"{field} must be None where no folder of {kind} was given, got {shown(name)}")
         try:
             path = (self.folder / name).resolve()
             if not self.outside and not path.is_relative_to(self.folder.resolve()):
                 raise ValueError(f"must be a file inside {self.folder}, got {shown(name)}")
-            left = min(self.limits.picture.pixels, self.limits.pixels - self.pixels)
-            picture = open_picture(path, replace(self.limits.picture, pixels=left))
-            self.pixels += picture.width * picture.height
-            return picture
+            return read(path)
         except OSError as error:
             raise type(error)(error.errno, f"{field}: {error.strerror or reason_of(error)}", name[:200]) from error
         except (ValueError, RuntimeError) as error:  # a zero in the name, a circle of links

@@ -9,7 +9,7 @@ from inspect import cleandoc
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from keylock_diffusers.requests import ENDINGS, LISTS, LOCKS, PICTURES, TENSORS, ImagePrompt, Request, Use
+from keylock_diffusers.requests import ENDINGS, LISTS, LOCKS, NAMED, PICTURES, TENSORS, ImagePrompt, Request
 
 _SCALARS = {str: "string", int: "integer", float: "number", NoneType: "null"}
 _CHOICES = {"endings": ENDINGS, "lock": LOCKS}
@@ -55,7 +55,7 @@ def _value(kind: type, name: str, hint: Any) -> dict[str, Any]:
     """What a field may hold."""
     if kind is Request and name in LISTS:
         item = _reference(LISTS[name])
-        return {"type": "array", "items": {"anyOf": [{"type": "string"}, item]} if LISTS[name] is Use else item}
+        return {"type": "array", "items": {"anyOf": [{"type": "string"}, item]} if LISTS[name] in NAMED else item}
     if name in PICTURES:
         picture = {"$ref": "#/$defs/Picture"}
         several = [{"type": "array", "items": picture}] if kind is ImagePrompt and name == "image" else []

@@ -1,10 +1,14 @@
-"""Reading a safetensors file of anybody's without trusting it."""
+"""Reading a safetensors file of anybody's without trusting it, and the header of one that is written."""
 
 from __future__ import annotations
 
+import json
+import mmap
 import os
+import struct
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from io import BufferedReader
+from io import BufferedIOBase
 from math import prod
 
 import torch
@@ -29,6 +33,9 @@ _DTYPES = {
 }
 
 
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """What a safetensors header says about one tensor; its bytes lie at `begin` of the payload."""
@@ -45,17 +52,23 @@ class TensorFile:
 
     Args:
         path: the file.
+        stream: it, or its header at least, where it is open already; closed with this.
+        size: of the whole file; default that of the file or the stream.
 
     Raises:
         ValueError: it is no regular file, or its header is damaged or does not fit its size.
         OSError: it cannot be opened.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], stream: BufferedIOBase | None = None, size: int | None = None
+    ) -> None:
         self.source = os.fspath(path)
-        self._stream = open_regular(path)
+        self._stream = open_regular(path) if stream is None else stream
         try:
-            self.tensors, self.texts, self._payload = _read_header(self._stream)
+            size = self._stream.seek(0, os.SEEK_END) if size is None else size
+            self._stream.seek(0)
+            self.tensors, self.texts, self.payload = _read_header(self._stream, size)
         except (ValueError, RecursionError) as error:
             self._stream.close()
             raise ValueError(f"{self.source}: {error or type(error).__name__}") from None
@@ -69,6 +82,12 @@ class TensorFile:
     def close(self) -> None:
         self._stream.close()
 
+    @property
+    def version(self) -> Hashable:
+        """Of a file that was opened by its path: another where it was written to."""
+        status = os.fstat(self._stream.fileno())
+        return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size
+
     def read(self, name: str) -> Tensor:
         """One tensor, of the dtype and shape that the header says.
 
@@ -78,15 +97,68 @@ class TensorFile:
         """
         stored = self.tensors[name]
         data = bytearray(stored.end - stored.begin)
-        self._stream.seek(self._payload + stored.begin)
+        self._stream.seek(self.payload + stored.begin)
         if self._stream.readinto(data) != len(data):
             raise ValueError(f"{self.source}: ends within {name:.80}")
         flat = torch.frombuffer(data, dtype=stored.dtype) if data else torch.empty(0, dtype=stored.dtype)
         return flat.reshape(stored.shape)
 
+    def content(self, *, pinned: bool = False) -> Tensor:  # [size] uint8
+        """The file's bytes without a copy: a map of the file, which must not shrink as long; writing changes no file.
 
-def _read_header(stream: BufferedReader) -> tuple[dict[str, StoredTensor], dict[str, str], int]:
-    size = os.fstat(stream.fileno()).st_size
+        Args:
+            pinned: read them into pinned memory instead, from where a GPU fetches them fastest.
+        """
+        size = os.fstat(self._stream.fileno()).st_size
+        if not pinned:
+            return torch.frombuffer(mmap.mmap(self._stream.fileno(), size, access=mmap.ACCESS_COPY), dtype=torch.uint8)
+        content = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        self._stream.seek(0)
+        if self._stream.readinto(memoryview(content.numpy())) != size:  # type: ignore[arg-type]
+            raise ValueError(f"{self.source}: has become shorter")
+        return content
+
+    def views(self, content: Tensor) -> dict[str, Tensor]:
+        """Every tensor as a view of the file's content.
+
+        Raises:
+            ValueError: one does not begin at a multiple of its numbers' size.
+        """
+        flat: dict[torch.dtype, Tensor] = {}
+        found = {}
+        for name, stored in self.tensors.items():
+            size = stored.dtype.itemsize
+            if stored.dtype not in flat:
+                whole = (len(content) - self.payload) // size * size
+                if self.payload % size:
+                    raise ValueError(f"{self.source}: the payload is not aligned")
+                flat[stored.dtype] = content[self.payload : self.payload + whole].view(stored.dtype)
+            if stored.begin % size:
+                raise ValueError(f"{self.source}: {name:.80} is not aligned")
+            found[name] = flat[stored.dtype][stored.begin // size : stored.end // size].view(stored.shape)
+        return found
+
+
+def encoded_header(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], texts: Mapping[str, str]) -> bytes:
+    """What a safetensors file begins with; its payload is the tensors' bytes, one after the other.
+
+    Args:
+        tensors: names, dtypes and shapes, in their order; wide ones first keeps all aligned.
+        texts: of the header.
+    """
+    # The library writes texts in the order of a hash map; here the same input gives the same bytes.
+    header: dict[str, object] = {"__metadata__": dict(texts)} if texts else {}
+    begin = 0
+    for name, dtype, shape in tensors:
+        end = begin + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        begin = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return struct.pack("<Q", len(encoded)) + encoded
+
+
+def _read_header(stream: BufferedIOBase, size: int) -> tuple[dict[str, StoredTensor], dict[str, str], int]:
     length = int.from_bytes(stream.read(8), "little")
     if size < 8 or length > min(_MAX_HEADER_BYTES, size - 8):
         raise ValueError(

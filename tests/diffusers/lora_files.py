@@ -23,7 +23,7 @@ SHAPED = {
 }
 UNETS = {
     "SD1.5": SHAPED,
-    "SD2": {**SHAPED, "use_linear_projection": True, "cross_attention_dim": 24},
+    "SD2": {**SHAPED, "use_linear_projection": True, "attention_head_dim": (1, 1, 2, 2)},
     "SDXL": {
         **SHAPED,
         "block_out_channels": (8, 8, 12),

@@ -29,10 +29,10 @@ from keylock_diffusers.concepts.bank import ConceptExistsError, UnknownConceptEr
 from keylock_diffusers.concepts.files import ConceptFileError
 from keylock_diffusers.denoisers.neighbours import loading
 from keylock_diffusers.denoisers.unet import attention_modules
-from keylock_diffusers.loras import LoraFileError
+from keylock_diffusers.loras import LoraExistsError, LoraFileError, UnknownLoraError
 from keylock_diffusers.loras.products import WrongShape
 from keylock_diffusers.processors.projection import is_plain_linear
-from keylock_diffusers.training.config import ConceptTrainingError
+from keylock_diffusers.training.config import ConceptTrainingError, LoraTrainingError, SubjectTrainingError
 from tests.diffusers.compatibility import sdxl
 from tests.diffusers.drawing import APART, ROUNDING, build, picture, random
 
@@ -539,6 +539,10 @@ ERRORS = [
     LoraFileError("damaged"),
     WrongShape("[2] and not [3]"),
     ConceptTrainingError("<alice-cat>: no"),
+    LoraTrainingError("<alice-cat>: no"),
+    SubjectTrainingError("<alice-cat>: no"),
+    UnknownLoraError("no LoRA 'a'"),
+    LoraExistsError("exists already"),
     UnknownConceptError("no concept 'a'"),
     ConceptExistsError("exists already"),
 ]

@@ -11,12 +11,15 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import keylock_diffusers as kd
 from keylock_diffusers import cli, files
 from keylock_diffusers.cli import common, drawn, work
 from keylock_diffusers.cli import orders as orders_module
+from keylock_diffusers.denoisers.projections import projections, weight_shapes
 from tests.diffusers.test_cli import fail, run
 
 ORDERS = [
@@ -393,7 +396,7 @@ def test_a_picture_exchanged_for_a_link_is_not_followed(place):
     os.unlink("photo.png")
     os.symlink("/etc/passwd", "photo.png")
     with pytest.raises(OSError, match="photo.png"):
-        orders_module.Identity({}, {}).of(listed, 0)
+        orders_module.Identity({}, {}, None).of(listed, 0)
 
 
 def test_an_earlier_sheet_of_attention_stays(place):
@@ -423,3 +426,58 @@ def test_what_pillow_notes_of_a_picture_is_not_printed_beside_our_line(place):
     )
     assert ended.returncode == 1 and "must have at most 64000000 pixels" in ended.stderr
     assert len(ended.stderr.strip().splitlines()) == 1, ended.stderr
+
+
+def test_an_embedding_is_a_file_beside_the_orders_and_another_one_draws_anew(place, capsys, monkeypatch):
+    one, other = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(0))
+    save_file({"emb_params": one}, place / "badhand.safetensors")
+    held = {"prompt": "a cat", "negative_prompt": "ugly badhand", "embeddings": [{"source": "badhand.safetensors"}]}
+    order([{**held, "seed": 1}])
+    generate()
+    before = pictures()
+    assert "kept, since their requests are unchanged: 1" in generate("--resume")
+    save_file({"emb_params": other}, place / "badhand.safetensors")
+    assert "unchanged: 1" not in generate("--resume") and pictures() != before
+    order([{**held, "embeddings": [{"source": "gone.safetensors"}]}])
+    error = fail(capsys, monkeypatch, "generate", "orders.json", "--steps", 2)
+    assert "request 0" in error and "source" in error and "gone.safetensors" in error
+
+
+def adapter_file(path, pipe, seed=0):
+    shapes = weight_shapes(projections(pipe.unet))
+    random = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name in [name for name in shapes if name.endswith(("to_q", "to_v"))]:
+        outer, inner = shapes[name]
+        tensors[f"unet.{name}.lora_A.weight"] = torch.randn(2, inner, generator=random) * 0.3
+        tensors[f"unet.{name}.lora_B.weight"] = torch.randn(outer, 2, generator=random) * 0.3
+    save_file(tensors, path)
+    return path
+
+
+def test_orders_name_loras_by_id_and_by_file_and_a_changed_one_is_drawn_again(place, pipe, capsys, monkeypatch):
+    bank = kd.LoraBank("loras", cache="cache")
+    bank.add("bob/style", adapter_file(place / "bob.safetensors", pipe))
+    adapter_file(place / "own.safetensors", pipe, seed=1)
+    plain = {"prompt": "a dog", "seed": 8, "guidance_scale": 3.0}
+    order([
+        plain,
+        {**plain, "loras": ["bob/style"]},
+        {**plain, "loras": [{"lora": "own.safetensors", "strength": -0.5, "end": 0.5, "region": "photo.png"}]},
+    ])  # fmt: skip
+    generate()
+    before = pictures()
+    assert len(set(before.values())) == 3
+    facts = [drawn.facts_of(place / "outputs" / name) for name in before]
+    assert "loras" not in facts[0] and facts[1]["loras"] == {"bob/style": bank.version("bob/style")}
+    bank.add("bob/style", adapter_file(place / "bob.safetensors", pipe, seed=2), overwrite=True)
+    generate("--resume")
+    after = pictures()
+    assert [name for name in before if after[name] != before[name]] == ["001.png"]
+    adapter_file(place / "own.safetensors", pipe, seed=3)
+    generate("--resume")
+    assert pictures()["002.png"] != before["002.png"] and pictures()["001.png"] == after["001.png"]
+    order([{**plain, "loras": ["carol/style"]}])
+    assert "no LoRA 'carol/style' in the bank" in fail(capsys, monkeypatch, "generate", "orders.json", "--steps", 2)
+    order([{**plain, "loras": [{"lora": "../own.safetensors"}]}])
+    assert "must be a file inside" in fail(capsys, monkeypatch, "generate", "orders.json")

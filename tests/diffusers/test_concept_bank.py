@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keylock_diffusers import files
+from keylock_diffusers import files, places
 from keylock_diffusers.concepts import (
     BaseModel,
     Concept,
@@ -25,7 +25,6 @@ from keylock_diffusers.concepts import (
     ConceptFileError,
     TextEncoderInfo,
     UnknownConceptError,
-    places,
 )
 from keylock_diffusers.concepts.files import MAX_FILE_BYTES
 

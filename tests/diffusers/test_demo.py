@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import keylock_diffusers as kd
 from keylock_diffusers import Concept
-from keylock_diffusers.demo import pictures, regions, story
+from keylock_diffusers.demo import grid, loras, pictures, regions, story
 from keylock_diffusers.embedded import render
+from keylock_diffusers.loras import inspect_adapter
 from tests.diffusers.drawing import COMPANY
 
 OTHER_FREETYPE = 8  # grey levels, of a pixel at an edge: FreeType's versions may round it differently
@@ -18,17 +20,22 @@ OTHER_FREETYPE = 8  # grey levels, of a pixel at an edge: FreeType's versions ma
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     output = tmp_path_factory.mktemp("demo")
-    training = replace(story.TRAINING, steps=2, batch_size=2)
-    return output, story.run(output, steps=2, training=training, progress=False)
+    few = {"steps": 2, "batch_size": 2}
+    trainings = {"training": replace(story.TRAINING, **few), "lora_training": replace(loras.TRAINING, **few)}
+    return output, story.run(output, steps=2, progress=False, **trainings)
 
 
-def test_it_leaves_a_grid_a_report_and_three_concepts(report):
+def test_it_leaves_three_grids_a_report_and_files(report):
     output, measured = report
     assert Image.open(output / "grid.png").size == (822, 870)
     assert Image.open(output / "regions.png").size == (822, 950)
+    assert Image.open(output / "loras.png").size == (654, 7 * 190)
     assert json.loads((output / "report.json").read_text()) == measured
-    files = sorted(p.relative_to(output).as_posix() for p in output.rglob("*.safetensors"))
-    assert files == [f"concepts/{name}/cat.safetensors" for name in ("alice", "bob", "carol")]
+    files = sorted(p.relative_to(output).as_posix() for p in output.rglob("*/*/*.safetensors"))
+    assert files == [
+        *(f"concepts/{name}/cat.safetensors" for name in ("alice", "bob", "carol")),
+        *(f"loras/{name}.safetensors" for name in ("alice/cat", "carol/cat", "studio/sepia")),
+    ]
     for user in pictures.USERS:
         assert Concept.load(output / f"concepts/{user.name.lower()}/cat.safetensors").placeholder == user.placeholder
         assert measured["concepts"][user.name] <= 36 * 1024
@@ -40,6 +47,51 @@ def test_neighbours_change_nothing_and_company_only_rounding(report):
     assert measured["largest_difference_beside_others"] == 0
     assert measured["largest_difference_alone"] <= COMPANY * 255
     assert measured["regions"] == {"pictures_in_batch": 5, "left_out": [], "largest_difference_beside_others": 0}
+
+
+def test_loras_are_files_whose_batch_is_nobody_elses_affair(report):
+    output, measured = report
+    found = measured["loras"]
+    assert found["pictures_in_batch"] == 7 and found["largest_difference_beside_others"] == 0
+    for name, size in found["files"].items():
+        path = output / "loras" / f"{name}.safetensors"
+        assert path.stat().st_size == size and [*inspect_adapter(path).ranks["denoiser"]] == [loras.TRAINING.rank]
+    assert all("of 8" in found[key] for key in ("coats", "coats_without"))
+
+
+def test_what_is_measured_is_the_distance_from_the_exact_style():
+    """On pictures that are the style, in a half or everywhere, or not at all."""
+    batch = loras.rows()
+    random = np.random.default_rng(0)
+    plain = [random.random((64, 64, 3), np.float32) for _ in range(12)]
+    half = np.where((np.arange(64) < 32)[None, :, None], 1, 0)
+
+    def draw(requests):
+        made = []
+        for picture, request in zip(plain, requests, strict=True):
+            regional = any(isinstance(lora, kd.Lora) for lora in request.loras)
+            made.append(np.where(half if regional else bool(request.loras), loras.sepia(picture), picture))
+        return made
+
+    found = loras._measured(draw, batch)
+    assert found["style"]["everywhere"] == found["style"]["inside its half"] == 0
+    assert found["style"]["outside, from the picture without"] == 0 and found["style"]["without"] > 20
+
+
+def test_the_third_batch_has_a_style_regions_a_concept_a_schedule_a_slider_and_nothing():
+    batch = [row.request for row in loras.rows()]
+    assert [len(r.loras) for r in batch] == [0, 1, 1, 2, 1, 1, 1]
+    assert [len(r.concepts) for r in batch] == [0, 0, 0, 0, 1, 0, 0]
+    assert all(lora.region is not None for n in (2, 3) for lora in batch[n].loras)
+    assert batch[5].loras[0].start == 0.5 and batch[6].loras[0].strength < 0
+
+
+def test_a_mosaic_shows_four():
+    red, blue = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
+    made = grid.mosaic([red, blue, blue, red, blue])
+    assert [made.getpixel(at) for at in ((20, 20), (100, 20), (20, 100), (100, 100))] == [
+        (255, 0, 0), (0, 0, 255), (0, 0, 255), (255, 0, 0),
+    ]  # fmt: skip
 
 
 def test_coats_and_expressions_are_counted_for_every_scene(report):
@@ -66,8 +118,8 @@ def test_a_cat_beside_something_else_is_judged_by_its_half():
     image[20:40, 5:25] = (0.2, 0.2, 0.2)
     image[20:40, 40:60] = (1.0, 0.0, 0.0)
     left = np.broadcast_to(np.arange(64) < 32, (64, 64))
-    assert story.wearer(image, left) == "Bob" and story.wearer(image, ~left) == "Carol"
-    assert story.wearer(np.ones((64, 64, 3))) is None
+    assert pictures.wearer(image, left) == "Bob" and pictures.wearer(image, ~left) == "Carol"
+    assert pictures.wearer(np.ones((64, 64, 3))) is None
 
 
 def test_the_second_batch_has_a_concept_an_image_prompt_both_two_regions_and_nothing():

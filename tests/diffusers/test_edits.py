@@ -1,5 +1,6 @@
 """The rank-one edit against its closed forms, in float64."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 
 from keylock_diffusers.denoisers.unet import cross_attention_layers
 from keylock_diffusers.processors import RowUpdates
-from keylock_diffusers.processors.projection import keys_and_values
+from keylock_diffusers.processors.projection import keys_and_values, project_vectors
 from keylock_diffusers.routing import edits
 from keylock_diffusers.routing.personalization import Personalization
 from keylock_diffusers.routing.rows import ConceptUse, Row
@@ -99,7 +100,8 @@ def test_with_the_similarity_as_gate_the_edit_is_rome(metric):
 
     def updates(projection):
         side = projection.removeprefix("layer.")
-        return RowUpdates(edits.table(layers["layer"], side, targets[:1], targets[1:2], output, text.dtype), *edit)
+        project = partial(project_vectors, attn[side], dtype=text.dtype)
+        return RowUpdates(edits.table(project, side, targets[:1], targets[1:2], output), *edit)
 
     with torch.no_grad():
         key, value = keys_and_values(layers["layer"], "layer", (text, text), updates)

@@ -175,7 +175,7 @@ def test_a_concept_beyond_the_tokenizers_length_counts(ready, concept_for):
     words = f"{LONG} and <alice-cat> and (<alice-cat>:1.2)"
     prompt = text.tokenize(ready.tokenizer, weighted(words), {"<alice-cat>": "teddy bear"}, chunks=None)
     size = ready.tokenizer.model_max_length
-    assert len(prompt.words) == 2 and all(position >= size for position, _ in prompt.words)
+    assert len(prompt.words) == 2 and all(position >= size for position, *_ in prompt.words)
     assert all(first // size == (end - 1) // size for first, end, _ in prompt.spans), "a placeholder was divided"
     with_it, without = draw(
         ready, [Request(words, concepts=[Use(alice, strength=s)], seed=1, guidance_scale=4.0) for s in (1.0, 0.0)]
@@ -198,7 +198,7 @@ def test_a_learned_word_stands_in_its_own_chunk(pipe):
 def test_a_placeholder_at_the_border_begins_the_next_chunk(pipe):
     prompt = "a " * 29 + "<alice-cat> on blue"
     found = text.tokenize(pipe.tokenizer, prompt, {"<alice-cat>": "teddy bear"}, chunks=None)
-    assert found.spans == ((33, 35, "<alice-cat>"),) and found.words == ((34, "<alice-cat>"),)
+    assert found.spans == ((33, 35, "<alice-cat>"),) and found.words == ((34, "<alice-cat>", 0),)
     assert found.content == (*range(1, 30), *range(33, 37)) and found.starts == (0, 32)
     assert text.find(pipe.tokenizer, found, "<alice-cat> on") == ((33, 34, 35),)
     longer = extended(pipe.tokenizer, found, 3)
@@ -230,7 +230,7 @@ def test_the_pooled_encoding_of_a_long_prompt_is_the_first_chunks(monkeypatch):
     options = {"height": 16, "width": 16, "num_inference_steps": 1}
     draw(pipe, [order(LONG), order(first)], max_batch=1, **options)
     short, long = sorted(seen, key=lambda rows: float((rows - seen[0]).abs().sum()))
-    assert torch.equal(short[1], long[1])
+    torch.testing.assert_close(short[1], long[1])  # encoded beside other numbers of rows
 
 
 def test_given_encodings_beside_a_longer_prompt_are_named(ready):

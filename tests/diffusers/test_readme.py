@@ -13,8 +13,10 @@ from PIL import Image
 
 import keylock_diffusers as kd
 from keylock_diffusers import cli, embedded
-from keylock_diffusers.demo import examples, regions
+from keylock_diffusers.demo import examples, loras, regions
 from keylock_diffusers.demo.pictures import USERS
+from keylock_diffusers.denoisers.projections import projections, weight_shapes
+from keylock_diffusers.loras import Adapter, LowRank, write_adapter
 from tests.diffusers.accuracy import assert_as_accurate
 from tests.diffusers.test_cli import run
 
@@ -103,6 +105,36 @@ def test_the_second_batchs_example_draws_the_demos(concept_for, tmp_path, monkey
     assert Image.open("regions.png").width == 6 + 3 * 166
 
 
+def test_the_third_batchs_example_draws_some_of_the_demos(tmp_path, monkeypatch):
+    (block,) = [b for b in BLOCKS if "LoraBank" in b]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KEYLOCK_CACHE", str(tmp_path / "cache"))
+    for n, name in enumerate((loras.STYLE, loras.ON_THE_LEFT, loras.ON_THE_RIGHT)):
+        write_adapter(f"outputs/demo/loras/{name}.safetensors", random_adapter(embedded.load(), n))
+    names: dict = {}
+    exec(block.replace("=25", "=1"), names)
+    demos = {row.request.prompt: row.request for row in loras.rows()}
+    assert len(names["images"]) == len(names["requests"]) == 5
+    for one in names["requests"]:
+        other = demos[one.prompt]
+        assert (one.seed, one.guidance_scale) == (other.seed, other.guidance_scale)
+        for mine, theirs in zip(one.loras, other.loras, strict=True):
+            mine, theirs = (use if isinstance(use, kd.Lora) else kd.Lora(use) for use in (mine, theirs))
+            assert (mine.lora, mine.strength) == (theirs.lora, theirs.strength)
+            assert (mine.region is None) == (theirs.region is None)
+            assert mine.region is None or torch.equal(mine.region, theirs.region)
+
+
+def random_adapter(pipe, seed):
+    random = torch.Generator().manual_seed(seed)
+    shapes = {name: s for name, s in weight_shapes(projections(pipe.unet)).items() if name.endswith("to_q")}
+    pairs = {
+        name: (torch.randn(2, k, generator=random), torch.randn(o, 2, generator=random))
+        for name, (o, k) in shapes.items()
+    }
+    return Adapter({name: LowRank(down, up) for name, (down, up) in pairs.items()})
+
+
 def test_the_example_of_every_kind_of_request_runs(concept_for):
     (block,) = [b for b in BLOCKS if "kd.Control" in b]
     pipe = kd.install(embedded.load())
@@ -153,3 +185,14 @@ def test_every_coat_is_its_users_own_and_comes_from_the_learned_values():
     assert all(int(found.split()[0]) >= 11 for found in report["coats"].values())
     assert all(int(found.split()[0]) <= 5 for found in report["coats_without_learned_values"].values())
     assert report["training_seconds"] < 90
+
+
+def test_the_third_batch_shows_what_the_page_on_loras_says():
+    found = json.loads((ROOT / "docs" / "demo-report.json").read_text())["loras"]
+    page = (ROOT / "docs" / "lora.md").read_text()
+    style = {name: round(distance) for name, distance in found["style"].items()}
+    assert f"is {style['everywhere']} of 255 away from that, without it {style['without']}" in page
+    assert f"is {style['inside its half']} away from the exact picture inside" in page
+    assert f"is {style['outside, from the picture without']} away from what it is without" in page
+    assert f"{found['coats']} halves show the coat" in page and f"had, {found['coats_without']} without" in page
+    assert found["largest_difference_beside_others"] == 0

@@ -90,10 +90,10 @@ def test_placeholders_move_with_their_words():
     alice, bob = ([p for spot in text.find(TOKENIZER, prompt, w) for p in spot] for w in ("<alice-cat>", "<bob-dog>"))
     own = text.with_own_words(TOKENIZER, prompt, alice, [*alice, *bob])
     assert spelled(own) == "crying cat and crying cat on blue"
-    assert own.words == ((2, "<alice-cat>"), (5, "<alice-cat>"))
+    assert own.words == ((2, "<alice-cat>", 0), (5, "<alice-cat>", 0))
     assert own.spans == ((1, 3, "<alice-cat>"), (4, 6, "<alice-cat>"))
     other = text.with_own_words(TOKENIZER, prompt, bob, [*alice, *bob])
-    assert spelled(other) == "dog and dog on blue" and [w for _, w in other.words] == ["<bob-dog>"] * 2
+    assert spelled(other) == "dog and dog on blue" and [w for _, w, _ in other.words] == ["<bob-dog>"] * 2
 
 
 def test_half_a_placeholder_is_no_placeholder():

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import T5Config, T5EncoderModel
 
 import keylock_diffusers as kd
-from keylock_diffusers import Control, FusedSubject, ImagePrompt, Region, Request, RequestError, Use
+from keylock_diffusers import Control, Embedding, FusedSubject, ImagePrompt, Region, Request, RequestError, Use
 from tests.diffusers.test_oracles import controlnet
 
 
@@ -20,6 +20,7 @@ def folder(tmp_path):
     (inside / "deep").mkdir(parents=True)
     for name in ("photo.png", "deep/mask.png"):
         Image.new("RGB", (8, 6), "red").save(inside / name)
+    (inside / "deep" / "word.safetensors").touch()
     Image.new("RGB", (8, 6)).save(tmp_path / "outside.png")
     (inside / "link.png").symlink_to(tmp_path / "outside.png")
     return inside
@@ -31,6 +32,7 @@ def test_json_says_all_that_a_request_can_hold_but_tensors(folder):
         "prompt": "a (cat:1.2) and <alice-cat>",
         "prompt_2": "a cat",
         "concepts": ["alice/cat", {"concept": "bob/dog", "beta": 0.5, "lock": "global", "region": "deep/mask.png"}],
+        "embeddings": [{"source": "deep/word.safetensors", "name": "<word>"}],
         "image_prompts": [{"image": ["photo.png", "photo.png"], "scale": 0.4, "end": 0.5}],
         "subjects": [{"prompt": "cat", "image": "photo.png"}],
         "regions": [{"mask": "deep/mask.png", "prompt": "cat"}],
@@ -45,10 +47,17 @@ def test_json_says_all_that_a_request_can_hold_but_tensors(folder):
     made = Request.from_json(json.loads(json.dumps(order)), folder)
     assert (made.id, made.prompt_2, made.strength, made.seed) == ("bob-7", "a cat", 0.6, 3)
     assert made.original_size == (10, 20) and made.image.size == (8, 6)
-    kinds = {"concepts": Use, "image_prompts": ImagePrompt, "subjects": FusedSubject, "controls": Control}
+    kinds = {
+        "concepts": Use,
+        "embeddings": Embedding,
+        "image_prompts": ImagePrompt,
+        "subjects": FusedSubject,
+        "controls": Control,
+    }
     for name, kind in {**kinds, "regions": Region, "negative_regions": Region}.items():
         assert getattr(made, name) and all(type(item) is kind for item in getattr(made, name)), name
     assert made.concepts[0].concept == "alice/cat" and made.concepts[1].region.size == (8, 6)
+    assert made.embeddings[0].source == folder / "deep" / "word.safetensors" and made.embeddings[0].name == "<word>"
     assert len(made.image_prompts[0].image) == 2 and made.negative_regions[0].tokens == [1, 2]
 
 

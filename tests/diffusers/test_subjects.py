@@ -273,9 +273,13 @@ def test_it_counts_from_step_one_minus_alpha_times_steps_on(ready, concept_for, 
     text, early = random(2, 32, 32), random(2, 32, 32, seed=1)
     with torch.no_grad():
         batch = Personalization([Row((use,), start=start), Row()])
-        batch.prepare(ready, text, early_text=early, steps=STEPS)
+        batch.prepare(ready, early if first == STEPS else text, earlier=[(early, early)], steps=STEPS)
         late = Personalization([Row((use,)), Row()]).prepare(ready, text).kv
-        before = Personalization([Row(), Row()]).prepare(ready, torch.cat([early[:1], text[1:]])).kv
+        before = (
+            Personalization([Row(), Row()])
+            .prepare(ready, torch.cat([early[:1], (early if first == STEPS else text)[1:]]))
+            .kv
+        )
     held = {name: (key, value) for name, (key, value) in batch.kv.items()}
     for step in range(STEPS):
         batch.at_step(step, STEPS)
@@ -315,8 +319,8 @@ def test_wrong_starts_and_texts_are_named(ready):
     for build, message in [
         (lambda: Row(start=2.0), r"start must lie in \[0, 1\]"),
         (
-            lambda: Personalization([Row(start=0.5), Row()]).prepare(ready, text),
-            "early_text is needed for rows that start later",
+            lambda: Personalization([Row(start=0.5), Row()]).prepare(ready, text, steps=2),
+            "earlier must hold the texts of 1 phases before the rows' last, got 0",
         ),
         (
             lambda: Personalization([Row(), Row()]).prepare(

@@ -56,7 +56,7 @@ def test_an_untrained_placeholder_encodes_as_its_super_class(pipe, super_class):
 
 def test_the_learned_word_stands_at_every_occurrence_and_at_the_noun(pipe):
     prompt = text.tokenize(pipe.tokenizer, "<alice-cat> and a <alice-cat>", {"<alice-cat>": "teddy bear"})
-    assert [position for position, _ in prompt.words] == [2, 6]
+    assert [position for position, *_ in prompt.words] == [2, 6]
 
 
 def test_two_users_of_one_placeholder_stay_apart_in_one_batch(pipe):
@@ -155,7 +155,7 @@ def test_wrong_placeholders_are_named(pipe, prompt, concepts, message):
 
 
 def test_a_placeholder_may_be_the_last_token_that_is_read(pipe):
-    assert text.tokenize(pipe.tokenizer, "a " * 29 + "<alice-cat>", CAT).words == ((30, "<alice-cat>"),)
+    assert text.tokenize(pipe.tokenizer, "a " * 29 + "<alice-cat>", CAT).words == ((30, "<alice-cat>", 0),)
 
 
 def test_a_prompt_that_is_too_long_is_cut_as_in_diffusers(pipe, caplog):

@@ -101,16 +101,16 @@ def test_trained_together_is_trained_alone(pipe, metric):
 def test_a_subject_with_a_nan_picture_stops_alone(pipe, metric, monkeypatch):
     subjects = [subject("alice", 1), subject("bob", 2)]
     clean = train(pipe, subjects, metric)
-    from keylock_diffusers.training import trainer
+    from keylock_diffusers.training import learners
 
-    encode = trainer.encode_images
+    encode = learners.encode_images
     sick = subject("sick", 9)
 
     def poisoned(pipe, images):
         latents = encode(pipe, images)
         return latents * float("nan") if images is sick.images else latents
 
-    monkeypatch.setattr(trainer, "encode_images", poisoned)
+    monkeypatch.setattr(learners, "encode_images", poisoned)
     alice, failure, bob = train(pipe, [subjects[0], sick, subjects[1]], metric)
     assert isinstance(failure, ConceptTrainingError)
     assert "<sick-cat>: the loss or its gradient was not finite at step 0" in str(failure)
@@ -195,16 +195,16 @@ def test_a_resumed_run_is_as_patient_as_an_uninterrupted_one(pipe, metric, tmp_p
 def test_a_subject_that_failed_is_computed_no_more_and_stays_failed(pipe, metric, tmp_path, monkeypatch):
     from dataclasses import replace
 
-    from keylock_diffusers.training import trainer
+    from keylock_diffusers.training import learners
 
-    encode, rows, path = trainer.encode_images, [], tmp_path / "run.safetensors"
+    encode, rows, path = learners.encode_images, [], tmp_path / "run.safetensors"
     sick = subject("sick", 9)
     pipe.unet.register_forward_hook(lambda _module, inputs, _output: rows.append(len(inputs[0])))
 
     def poisoned(pipe, images):
         return encode(pipe, images) * (float("nan") if images is sick.images else 1)
 
-    monkeypatch.setattr(trainer, "encode_images", poisoned)
+    monkeypatch.setattr(learners, "encode_images", poisoned)
     for steps in (2, 4):
         failure, bob = train(pipe, [sick, subject("bob", 2)], metric, replace(QUICK, steps=steps), checkpoint_path=path)
         assert isinstance(failure, ConceptTrainingError) and "was not finite at step 0" in str(failure)
@@ -399,7 +399,10 @@ def test_what_training_records_fits_a_file_of_stable_diffusion_1_5(pipe, concept
     ("changes", "message"),
     [
         ({"images": []}, "images must not be empty"),
-        ({"placeholder": "alice"}, "placeholder"),
+        ({"placeholder": "<alice"}, "placeholder"),
+        ({"placeholder": " "}, "placeholder must be a word such as <alice-cat>, or plain words of at most 200"),
+        ({"placeholder": "a\ncat"}, "placeholder must be a word"),
+        ({"placeholder": "a cat", "super_class": " "}, "super_class"),
         ({"super_class": ""}, "super_class"),
         ({"captions": ["one"]}, "captions must hold one per picture, 2, got 1"),
         ({"masks": pictures(1, 3)}, "masks must hold one per picture, 2, got 3"),
@@ -592,6 +595,8 @@ def test_the_concepts_so_far_are_given_after_every_step(pipe, metric):
 def test_what_cannot_train_is_refused(pipe, metric):
     with pytest.raises(ValueError, match="subjects must not be empty"):
         train(pipe, [], metric)
+    with pytest.raises(ValueError, match="train_concepts: subjects must have a placeholder .*, got 'a cat'"):
+        train(pipe, [subject(), subject(placeholder="a cat")], metric)
     scheduler = pipe.scheduler
     pipe.scheduler = FlowMatchEulerDiscreteScheduler()
     with pytest.raises(ValueError, match="train_concepts: pipe must have a scheduler of a diffusion"):

@@ -223,7 +223,7 @@ def course(*means, noise=0.02, length=100):
 @pytest.mark.parametrize(
     ("losses", "said"),
     [
-        (course(0.2, 0.3, 0.4, 0.5), "The loss rose from 0.2.* half the values_rate"),
+        (course(0.2, 0.3, 0.4, 0.5), "The loss rose from 0.2.* half the learning rates"),
         (course(0.2, 0.2, 0.2, 0.2), "did not fall measurably"),
         (course(0.2, 0.2, 0.199, 0.195, noise=0.5), "did not fall measurably"),
         (course(0.4, 0.35, 0.3, 0.25), "still falling: more steps"),
@@ -326,7 +326,7 @@ def test_one_that_came_meanwhile_is_not_replaced_either_and_nothing_is_lost(quic
     assert "exists already" in error and "the same command goes on from there" in error
     assert output.read_bytes() == b"mine"
     output.unlink()
-    monkeypatch.setattr("keylock_diffusers.training.trainer._step", lambda *_: pytest.fail("trained anew"))
+    monkeypatch.setattr("keylock_diffusers.training.trainer._learn", lambda *_: pytest.fail("trained anew"))
     run(*command(tmp_path))
     assert Concept.load(output)
 
@@ -359,15 +359,15 @@ def test_an_interrupted_train_goes_on_with_the_same_command(request, quick, caps
     """SIGTERM also where nobody can press Ctrl-C: a process in the background ignores it."""
     from keylock_diffusers.training import trainer
 
-    step, done = trainer._step, []
+    learn, done = trainer._learn, []
 
     def interrupted(*given):
         done.append(given[-1])
-        step(*given)
         if len(done) == 2:
             signal.raise_signal(number)
+        return learn(*given)
 
-    monkeypatch.setattr(trainer, "_step", interrupted)
+    monkeypatch.setattr(trainer, "_learn", interrupted)
     before = signal.getsignal(signal.SIGTERM)
     if number == signal.SIGTERM:
         ignored = signal.signal(signal.SIGINT, signal.SIG_IGN)

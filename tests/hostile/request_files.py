@@ -11,7 +11,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import keylock_diffusers as kd
 from tests.hostile import commands, concept_files, pictures, world
@@ -38,6 +40,13 @@ _GOOD: list[dict[str, Any]] = [
         "seed": 7,
         "image_prompts": [{"image": ["photo.png", "deep/photo.png"]}],
         "original_size": [16, 16],
+    },
+    {
+        "prompt": "a cat",
+        "seed": 8,
+        "guidance_scale": 4.0,
+        "negative_prompt": "a badhand",
+        "embeddings": [{"source": "badhand.safetensors"}],
     },
 ]
 _NAMES = (
@@ -139,6 +148,7 @@ def _write(folder: Path, case: Case, place: Path) -> None:
     (folder / "loop.png").symlink_to("loop.png")
     os.mkfifo(folder / "pipe.png")
     (folder / "hostile.png").write_bytes(case.picture)
+    save_file({"emb_params": torch.ones(2, 32)}, folder / "badhand.safetensors")
     (folder / "bomb.png").write_bytes(pictures._png(100_000, 100_000, b""))
     (folder / "r.json").write_bytes(case.data)
     bank = kd.ConceptBank(place / "bank")
@@ -189,7 +199,7 @@ def _name(rng: Random, orders: list[Any]) -> None:
     """The name of a file where one is read."""
     order = rng.choice(orders)
     name = rng.choice(_NAMES)
-    place = rng.randrange(7)
+    place = rng.randrange(8)
     if place == 0:
         order["image"] = name
     elif place == 1:
@@ -200,6 +210,8 @@ def _name(rng: Random, orders: list[Any]) -> None:
         order.update(image="photo.png", mask=name)
     elif place == 4:
         order["concepts"] = [name]
+    elif place == 5:
+        order["embeddings"] = [{"source": name, "name": order["prompt"].split()[1]}]
     else:  # where no file is read
         field = rng.choice(("id", "guidance_scale", "controls", "endings", "image_prompts"))
         held = {"image": rng.choice((name, [name], 7))}

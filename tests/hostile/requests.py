@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import keylock_diffusers as kd
+from keylock_diffusers.loras import LearnedWord
 from tests.hostile import world
 from tests.hostile.values import python_value, told
 
@@ -36,6 +37,8 @@ PLAIN: dict[str, dict[str, Any]] = {
         "id": "x",
     },
     "concept": {"prompt": "a <alice-cat>", "seed": 3, "subject_start": 0.5},
+    "embedding": {"prompt": "a cat", "negative_prompt": "a <bad-hand>", "seed": 3, "guidance_scale": 4.0},
+    "LoRA": {"prompt": "a cat", "seed": 3, "guidance_scale": 4.0},
     "image prompt": {"prompt": "a cat", "seed": 3},
     "regions": {"prompt": "a cat and a dog", "negative_prompt": "a house", "seed": 3, "endings": "own"},
     "control": {"prompt": "a cat", "seed": 3},
@@ -52,6 +55,18 @@ ITEMS: dict[str, dict[str, tuple[type, dict[str, Any]]]] = {
             {"concept": "alice/cat", "beta": 0.6, "tau": 0.1, "strength": 1.0, "lock": "local", "region": None},
         )
     },
+    "embedding": {
+        "embeddings": (
+            kd.Embedding,
+            {"source": LearnedWord("badhand", (_WORDS[:2],)), "name": "<bad-hand>"},
+        )
+    },
+    "LoRA": {
+        "loras": (
+            kd.Lora,
+            {"lora": "alice/style", "strength": 0.5, "text_strength": -0.5, "region": _LEFT, "start": 0.0, "end": 1.0},
+        )
+    },
     "image prompt": {
         "image_prompts": (
             kd.ImagePrompt,
@@ -65,6 +80,7 @@ ITEMS: dict[str, dict[str, tuple[type, dict[str, Any]]]] = {
     "control": {"controls": (kd.Control, {"name": "depth", "image": _PHOTO, "scale": 0.5, "start": 0.0, "end": 1.0})},
     "subject": {"subjects": (kd.FusedSubject, {"prompt": "dog", "image": _PHOTO, "region": _LEFT})},
 }
+_FILES = (("embeddings", "source"), ("loras", "lora"), ("loras", None))  # where a Path is what the service itself names
 # What else the message may call a field that depends on others.
 _ALSO = {
     "guidance_scale": ("guidance",),
@@ -78,6 +94,9 @@ _ALSO = {
     "prompt_embeds": ("negative prompt",),
     "prompt_2": ("prompt",),
     "num_images": ("seed",),
+    "name": ("LearnedWord", "embedding"),
+    "lora": ("LoRA",),
+    "loras": ("LoRA",),
     "image": ("picture", "Image"),
     "tokens": ("Region",),
     "embeds": ("image",),
@@ -126,7 +145,9 @@ def make(rng: Random) -> Case:
     kind = rng.choice(sorted(PLAIN))
     changes: dict[tuple[str, str | None], tuple[str, Make]] = {}
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        changes[_field(rng, kind)] = _value(rng)
+        place, (name, value) = _field(rng, kind), _value(rng)
+        if "path" not in name or place not in _FILES:
+            changes[place] = name, value
     wrong = tuple(f"{inner or outer} = {name}" for (outer, inner), (name, _) in sorted(changes.items(), key=str))
     values = {place: value for place, (_, value) in changes.items()}
     return Case(kind, wrong, lambda: _request(kind, values), lambda: _request(kind, {}))

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 import keylock_diffusers as kd
+from keylock_diffusers.denoisers.projections import projections, weight_shapes
+from keylock_diffusers.loras import Adapter, LowRank
 from keylock_diffusers.testing import random_ip_adapter
 from tests.diffusers.compatibility import WIDTH, image_encoder
 from tests.diffusers.conftest import build_tiny, make_concept
@@ -40,9 +42,30 @@ def concepts() -> dict[str, kd.Concept]:
 
 
 @functools.cache
+def adapter() -> Adapter:
+    """Of every linear layer and convolution."""
+    random = torch.Generator().manual_seed(4)
+    halves = [
+        {
+            name: LowRank(
+                torch.randn(2, *shape[1:], generator=random) * 0.05, torch.randn(shape[0], 2, generator=random)
+            )
+            for name, shape in weight_shapes(projections(module)).items()
+        }
+        for module in (pipeline().unet, pipeline().text_encoder)
+    ]
+    return Adapter(halves[0], (halves[1],))
+
+
+@functools.cache
 def options() -> dict[str, Any]:
     """Of `generate`."""
     torch.manual_seed(0)
     fusion = kd.SubjectFusion(WIDTH).eval()
-    shared = {"bank": concepts(), "controlnets": {"depth": controlnet()}, "fusion": fusion}
+    shared = {
+        "bank": concepts(),
+        "loras": {"alice/style": adapter(), OTHERS: adapter()},
+        "controlnets": {"depth": controlnet()},
+        "fusion": fusion,
+    }
     return {**shared, "num_inference_steps": 2, "output_type": "np"}

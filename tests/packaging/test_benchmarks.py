@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -18,6 +19,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("pytest_benchmark")
 
 from benchmarks import harness, report, targets  # noqa: E402
+from benchmarks.memory import peak_bytes  # noqa: E402
 
 SETS = [torch.arange(4.0) + seed for seed in range(2)]
 MACHINE = {"environment": {"device": "Some CPU @ 2 GHz", "threads": 1}, "rates": {"copy_bytes_per_second": 1e9}}
@@ -86,6 +88,35 @@ def test_what_a_feature_adds_is_the_median_difference_within_rounds():
 def test_rounds_alternate():
     _, recorded = run(line_up())
     assert recorded == ["right", "floor", "floor", "right"]
+
+
+def test_where_rounds_are_counted_the_judged_call_is_the_first_and_none_warms_up():
+    calls = []
+
+    def twice(inputs):
+        calls.append(inputs)
+        return inputs + inputs
+
+    contestant = harness.Contestant("counted", "peer", twice)
+    for rounds in (1, 3):
+        calls.clear()
+        result, recorded = run(dataclasses.replace(line_up(contestant), rounds=rounds))
+        assert len(calls) == rounds * len(SETS) and result["rounds"] == recorded.count("counted") == rounds
+        assert all(row["seconds"] > 0 for row in result["rows"])
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell")
+def test_the_peak_of_a_call_is_what_it_took_and_gave_back():
+    size = 64 << 20
+
+    def call(size=size):
+        for _ in range(2):
+            touched = torch.ones(size, dtype=torch.uint8).numel()
+        return touched
+
+    peak_bytes(lambda: call(4 * size))  # what was there before does not count
+    result, peak = peak_bytes(call)
+    assert result == size and 0.9 * size <= peak <= 1.5 * size
 
 
 def test_on_a_gpu_few_rounds_time_the_host(monkeypatch):

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from keylock_diffusers import __version__
-from keylock_diffusers.cli import bank, common, demo, example, generate, schema, sweep, train
+from keylock_diffusers.cli import bank, common, demo, example, generate, lora, schema, sweep, train
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,6 +25,7 @@ app.command()(sweep.sweep)
 app.command()(generate.generate)
 app.command()(schema.schema)
 app.add_typer(bank.app, name="bank")
+app.add_typer(lora.app, name="lora")
 
 
 def main() -> None:

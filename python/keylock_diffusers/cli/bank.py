@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from keylock_diffusers.cli.common import Bank
+from keylock_diffusers.cli.common import After, AsJson, Bank, Limit, print_bank
 
 app = typer.Typer(no_args_is_help=True, help="Look after a folder (or fsspec URL) of concepts.")
 
@@ -18,45 +17,25 @@ app = typer.Typer(no_args_is_help=True, help="Look after a folder (or fsspec URL
 @app.command("list")
 def bank_list(
     bank: Bank = "concepts",
-    as_json: Annotated[bool, typer.Option("--json", help="Print a list of JSON objects.")] = False,
-    limit: Annotated[int | None, typer.Option(min=1, help="Print at most so many.")] = None,
-    after: Annotated[str, typer.Option(help="Begin after this id: the last one of the page before.")] = "",
+    as_json: AsJson = False,
+    limit: Limit = None,
+    after: After = "",
     check: Annotated[
         bool, typer.Option("--check", help="Read whole files and not headers alone, which is slower.")
     ] = False,
 ) -> None:
     """List the concepts of a bank, a line each; what is damaged is said on standard error, and the exit code is 1."""
-    from keylock_diffusers.concepts import ConceptBank, UnknownConceptError
+    from keylock_diffusers.concepts import ConceptBank
 
     concepts = ConceptBank(bank)
-    if not concepts.exists():
-        raise ValueError(f"--bank: there is no bank at {concepts.shown}")
-    ids = [name for name in concepts if name > after]
-    page = ids[:limit]
-    width = max((len(name) for name in page), default=0)
-    rows, damaged = [], 0
-    for name in page:
-        try:
-            found = concepts.summary(name)
-            if check:
-                concepts[name]
-        except UnknownConceptError:
-            continue  # removed meanwhile
-        except (OSError, ValueError) as error:
-            damaged += 1
-            rows.append({"id": name, "error": str(error)})
-            print(f"keylock: {name}: {error}", file=sys.stderr)
-            continue
-        rows.append({"id": name, **asdict(found)})
-        if not as_json:
-            print(f"{name:{width}}  {found.placeholder:20}  {found.super_class:20}  {found.nbytes}")
-    if as_json:
-        print(json.dumps(rows, indent=1))
-    if len(ids) > len(page):
-        print(f"{len(ids) - len(page)} more: go on with --after {page[-1]}", file=sys.stderr)
-    if damaged:
-        print(f"keylock: {damaged} of {len(page)} cannot be read", file=sys.stderr)
-        raise typer.Exit(1)
+
+    def read(name: str) -> tuple[dict[str, Any], str]:
+        found = concepts.summary(name)
+        if check:
+            concepts[name]
+        return asdict(found), f"{found.placeholder:20}  {found.super_class:20}  {found.nbytes}"
+
+    print_bank(concepts, read, as_json=as_json, limit=limit, after=after)
 
 
 @app.command("add")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
+import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +19,11 @@ console = Console()
 Model = Annotated[
     str, typer.Option(help='A diffusers pipeline: a folder, a hub id, or "embedded" for the one in the package.')
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Print a list of JSON objects.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Print at most so many.")]
+After = Annotated[str, typer.Option(help="Begin after this id: the last one of the page before.")]
 Bank = Annotated[str, typer.Option(help="Folder or fsspec URL of the concepts.")]
+Loras = Annotated[str, typer.Option(help="Folder or fsspec URL of the LoRAs.")]
 Dtype = Annotated[str | None, typer.Option(help="Of the model's weights: float32 (the default), float16 or bfloat16.")]
 Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, mps or cpu; default a GPU of CUDA's if there is one.")]
 Variant = Annotated[str | None, typer.Option(help="Which of the model's weight files, such as fp16.")]
@@ -66,6 +73,47 @@ def load(
     if kind is not None:
         pipe.scheduler = kind.from_config(pipe.scheduler.config)
     return pipe.to(place)
+
+
+def print_bank(
+    bank: Any, read: Callable[[str], tuple[dict[str, Any], str]], *, as_json: bool, limit: int | None, after: str
+) -> None:
+    """Print what a bank holds, a line each; what is damaged is said on standard error, and the exit code is 1.
+
+    Args:
+        bank: its ids, and where it is.
+        read: of an id, its facts for JSON and the rest of its line.
+        as_json, limit, after: the options of that name.
+
+    Raises:
+        ValueError: there is no bank.
+    """
+    if not bank.exists():
+        raise ValueError(f"--bank: there is no bank at {bank.shown}")
+    ids = [name for name in bank if name > after]
+    page = ids[:limit]
+    width = max((len(name) for name in page), default=0)
+    rows, damaged = [], 0
+    for name in page:
+        try:
+            facts, line = read(name)
+        except KeyError:
+            continue  # removed meanwhile
+        except (OSError, ValueError) as error:
+            damaged += 1
+            rows.append({"id": name, "error": str(error)})
+            print(f"keylock: {name}: {error}", file=sys.stderr)
+            continue
+        rows.append({"id": name, **facts})
+        if not as_json:
+            print(f"{name:{width}}  {line}")
+    if as_json:
+        print(json.dumps(rows, indent=1))
+    if len(ids) > len(page):
+        print(f"{len(ids) - len(page)} more: go on with --after {page[-1]}", file=sys.stderr)
+    if damaged:
+        print(f"keylock: {damaged} of {len(page)} cannot be read", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 def _loaded(model: str, options: dict[str, Any]) -> Any:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from keylock_diffusers.cli import common
-from keylock_diffusers.cli.common import Bank, Device, Dtype, Height, Model, Scheduler, Variant, Width
+from keylock_diffusers.cli.common import Bank, Device, Dtype, Height, Loras, Model, Scheduler, Variant, Width
 
 
 def generate(
@@ -20,6 +20,7 @@ def generate(
         ),
     ],
     bank: Bank = "concepts",
+    loras: Loras = "loras",
     output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("outputs"),
     resume: Annotated[
         bool,
@@ -60,7 +61,7 @@ def generate(
     import keylock_diffusers as kd
     from keylock_diffusers.cli import drawn, orders, work
 
-    listed, concepts = orders.read(requests, outside=outside), kd.ConceptBank(bank)
+    listed, concepts, adapters = orders.read(requests, outside=outside), kd.ConceptBank(bank), kd.LoraBank(loras)
     drawn.prepare(output)
     nets = _named(controlnet or [])
     for option, paths in {"ip-adapter": ip_adapter, "image-encoder": [image_encoder], "fusion": [fusion]}.items():
@@ -71,7 +72,7 @@ def generate(
     files = {"controlnet": controlnet, "ip_adapter": ip_adapter, "image_encoder": image_encoder, "fusion": fusion}
     said = {"model": model, **loading, "steps": steps, "height": height, "width": width, **files}
     settings = {name: _plain(value) for name, value in said.items() if value is not None}
-    identity = orders.Identity(settings, concepts)
+    identity = orders.Identity(settings, concepts, adapters)
     pictures = work.Work(listed, output, identity, resume)
     if pictures.jobs:
         pipe = common.load(model, **loading, device=device)
@@ -86,6 +87,7 @@ def generate(
             pipe,
             words,
             bank=concepts,
+            loras=adapters,
             num_inference_steps=steps,
             height=height,
             width=width,

@@ -5,17 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
 from keylock_diffusers.checks import reason_of, shown, whole
 from keylock_diffusers.concepts import Concept
 from keylock_diffusers.files import open_regular, strict_json
-from keylock_diffusers.requests import LISTS, PICTURES, Request, RequestLimits, Use
+from keylock_diffusers.loras import LoraBank
+from keylock_diffusers.requests import FILES, LISTS, PICTURES, Lora, Request, RequestLimits
 
 # What an order may change without any of its pictures changing.
 _NAMES = ("id", "num_images")
@@ -31,11 +32,11 @@ class Order:
 
 
 def read(path: Path, *, outside: bool = False) -> list[Order]:
-    """The requests of a JSON file; its pictures are files beside it.
+    """The requests of a JSON file; its pictures and embeddings are files beside it.
 
     Args:
         path: the file.
-        outside: whether its pictures may be elsewhere.
+        outside: whether they may be elsewhere.
 
     Raises:
         ValueError: naming the file, and the request where one of them is wrong.
@@ -56,16 +57,11 @@ def read(path: Path, *, outside: bool = False) -> list[Order]:
     return orders
 
 
-def versions(order: Order, bank: Mapping[str, Concept]) -> dict[str, str | None]:
-    """The versions of the concepts that an order names by their ids; None for one that cannot be read."""
-    found: dict[str, str | None] = {}
-    for use in order.request.concepts:
-        name = use.concept if isinstance(use, Use) else use
-        try:
-            found[str(name)] = bank[name].version
-        except Exception:  # planning the request says what is wrong with it
-            found[str(name)] = None
-    return found
+class Versions(NamedTuple):
+    """The versions of what an order names by ids; None for one that cannot be read."""
+
+    concepts: Mapping[str, str | None]
+    loras: Mapping[str, str | None]
 
 
 class Identity:
@@ -74,11 +70,29 @@ class Identity:
     Args:
         settings: what all orders share, as JSON.
         bank: of the orders' concepts.
+        loras: of their LoRAs.
     """
 
-    def __init__(self, settings: Mapping[str, Any], bank: Mapping[str, Concept]) -> None:
-        self.settings, self.bank = settings, bank
+    def __init__(self, settings: Mapping[str, Any], bank: Mapping[str, Concept], loras: LoraBank) -> None:
+        self.settings, self.bank, self.loras = settings, bank, loras
         self._files: dict[int, list[str]] = {}
+
+    def versions(self, order: Order) -> Versions:
+        """Of the concepts and LoRAs that an order names by their ids."""
+
+        def found(names: Iterable[str], version: Callable[[str], str]) -> dict[str, str | None]:
+            known: dict[str, str | None] = {}
+            for name in names:
+                try:
+                    known[name] = version(name)
+                except Exception:  # planning the request says what is wrong with it
+                    known[name] = None
+            return known
+
+        return Versions(
+            found((str(use.concept) for use in order.request.concepts), lambda name: self.bank[name].version),
+            found((lora.lora for lora in order.request.loras if isinstance(lora.lora, str)), self.loras.version),
+        )
 
     def of(self, order: Order, number: int) -> str:
         """Of an order's image of that number."""
@@ -88,7 +102,7 @@ class Identity:
         if order.index not in self._files:
             self._files[order.index] = [_digest(file) for file in _files(order.request)]
         files = self._files[order.index]
-        facts = [said, number, files, versions(order, self.bank), self.settings]
+        facts = [said, number, files, self.versions(order), self.settings]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -130,10 +144,13 @@ def _name(said: Any) -> str:
 
 
 def _files(request: Request) -> Iterator[str]:
-    """The files of a request's pictures, as they were opened: inside of the folder, if they had to be."""
+    """The files of a request, as they were opened: inside of the folder, if they had to be."""
     for one in (request, *(item for name in LISTS for item in getattr(request, name))):
         for name in PICTURES:
             held = getattr(one, name, None)
             for picture in held if isinstance(held, list) else [held]:
                 if isinstance(picture, Image.Image):
                     yield picture.filename  # type: ignore[attr-defined]  # of `open_picture`
+        yield from (str(getattr(one, name)) for name in FILES if hasattr(one, name))
+        if isinstance(one, Lora) and isinstance(one.lora, Path):
+            yield str(one.lora)

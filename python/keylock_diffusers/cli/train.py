@@ -1,7 +1,8 @@
-"""``keylock train``: pictures of a folder become a concept."""
+"""``keylock train``: pictures of a folder become a concept, or a LoRA."""
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
 from collections.abc import Iterator
@@ -23,27 +24,45 @@ def train(
             "Captions and masks make a concept better: what they tell apart is not learned as the subject's."
         ),
     ],
-    placeholder: Annotated[str, typer.Option(help="The word for it in prompts, such as <alice-cat>.")],
-    super_class: Annotated[str, typer.Option(help="What it is, such as cat.")],
-    output: Annotated[Path, typer.Option(help="The concept file to write.")],
+    placeholder: Annotated[
+        str, typer.Option(help="The word for it in prompts, such as <alice-cat>; for a LoRA also plain words.")
+    ],
+    output: Annotated[
+        Path, typer.Option(help="The file to write; a LoRA's word becomes NAME.embedding.safetensors beside it.")
+    ],
+    super_class: Annotated[str, typer.Option(help="What it is, such as cat; beside plain words not needed.")] = "",
+    method: Annotated[str, typer.Option(help="concept or lora")] = "concept",
     model: Model = "embedded",
-    steps: Annotated[int | None, typer.Option(min=1, help="Default 400; 100 for the embedded model.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Default 16; 6 for the embedded model.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Default 400, 500 for a LoRA; embedded model: 100.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Default 16, 4 for a LoRA; 6 for a concept of the embedded model.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Of a LoRA; default 4.")] = None,
+    targets: Annotated[
+        str | None,
+        typer.Option(help='What of the model a LoRA changes: names with commas between, "linear" or "all".'),
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Of a LoRA; default 1e-4, 2e-3 for the embedded model.")
+    ] = None,
     captions: Annotated[
         Path | None, typer.Option(help="Text file, a caption a line, for the metric C; needed for models of your own.")
     ] = None,
     values_rate: Annotated[
-        float | None, typer.Option(help="Learning rate of the values, in units of their size.")
+        float | None, typer.Option(help="Learning rate of a concept's values, in units of their size.")
     ] = None,
     embedding_rate: Annotated[
         float | None, typer.Option(help="Learning rate of the word, in units of its size.")
     ] = None,
     seed: Annotated[int, typer.Option()] = 0,
     localize: Annotated[
-        float, typer.Option(min=0, help="Weight of the localization loss, such as 1e-3; needs masks.")
-    ] = 0.0,
+        float | None,
+        typer.Option(min=0, help="Weight of the localization loss of a concept, such as 1e-3; needs masks."),
+    ] = None,
     mixed_precision: Annotated[str, typer.Option(help="no or bf16")] = "no",
-    target_gradient: Annotated[str, typer.Option(help="none, straight-through or exact")] = "none",
+    target_gradient: Annotated[
+        str | None, typer.Option(help="Of a concept's target input: none (the default), straight-through or exact.")
+    ] = None,
     checkpoint: Annotated[
         Path | None,
         typer.Option(help="File to resume from and to write; default a hidden one beside the output, gone at the end."),
@@ -58,62 +77,55 @@ def train(
         typer.Option(min=1, help="Steps after which pictures are drawn, into OUTPUT.samples.png beside the output."),
     ] = None,
 ) -> None:
-    """Learn a concept from a few pictures."""
-    from dataclasses import replace
-
+    """Learn a concept, or a LoRA, from a few pictures."""
     from keylock_diffusers.cli import drawn
-    from keylock_diffusers.demo.story import TRAINING
-    from keylock_diffusers.files import require_place, write_atomically
-    from keylock_diffusers.training import PictureFolder, Samples, TrainingConfig, advice, covariance, train_concepts
+    from keylock_diffusers.concepts.concept import check_placeholder
+    from keylock_diffusers.files import require_place
+    from keylock_diffusers.training import PictureFolder, Samples, advice, covariance, train_concepts, train_loras
+    from keylock_diffusers.training import training_facts as facts_of
+    from keylock_diffusers.training.config import is_word
     from keylock_diffusers.training.frozen import check_pipeline
 
-    if output.exists() and not output.is_dir() and not overwrite:
-        raise ValueError(f"--output: {output} exists already; --overwrite replaces it")
-    require_place(output, "--output")
+    of_both = {"steps": steps, "batch_size": batch_size, "mixed_precision": mixed_precision}
+    of_concepts = {"values_rate": values_rate, "localize": localize, "target_gradient": target_gradient}
+    of_loras = {"rank": rank, "targets": targets, "learning_rate": learning_rate}
+    is_lora = _is_lora(method, of_concepts | {"captions": captions, "samples_every": samples_every}, of_loras)
+    if not is_lora:
+        check_placeholder(placeholder)
+    files = [output, *([_word_file(output)] if is_lora and is_word(placeholder) else [])]
+    for file in files:
+        if file.exists() and not file.is_dir() and not overwrite:
+            raise ValueError(f"--output: {file} exists already; --overwrite replaces it")
+        require_place(file, "--output")
     folder = PictureFolder.read(pictures)
     subject = folder.subject(placeholder, super_class, seed)
-    given: dict[str, Any] = {
-        "steps": steps,
-        "batch_size": batch_size,
-        "values_rate": values_rate,
-        "embedding_rate": embedding_rate,
-        "localize": localize,
-        "mixed_precision": mixed_precision,
-        "target_gradient": target_gradient,
-    }
-    config = replace(
-        TRAINING if model == "embedded" else TrainingConfig(),
-        **{name: value for name, value in given.items() if value is not None},
-    )
+    config = _config(is_lora, model, of_both | of_concepts | of_loras | {"embedding_rate": embedding_rate})
     if localize and not folder.masks:
         raise ValueError(f"--localize needs masks, and {pictures} has none")
-    lines = _captions(model, captions)
-    _check_model(model, dtype)
+    lines = [] if is_lora else _captions(model, captions)
+    _check_model(model, dtype, two=is_lora)
     print(f"{pictures}: {folder}")
     pipe = common.load(model, dtype=dtype, device=device, variant=variant, scheduler=scheduler)
-    check_pipeline(pipe, "keylock train")
+    check_pipeline(pipe, "keylock train", two=is_lora)
     pipe.set_progress_bar_config(disable=True)  # of samples: it would tear training's own
     own = checkpoint or output.with_name(f".{output.name}.checkpoint")
     samples = None
     if samples_every:
         strip = drawn.free(output.with_name(f"{output.name}.samples.png"))
         samples = Samples(pipe, subject, strip, samples_every)
+    learned: Any
     with _stoppable():
-        metric = covariance(pipe, lines, progress=True)
-        (concept,) = train_concepts(
-            pipe,
-            [subject],
-            config,
-            metric=metric,
-            checkpoint_path=own,
-            on_step=samples,
-        )
-    if isinstance(concept, Exception):
+        if is_lora:
+            (learned,) = train_loras(pipe, [subject], config, checkpoint_path=own)
+        else:
+            metric = covariance(pipe, lines, progress=True)
+            (learned,) = train_concepts(pipe, [subject], config, metric=metric, checkpoint_path=own, on_step=samples)
+    if isinstance(learned, Exception):
         if checkpoint is None:
             own.unlink(missing_ok=True)
-        raise ValueError(str(concept)) from concept
+        raise ValueError(str(learned)) from learned
     try:
-        write_atomically(output, concept.to_bytes(), overwrite=overwrite)
+        written = _write(pipe, learned, files, overwrite)
     except OSError as error:
         kept = f"what was learned is in {own}: the same command goes on from there" if own.exists() else "it is lost"
         raise OSError(f"{error}; {kept}") from error
@@ -121,15 +133,72 @@ def train(
         own.unlink(missing_ok=True)
     if samples is not None and samples.path.exists():
         print(f"{samples.path}: samples, beside the super-class {super_class}")
-    print(advice(concept.training))
-    print(f"{output}: {output.stat().st_size} bytes, version {concept.version}")
+    print(advice(facts_of(learned) if is_lora else learned.training))
+    for line in written:
+        print(line)
 
 
-def _check_model(model: str, dtype: str | None) -> None:
+def _is_lora(method: str, of_concepts: dict[str, Any], of_loras: dict[str, Any]) -> bool:
+    """Whether a LoRA is to be learned; options of the other method are refused."""
+    from keylock_diffusers.checks import one_of
+
+    is_lora = one_of(method, "--method", ("concept", "lora")) == "lora"
+    for name, value in (of_concepts if is_lora else of_loras).items():
+        if value is not None:
+            belongs = "a concept" if is_lora else "a LoRA (--method lora)"
+            raise ValueError(f"--{name.replace('_', '-')} is an option of {belongs}, and --method is {method}")
+    return is_lora
+
+
+def _config(is_lora: bool, model: str, given: dict[str, Any]) -> Any:
+    """How it is learned, where an option that is None says nothing."""
+    from dataclasses import replace
+
+    from keylock_diffusers.demo.story import TRAINING
+    from keylock_diffusers.training import LoraTrainingConfig, TrainingConfig
+    from keylock_diffusers.training.config import TARGETS
+
+    named = given.pop("targets")
+    if named is not None:
+        given["targets"] = named if named in TARGETS else tuple(name.strip() for name in named.split(","))
+    begin: Any = TRAINING if model == "embedded" else TrainingConfig()
+    if is_lora:
+        begin = LoraTrainingConfig()
+        begin = replace(begin, steps=100, learning_rate=2e-3) if model == "embedded" else begin
+    return replace(begin, **{name: value for name, value in given.items() if value is not None})
+
+
+def _write(pipe: Any, learned: Any, files: list[Path], overwrite: bool) -> list[str]:
+    """What was learned, in its file; and a LoRA's word in one of its own. What is to be said of them, a line each."""
+    from dataclasses import replace
+
+    from keylock_diffusers.concepts import Concept
+    from keylock_diffusers.files import write_atomically
+    from keylock_diffusers.loras import ModelShapes, write_adapter, write_word
+
+    if isinstance(learned, Concept):
+        write_atomically(files[0], learned.to_bytes(), overwrite=overwrite)
+        return [f"{files[0]}: {files[0].stat().st_size} bytes, version {learned.version}"]
+    for file in files:
+        if file.exists() and not overwrite:
+            raise FileExistsError(errno.EEXIST, "exists already", str(file))
+    write_adapter(files[0], replace(learned, words={}), model=ModelShapes.of(pipe))
+    said = [f"{files[0]}: {files[0].stat().st_size} bytes, for pipe.load_lora_weights"]
+    for word, file in zip(learned.words.values(), files[1:], strict=True):
+        write_word(file, word)
+        said.append(f"{file}: {file.stat().st_size} bytes, {word.name}, for pipe.load_textual_inversion")
+    return said
+
+
+def _word_file(output: Path) -> Path:
+    return output.with_name(f"{output.name.removesuffix('.safetensors')}.embedding.safetensors")
+
+
+def _check_model(model: str, dtype: str | None, two: bool) -> None:
     """What can be told of a model before it is loaded; `check_pipeline` looks at all of it."""
     if dtype == "float16":
         raise ValueError("--dtype must be float32 or bfloat16 for training, since gradients vanish in float16")
-    if model == "embedded":
+    if two or model == "embedded":
         return
     from diffusers import DiffusionPipeline
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from keylock_diffusers.cli import drawn
-from keylock_diffusers.cli.orders import Identity, Order, versions
+from keylock_diffusers.cli.orders import Identity, Order, Versions
 from keylock_diffusers.generation import visualize
 from keylock_diffusers.generation.generate import generate
 from keylock_diffusers.generation.maps import AttentionMaps
@@ -28,14 +28,14 @@ class Job:
         request: what draws it, or those of its pictures that are missing; with a seed.
         first: which of the order's pictures is its first.
         identities: of these pictures, as of before they are drawn.
-        versions: of the order's concepts.
+        versions: of the order's concepts and LoRAs.
     """
 
     order: Order
     request: Request
     first: int
     identities: Sequence[str]
-    versions: Mapping[str, str | None]
+    versions: Versions
 
 
 class Work:
@@ -131,7 +131,7 @@ class Work:
 
     def _made(self, order: Order, request: Request, first: int) -> Job:
         identities = [self.identity.of(order, first + n) for n in range(request.num_images)]
-        return Job(order, request, first, identities, versions(order, self.identity.bank))
+        return Job(order, request, first, identities, self.identity.versions(order))
 
     def _keep(self, index: int, number: int, image: Any) -> None:
         job = self.jobs[index]
@@ -140,7 +140,8 @@ class Work:
         facts = {
             "identity": job.identities[number],
             "order": {"guidance_scale": request.guidance_scale, **said, "seed": (request.seed or 0) + number},
-            "concepts": job.versions,
+            "concepts": job.versions.concepts,
+            **({"loras": job.versions.loras} if job.versions.loras else {}),
             "settings": {
                 **self.identity.settings,
                 "scheduler": type(self._pipe.scheduler).__name__,

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import os
-import re
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Mapping
 
 from keylock_diffusers.checks import path_text, whole
-from keylock_diffusers.concepts.concept import VERSION_DIGITS, Concept, ConceptSummary
-from keylock_diffusers.concepts.places import MAX_SEGMENTS, SUFFIX, open_place
-
-_SEGMENT = re.compile(r"[a-z0-9][a-z0-9._-]*")
-_VERSION = re.compile(rf"[0-9a-f]{{{VERSION_DIGITS}}}")
-_MAX_SEGMENT = 100
+from keylock_diffusers.concepts.concept import Concept, ConceptSummary
+from keylock_diffusers.concepts.files import KIND, read_header
+from keylock_diffusers.ids import SUFFIX
+from keylock_diffusers.places import open_place
 
 
 class UnknownConceptError(KeyError):
@@ -56,7 +53,7 @@ class ConceptBank(Mapping[str, Concept]):
     def __init__(self, path_or_url: str | os.PathLike[str], *, cache_size: int = 1024) -> None:
         place = path_text(path_or_url, "ConceptBank: path_or_url")
         self._cache_size = whole(cache_size, "ConceptBank: cache_size", 0)
-        self._files = open_place(place)
+        self._files = open_place(place, KIND)
         self._cache: OrderedDict[str, tuple[Hashable, Concept]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -68,7 +65,7 @@ class ConceptBank(Mapping[str, Concept]):
             ConceptFileError: its file is damaged.
             ValueError: the id is not one, or its file lies outside the bank.
         """
-        concept_id, version = _split(concept_id)
+        concept_id, version = KIND.split(concept_id)
         concept = self._read(concept_id)
         if version is not None and concept.version != version:
             raise UnknownConceptError(f"no version {version} of {concept_id} in the bank, which has {concept.version}")
@@ -80,12 +77,13 @@ class ConceptBank(Mapping[str, Concept]):
         Raises:
             UnknownConceptError, ConceptFileError, ValueError: as for reading the concept.
         """
-        path = _path_of(concept_id)
+        path = KIND.path(concept_id)
         try:
-            header, size = self._files.header(path)
+            data, size = self._files.header(path)
         except (FileNotFoundError, NotADirectoryError):
             raise UnknownConceptError(self._unknown(concept_id)) from None
-        return ConceptSummary.of(header, size, self._files.describe(path))
+        source = self._files.describe(path)
+        return ConceptSummary.of(read_header(data, source, size), size, source)
 
     def exists(self) -> bool:
         """Whether the bank's folder is there, which `add` makes."""
@@ -93,10 +91,10 @@ class ConceptBank(Mapping[str, Concept]):
 
     def __contains__(self, concept_id: object) -> bool:
         try:
-            concept_id, version = _split(concept_id)
+            concept_id, version = KIND.split(concept_id)
             if version is not None:
                 return self._read(concept_id).version == version
-            self._files.version(_path_of(concept_id))
+            self._files.version(KIND.path(concept_id))
         except (FileNotFoundError, NotADirectoryError, UnknownConceptError, ValueError, TypeError):
             return False
         return True
@@ -130,7 +128,7 @@ class ConceptBank(Mapping[str, Concept]):
             ValueError: the id is not one; a ConceptExistsError, it exists and ``overwrite`` is False.
             OSError: writing failed; what was stored before is unchanged.
         """
-        path = _path_of(concept_id)
+        path = KIND.path(concept_id)
         if not isinstance(concept, Concept):
             raise TypeError(f"ConceptBank.add: concept must be a Concept, got {type(concept).__name__}")
         try:
@@ -150,7 +148,7 @@ class ConceptBank(Mapping[str, Concept]):
             ValueError: the id is not one, or its file lies outside the bank.
         """
         try:
-            self._files.delete(_path_of(concept_id))
+            self._files.delete(KIND.path(concept_id))
         except (FileNotFoundError, NotADirectoryError):
             raise UnknownConceptError(self._unknown(concept_id)) from None
         finally:
@@ -159,7 +157,7 @@ class ConceptBank(Mapping[str, Concept]):
     def _ids(self) -> Iterator[str]:
         for path in self._files.paths():
             concept_id = path.removesuffix(SUFFIX)
-            if concept_id != path and _refusal(concept_id) is None:
+            if concept_id != path and KIND.refusal(concept_id) is None:
                 yield concept_id
 
     def _remember(self, concept_id: str, version: Hashable, concept: Concept) -> None:
@@ -174,7 +172,7 @@ class ConceptBank(Mapping[str, Concept]):
             self._cache.pop(concept_id, None)
 
     def _read(self, concept_id: str) -> Concept:
-        path = _path_of(concept_id)
+        path = KIND.path(concept_id)
         try:
             version = self._files.version(path)
             with self._lock:
@@ -193,43 +191,3 @@ class ConceptBank(Mapping[str, Concept]):
     def _unknown(self, concept_id: str) -> str:
         """Names no other id and reads no listing: ids come from requests, which are not to learn of others'."""
         return f"no concept {concept_id!r} in the bank{'' if self.exists() else ', whose folder does not exist'}"
-
-
-def _split(concept_id: object) -> tuple[str, str | None]:
-    """An id and the version that it asks for."""
-    plain, at, version = _text(concept_id).partition("@")
-    if at and not _VERSION.fullmatch(version):
-        raise ValueError(
-            f"ConceptBank: a concept's id looks like alice/cat; after @ its version has {VERSION_DIGITS} digits of "
-            f"0-9 and a-f, got {concept_id!r:.120}"
-        )
-    return plain, version if at else None
-
-
-def _path_of(concept_id: object) -> str:
-    name = _text(concept_id)
-    refusal = _refusal(name)
-    if refusal:
-        raise ValueError(f"ConceptBank: a concept's id looks like alice/cat; {refusal}, got {name!r:.120}")
-    return name + SUFFIX
-
-
-def _text(concept_id: object) -> str:
-    if not isinstance(concept_id, str):
-        raise TypeError(f"ConceptBank: a concept's id must be a string, got {type(concept_id).__name__}")
-    return concept_id
-
-
-def _refusal(concept_id: str) -> str | None:
-    """Why a string is no id, or None if it is one."""
-    segments = concept_id.split("/")
-    if len(segments) > MAX_SEGMENTS:
-        return f"at most {MAX_SEGMENTS} segments are allowed"
-    for segment in segments:
-        if not _SEGMENT.fullmatch(segment):
-            return "each segment must be lower-case letters, digits, . _ - and start with a letter or digit"
-        if ".." in segment or len(segment) > _MAX_SEGMENT:
-            return f"a segment must not hold '..' and has at most {_MAX_SEGMENT} characters"
-        if segment.endswith(SUFFIX):
-            return f"{SUFFIX} is added to it and must be left out"
-    return None

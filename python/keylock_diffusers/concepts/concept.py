@@ -19,17 +19,17 @@ from torch import Tensor
 from keylock_diffusers.checks import path_text
 from keylock_diffusers.concepts.base_model import BaseModel
 from keylock_diffusers.concepts.files import (
+    MAX_FILE_BYTES,
     ConceptFileError,
     Header,
     pack,
-    read_bounded,
     read_header,
     read_tensors,
 )
 from keylock_diffusers.files import open_regular, strict_json, write_atomically
+from keylock_diffusers.ids import VERSION_DIGITS
 
 FORMAT_VERSION = 1
-VERSION_DIGITS = 16
 
 _PLACEHOLDER = re.compile(r"<[a-z0-9][a-z0-9_-]*>")
 _MAX_WORDS = 64
@@ -169,7 +169,7 @@ class Concept:
             except ValueError as error:
                 raise ConceptFileError(str(error)) from None
             with opened as stream:
-                concept = cls.from_bytes(read_bounded(stream, source), source=source)
+                concept = cls.from_bytes(stream.read(MAX_FILE_BYTES + 1), source=source)
         if pipe is not None:
             concept.check(pipe, strict=strict)
         return concept

@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -25,20 +24,21 @@ import torch
 from torch import Tensor
 
 from keylock_diffusers.files import strict_json
-
-MAX_FILE_BYTES = 16 << 20
-MAX_HEADER_BYTES = 1 << 20
-FIRST_BYTES = 8 << 10  # of a file, which hold most headers
+from keylock_diffusers.ids import Kind
+from keylock_diffusers.tensor_file import encoded_header
 
 _FIELDS_KEY = "keylock_concept"
 _CHECKSUM_KEY = "checksum"
-_TOO_LARGE = f"larger than a concept file may be ({MAX_FILE_BYTES} bytes)"
 _ITEM_BYTES = {"F16": 2, "F32": 4}
 _DTYPE_NAMES = {torch.float16: "F16", torch.float32: "F32"}
 
 
 class ConceptFileError(ValueError):
     """A concept file is damaged, is no concept file, or is of a version this release does not know."""
+
+
+KIND = Kind("ConceptBank", "a concept", "alice/cat", most_bytes=16 << 20, most_header=1 << 20, error=ConceptFileError)
+MAX_FILE_BYTES, MAX_HEADER_BYTES = KIND.most_bytes, KIND.most_header
 
 
 @dataclass(frozen=True)
@@ -66,18 +66,12 @@ def pack(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
     """Serialise JSON fields and one-dimensional tensors; the same input always gives the same bytes."""
     text = json.dumps(fields, separators=(",", ":"), allow_nan=False)
     entries = [(name, _DTYPE_NAMES[tensor.dtype], tensor.numpy().tobytes()) for name, tensor in tensors.items()]
-    entries.sort(key=lambda entry: (-_ITEM_BYTES[entry[1]], entry[0]))  # wide ones first keeps all aligned
-    metadata = {_FIELDS_KEY: text, _CHECKSUM_KEY: _checksum(text, entries)}
-    # safetensors writes metadata in the order of a hash map, so the header is written here.
-    header: dict[str, Any] = {"__metadata__": metadata}
-    begin = 0
-    for name, dtype, raw in entries:
-        length = len(raw) // _ITEM_BYTES[dtype]
-        header[name] = {"dtype": dtype, "shape": [length], "data_offsets": [begin, begin + len(raw)]}
-        begin += len(raw)
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    return struct.pack("<Q", len(encoded)) + encoded + b"".join(raw for _, _, raw in entries)
+    entries.sort(key=lambda entry: (-_ITEM_BYTES[entry[1]], entry[0]))
+    header = encoded_header(
+        ((name, tensors[name].dtype, tuple(tensors[name].shape)) for name, _, _ in entries),
+        {_FIELDS_KEY: text, _CHECKSUM_KEY: _checksum(text, entries)},
+    )
+    return header + b"".join(raw for _, _, raw in entries)
 
 
 def read_header(data: bytes, source: str, size: int | None = None) -> Header:
@@ -91,8 +85,11 @@ def read_header(data: bytes, source: str, size: int | None = None) -> Header:
     Raises:
         ConceptFileError: naming ``source`` and what is wrong.
     """
+    size = len(data) if size is None else size
+    if size > MAX_FILE_BYTES:
+        raise KIND.too_large(source)
     try:
-        return _read_header(data, len(data) if size is None else size)
+        return _read_header(data, size)
     except (ValueError, RecursionError) as error:
         raise ConceptFileError(f"{source}: {error or type(error).__name__}") from None
 
@@ -115,42 +112,7 @@ def read_tensors(data: bytes, header: Header, source: str) -> dict[str, Tensor]:
         raise ConceptFileError(f"{source}: {error}") from None
 
 
-def read_bounded(stream: IO[bytes], source: str) -> bytes:
-    """Read a file of at most `MAX_FILE_BYTES`.
-
-    Raises:
-        ConceptFileError: it is larger.
-    """
-    data = stream.read(MAX_FILE_BYTES + 1)
-    if len(data) > MAX_FILE_BYTES:
-        raise ConceptFileError(too_large(source))
-    return data
-
-
-def read_header_alone(stream: IO[bytes], source: str) -> tuple[Header, int]:
-    """The checked header of an open file, of which no more is read, and the file's size in bytes.
-
-    Raises:
-        ConceptFileError: the header is not one, or does not fit the file's size.
-    """
-    size = os.fstat(stream.fileno()).st_size
-    data = stream.read(FIRST_BYTES)
-    data += stream.read(max(0, header_bytes(data) - len(data)))
-    return read_header(data, source, size), size
-
-
-def header_bytes(data: bytes) -> int:
-    """How many bytes of a file `read_header` needs, by its first 8 of them."""
-    return 8 + min(int.from_bytes(data[:8], "little"), MAX_HEADER_BYTES)
-
-
-def too_large(source: str) -> str:
-    return f"{source}: {_TOO_LARGE}"
-
-
 def _read_header(data: bytes, size: int) -> Header:
-    if size > MAX_FILE_BYTES:
-        raise ValueError(_TOO_LARGE)
     if len(data) < 8:
         raise ValueError(f"too short for a safetensors file: {size} bytes")
     (length,) = struct.unpack_from("<Q", data)

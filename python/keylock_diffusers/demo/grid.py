@@ -26,11 +26,9 @@ def draw(
     for place, name in enumerate(columns):
         pen.text((_x(place) + _CELL / 2, _HEAD / 2), name, fill=INK, font_size=16, anchor="mm")
         own = given.get(name, ())
-        for n, picture in enumerate(own[:4]):
-            half = _CELL // 2
-            left, top = _x(place) + n % 2 * half, _y(0) + n // 2 * half
-            sheet.paste(picture.resize((half - 2, half - 2), Image.Resampling.LANCZOS), (left, top))
-        if not own:
+        if own:
+            sheet.paste(mosaic(own), (_x(place), _y(0)))
+        else:
             centre = (_x(place) + _CELL / 2, _y(0) + _CELL / 2)
             pen.text(centre, "no pictures", fill=QUIET, font_size=14, anchor="mm")
     for line, label in enumerate(["pictures they gave", *rows]):
@@ -39,11 +37,25 @@ def draw(
         )
     for number, image in enumerate(images):
         line, place = divmod(number, len(columns))
-        picture = Image.fromarray((image * 255).round().astype(np.uint8)).resize(
-            (_CELL, _CELL), Image.Resampling.LANCZOS
-        )
-        sheet.paste(picture, (_x(place), _y(line + 1)))
+        sheet.paste(_of_cell(as_picture(image)), (_x(place), _y(line + 1)))
     return sheet
+
+
+def as_picture(image: np.ndarray) -> Image.Image:
+    """A picture of numbers [height, width, 3] in 0..1."""
+    return Image.fromarray((image * 255).round().astype(np.uint8))
+
+
+def mosaic(pictures: Sequence[Image.Image]) -> Image.Image:
+    """The first four of some pictures, in a cell."""
+    cell, half = Image.new("RGB", (_CELL, _CELL), PAPER), _CELL // 2
+    for n, picture in enumerate(pictures[:4]):
+        cell.paste(picture.resize((half - 2, half - 2), Image.Resampling.LANCZOS), (n % 2 * half, n // 2 * half))
+    return cell
+
+
+def _of_cell(picture: Image.Image) -> Image.Image:
+    return picture.resize((_CELL, _CELL), Image.Resampling.LANCZOS)
 
 
 def _x(place: int) -> int:
@@ -66,18 +78,16 @@ def _wrapped(label: str, length: int = 16) -> str:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of the second grid."""
+    """A line of the second and the third grid."""
 
     label: str
     prompt: str
-    given: Image.Image | None  # its image prompt
-    picture: np.ndarray  # [64, 64, 3] in 0..1
-    overlays: Mapping[str, Image.Image]  # by word
+    cells: Sequence[tuple[str, Image.Image | None]]  # what is above each picture; None leaves its place empty
 
 
 def draw_lines(lines: Sequence[Line]) -> Image.Image:
-    """Line by line: what was asked for, the image prompt, the picture, and where its words were attended to."""
-    columns = 2 + max(len(line.overlays) for line in lines)
+    """Line by line: what was asked for, and pictures with what they are."""
+    columns = max(len(line.cells) for line in lines)
     sheet = Image.new("RGB", (_LEFT + columns * (_CELL + _GAP), len(lines) * (_CELL + _HEAD)), PAPER)
     pen = ImageDraw.Draw(sheet)
     for number, line in enumerate(lines):
@@ -86,12 +96,9 @@ def draw_lines(lines: Sequence[Line]) -> Image.Image:
         pen.multiline_text(
             label, _wrapped(f"{line.label}: {line.prompt}"), fill=INK, font_size=14, anchor="rm", align="right"
         )
-        picture = Image.fromarray((line.picture * 255).round().astype(np.uint8))
-        cells = [line.given, picture, *line.overlays.values()]
-        names = ["image prompt" if line.given is not None else "", "", *line.overlays]
-        for place, (cell, name) in enumerate(zip(cells, names, strict=True)):
+        for place, (name, cell) in enumerate(line.cells):
             if cell is None:
                 continue
-            sheet.paste(cell.resize((_CELL, _CELL), Image.Resampling.LANCZOS), (_x(place), top + _HEAD))
+            sheet.paste(_of_cell(cell), (_x(place), top + _HEAD))
             pen.text((_x(place), top + _HEAD / 2), name, fill=QUIET, font_size=13, anchor="lm")
     return sheet

@@ -68,6 +68,27 @@ def coat_colour(user: User) -> np.ndarray:
     return colours.mean(0)
 
 
+def wearer(image: np.ndarray, where: np.ndarray | None = None) -> str | None:
+    """Whose cat a picture [64, 64, 3] in 0..1 shows: whose coat is nearest to the mean colour of the subject.
+
+    Args:
+        image: the picture.
+        where: bool [64, 64], the part of it to look at; default all.
+
+    Returns:
+        The user's name; None if there is nothing but background.
+    """
+    pixels = image.astype(np.float32) * 255
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    subject = np.abs(pixels - np.median(border, axis=0)).max(-1) > 40
+    if where is not None:
+        subject &= where
+    if not subject.any():
+        return None
+    colour = pixels[subject].mean(0)
+    return min(USERS, key=lambda user: float(np.square(coat_colour(user) - colour).sum())).name
+
+
 def _long_grey(side: int) -> np.ndarray:
     row, column = np.mgrid[:side, :side] / side
     strands = np.sin(70 * column + 5 * np.sin(9 * row)) * 20

@@ -107,9 +107,11 @@ def run(pipe: Any, bank: Mapping[str, Concept], output: Path, *, steps: int, see
         grid.Line(
             row.label,
             str(row.request.prompt),
-            pictures.image_prompt() if row.request.image_prompts else None,
-            image,
-            {word: overlay(image, recorded.mean(word)) for word in row.words},
+            [
+                ("image prompt", pictures.image_prompt() if row.request.image_prompts else None),
+                ("", grid.as_picture(image)),
+                *((word, overlay(image, recorded.mean(word))) for word in row.words),
+            ],
         )
         for row, image, recorded in zip(batch, images, maps.images, strict=True)
     ]

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from keylock_diffusers import embedded
 from keylock_diffusers.concepts import Concept, ConceptBank
-from keylock_diffusers.demo import grid, pictures, regions
+from keylock_diffusers.demo import grid, loras, pictures, regions
 from keylock_diffusers.demo.pictures import USERS, User
 from keylock_diffusers.denoisers.unet import cross_attention_layers
 from keylock_diffusers.embedded import classifier, render
@@ -26,7 +26,14 @@ from keylock_diffusers.generation.generate import generate
 from keylock_diffusers.processors import install
 from keylock_diffusers.processors.projection import project_vectors
 from keylock_diffusers.requests import Request, Use
-from keylock_diffusers.training import Covariance, Subject, TrainingConfig, covariance, train_concepts
+from keylock_diffusers.training import (
+    Covariance,
+    LoraTrainingConfig,
+    Subject,
+    TrainingConfig,
+    covariance,
+    train_concepts,
+)
 
 TRAINING = TrainingConfig(
     steps=100, batch_size=6, values_rate=0.03, embedding_rate=0.004, inference_beta=0.65, inference_tau=0.15
@@ -55,14 +62,22 @@ _VISITOR = "Visitor"
 
 
 def run(
-    output: Path, *, steps: int = 25, training: TrainingConfig = TRAINING, seed: int = 0, progress: bool = True
+    output: Path,
+    *,
+    steps: int = 25,
+    training: TrainingConfig = TRAINING,
+    lora_training: LoraTrainingConfig = loras.TRAINING,
+    seed: int = 0,
+    progress: bool = True,
 ) -> dict[str, Any]:
-    """The whole demo; writes ``grid.png``, ``regions.png``, ``report.json`` and the concept files below `output`.
+    """The whole demo; writes ``grid.png``, ``regions.png``, ``loras.png``, ``report.json`` and the files of concepts
+    and LoRAs below `output`.
 
     Args:
         output: a folder, made if need be.
         steps: denoising steps of every picture.
         training: how the concepts are trained.
+        lora_training: how the LoRAs are.
         seed: of the first picture of every cell.
         progress: whether to show progress bars.
 
@@ -124,6 +139,9 @@ def run(
     rows = [scene.label for scene in (*SCENES, _PLAIN)]
     grid.draw(columns, rows, batch, {user.name: pictures.load(user)[0] for user in USERS}).save(output / "grid.png")
     report["regions"] = regions.run(install(embedded.load_adapter(pipe)), bank, output, steps=steps, seed=seed)
+    report["loras"] = loras.run(
+        install(embedded.load()), bank, output, steps=steps, seed=seed, training=lora_training, progress=progress
+    )
     (output / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     return report
 
@@ -191,34 +209,13 @@ def _difference(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> flo
     return float(max(np.abs(a - b).max() for a, b in zip(ours, theirs, strict=True)) * 255)
 
 
-def wearer(image: np.ndarray, where: np.ndarray | None = None) -> str | None:
-    """Whose cat a picture [64, 64, 3] in 0..1 shows: whose coat is nearest to the mean colour of the subject.
-
-    Args:
-        image: the picture.
-        where: bool [64, 64], the part of it to look at; default all.
-
-    Returns:
-        The user's name; None if there is nothing but background.
-    """
-    pixels = image.astype(np.float32) * 255
-    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    subject = np.abs(pixels - np.median(border, axis=0)).max(-1) > 40
-    if where is not None:
-        subject &= where
-    if not subject.any():
-        return None
-    colour = pixels[subject].mean(0)
-    return min(USERS, key=lambda user: float(np.square(pictures.coat_colour(user) - colour).sum())).name
-
-
 def _coats(cells: Sequence[tuple[Scene, User, int]], images: Sequence[np.ndarray]) -> dict[str, str]:
     """Per scene, how many pictures' cats are nearest in colour to their own user's coat."""
     left = np.arange(render.SIZE) < render.SIZE // 2
     right = {scene.label: [0, 0] for scene in SCENES}
     for (scene, user, _), image in zip(cells, images, strict=True):
         where = np.broadcast_to(left, image.shape[:2]) if scene.left_half else None
-        right[scene.label][0] += wearer(image, where) == user.name
+        right[scene.label][0] += pictures.wearer(image, where) == user.name
         right[scene.label][1] += 1
     return {label: f"{found} of {total}" for label, (found, total) in right.items()}
 

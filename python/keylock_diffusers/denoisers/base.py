@@ -48,6 +48,9 @@ class Denoiser(Protocol):
     def layers(self) -> Mapping[str, Any]:
         """The cross-attention layers by name, in the order of a concept's file."""
 
+    def projections(self) -> Mapping[str, Any]:
+        """The linear layers and convolutions that low-rank updates may reach, by the names that LoRA files use."""
+
     def grid(self, layers: Sequence[str], latent: Size) -> Mapping[str, Size]:
         """Height and width that each layer runs at."""
 

@@ -16,18 +16,64 @@ from torch import nn
 def own_forward(module: nn.Module) -> Any:
     """The forward that somebody put on a module itself, as kohya's and LyCORIS' networks do; None: there is none.
 
-    Those that only move or cast weights, accelerate's and diffusers' hooks, do not count. Nor does the class's own,
-    which those leave behind who take theirs off again.
+    Those that only move or cast weights, accelerate's and diffusers' hooks, do not count, and neither does our own.
+    Nor does the class's own, which those leave behind who take theirs off again.
     """
+    for forward in forwards_of(module):
+        if not _is_ours(forward) and not _moves_weights(forward):
+            return None if getattr(forward, "__func__", forward) is type(module).forward else forward
+    return None
+
+
+def forwards_of(module: nn.Module) -> Iterator[Any]:
+    """The forwards that were put on a module itself, each around the next, as far as they can be told."""
     forward = vars(module).get("forward")
-    while isinstance(forward, functools.partial) and _moves_weights(forward.func):
-        forward = vars(forward).get("__wrapped__")
-    theirs = getattr(forward, "__func__", forward)
-    return None if theirs is type(module).forward else forward
+    while forward is not None:
+        yield forward
+        if _is_ours(forward):
+            forward = forward.__self__._keylock_route.original
+        elif _moves_weights(forward):
+            forward = vars(forward).get("__wrapped__")
+        else:  # kohya's and LyCORIS' networks keep the one before theirs
+            forward = getattr(getattr(forward, "__self__", None), "org_forward", None)
+
+
+def take_off(module: nn.Module, mine: Any, instead: Any) -> bool:
+    """Puts a forward in the place of one that was put on a module, also where it lies within hooks that move weights.
+
+    Args:
+        module: the module.
+        mine: what to take off.
+        instead: what it had replaced; None: its class's own.
+
+    Returns:
+        Whether it was found; within a forward of somebody's own it is not.
+    """
+    if vars(module).get("forward") == mine:
+        if instead is None:
+            del module.forward
+        else:
+            module.forward = instead
+        return True
+    instead = type(module).forward.__get__(module) if instead is None else instead
+    registry = vars(module).get("_diffusers_hook")
+    holders = [(one, "__wrapped__") for one in forwards_of(module) if _moves_weights(one)]
+    holders += [(module, "_old_forward")]  # accelerate's
+    holders += [(one, name) for one in getattr(registry, "_fn_refs", ()) for name in ("forward", "original_forward")]
+    found = [(holder, name) for holder, name in holders if getattr(holder, name, None) == mine]
+    for holder, name in found:
+        setattr(holder, name, instead)
+    return bool(found)
+
+
+def _is_ours(forward: Any) -> bool:
+    return getattr(getattr(forward, "__func__", None), "__module__", "") == "keylock_diffusers.processors.routed"
 
 
 def _moves_weights(forward: Any) -> bool:
-    return str(getattr(forward, "__module__", "")).startswith(("accelerate.", "diffusers.hooks"))
+    if not isinstance(forward, functools.partial):
+        return False
+    return str(getattr(forward.func, "__module__", "")).startswith(("accelerate.", "diffusers.hooks"))
 
 
 def is_opaque(module: nn.Module) -> bool:
@@ -95,14 +141,23 @@ def _entered(hook: Any, module: nn.Module) -> Callable[[], Any]:
     return functools.partial(hook.post_forward, module, None)
 
 
-def check_pixels(unet: nn.Module, what: str) -> None:
+def check_pixels(unet: nn.Module, what: str, *, anywhere: bool = False) -> None:
     """Checks that cross-attention reads all of a layer's pixels, which regions and maps need.
+
+    Args:
+        unet: the model.
+        what: needs them.
+        anywhere: whether all other layers must, too.
 
     Raises:
         ValueError: tomesd merges some of them before it; its patch stays in the blocks' classes.
     """
     for block in unet.modules():
-        if type(block).__name__ == "ToMeBlock" and block._tome_info["args"]["merge_crossattn"]:  # type: ignore[index]
+        if type(block).__name__ != "ToMeBlock":
+            continue
+        if anywhere:
+            raise ValueError(f"{what} need all pixels, but tomesd merges some: take its patch off")
+        if block._tome_info["args"]["merge_crossattn"]:  # type: ignore[index]
             raise ValueError(
                 f"{what} need all pixels, but tomesd merges some before cross-attention: "
                 "apply its patch with merge_crossattn=False"

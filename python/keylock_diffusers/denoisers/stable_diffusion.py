@@ -17,6 +17,7 @@ from torch import Tensor
 
 from keylock_diffusers.denoisers.base import RowLayout, Schedule, Size
 from keylock_diffusers.denoisers.neighbours import own_forward, quiet
+from keylock_diffusers.denoisers.projections import projections
 from keylock_diffusers.denoisers.unet import (
     TextEncoder,
     adapters,
@@ -107,9 +108,22 @@ class StableDiffusion:
     def _blocks(self) -> list[Any]:
         return blocks_of(self.unet, self._layers)
 
+    @cached_property
+    def _in_graphs(self) -> bool:
+        """Whether the U-Net, or a part of it, is compiled."""
+        return self.pipe.unet is not self.unet or are_compiled(self.unet.modules())
+
     def layers(self) -> dict[str, Any]:
         """See `Denoiser`."""
         return self._layers
+
+    @cached_property
+    def _projections(self) -> dict[str, Any]:
+        return projections(self.unet)
+
+    def projections(self) -> dict[str, Any]:
+        """See `Denoiser`."""
+        return self._projections
 
     def grid(self, layers: Sequence[str], latent: Size) -> dict[str, Size]:
         """See `Denoiser`."""
@@ -122,9 +136,13 @@ class StableDiffusion:
             held.enter_context(quiet())
             held.enter_context(self.scaled())
             held.enter_context(perturbed_attention(self.pipe, "perturbed" in layout.parts, layout.guided))
-            if are_compiled(self._blocks):
-                if options.get("readout") is not None:
-                    raise ValueError("generate: record must be None where blocks are compiled one by one")
+            by_blocks = are_compiled(self._blocks)
+            if by_blocks and options.get("readout") is not None:
+                raise ValueError("generate: record must be None where blocks are compiled one by one")
+            if inputs.adapters:
+                apart = {"in_graphs": self._in_graphs, "perturbed": "perturbed" in layout.parts}
+                held.enter_context(inputs.adapted(self.unet, self.projections(), **apart))
+            if by_blocks:
                 held.enter_context(lock_of(self.unet))
                 inputs = held.enter_context(inputs.handed_out(self.layers()))
             yield {"cross_attention_kwargs": {**self.attention_options, **options, "personalization": inputs}}

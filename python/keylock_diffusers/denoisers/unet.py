@@ -14,6 +14,7 @@ from torch import nn
 
 from keylock_diffusers.denoisers.neighbours import is_opaque
 
+_FACE = "faceid_"  # begins diffusers' names of the LoRAs that come with FaceID adapters
 _ORDER = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
 
 
@@ -135,7 +136,8 @@ def text_encoders(pipe: Any) -> list[TextEncoder]:
 
 @contextmanager
 def lora_scale(modules: Sequence[nn.Module], scale: float | None) -> Iterator[None]:
-    """While it lasts, the modules' LoRA weights count `scale` times as much, for this caller alone.
+    """While it lasts, the modules' LoRA weights count `scale` times as much, for this caller alone, and those that came
+    with a FaceID adapter not at all: rows with its image prompts carry them (see `face_updates`).
 
     PEFT keeps the scale in layers that all callers share: whoever else runs these modules waits. What was there is put
     back to the bit.
@@ -149,13 +151,31 @@ def lora_scale(modules: Sequence[nn.Module], scale: float | None) -> Iterator[No
             held.enter_context(lock_of(module))
         before = [dict(layer.scaling) for layer in layers]
         try:
-            if scale is not None:
-                for layer in layers:
+            for layer in layers:
+                if scale is not None:
                     layer.scale_layer(scale)
+                layer.scaling.update(dict.fromkeys((name for name in layer.scaling if name.startswith(_FACE)), 0.0))
             yield
         finally:
-            for layer, scaling in zip(layers, before, strict=True) if scale is not None else ():
+            for layer, scaling in zip(layers, before, strict=True):
                 layer.scaling.update(scaling)
+
+
+def face_updates(unet: nn.Module, adapter: int) -> dict[str, tuple[Any, Any, float]]:
+    """The LoRA that came with a FaceID adapter and is switched on, A, B and a factor by the projections' names."""
+    name = f"{_FACE}{adapter}"
+    if name not in getattr(unet, "peft_config", {}):
+        return {}
+    with lock_of(unet):
+        layers: dict[str, Any] = {
+            module: layer
+            for module, layer in unet.named_modules()
+            if name in getattr(layer, "lora_A", ()) and name in layer.active_adapters and not layer.disable_adapters
+        }
+        return {
+            module: (layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name]))
+            for module, layer in layers.items()
+        }
 
 
 class ProjectionState:

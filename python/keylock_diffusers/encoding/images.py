@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
 from diffusers.models.embeddings import (
     ImageProjection,
     IPAdapterFaceIDImageProjection,
@@ -16,9 +14,10 @@ from diffusers.models.embeddings import (
 )
 from torch import Tensor
 
-from keylock_diffusers.checks import floats, is_number, number, reason_of, shown, whole
+from keylock_diffusers.checks import floats, number, reason_of, whole
 from keylock_diffusers.denoisers.neighbours import loading
 from keylock_diffusers.denoisers.unet import adapters
+from keylock_diffusers.encoding.blocks import factors
 from keylock_diffusers.encoding.pictures import for_image_encoder
 from keylock_diffusers.masks import region_mask
 from keylock_diffusers.pictures import PictureLimits
@@ -73,7 +72,7 @@ def check(prompt: Any, unet: Any) -> None:
     if not face_plus and faces[1]:
         kind = type(layers[prompt.adapter]).__name__
         raise ValueError(f"clip_embeds of an image prompt belong to FaceID-Plus adapters, got one with {kind}")
-    _expanded(prompt.scale, unet)
+    _scale(prompt.scale, unet)
     for name in ("start", "end"):
         number(getattr(prompt, name), f"{name} of an image prompt", 0, 1)
 
@@ -125,7 +124,7 @@ class ImageEncoder:
         else:
             self._uses[key] = ImageUse(
                 tokens,
-                _expanded(prompt.scale, self._unet),
+                _scale(prompt.scale, self._unet),
                 self._region(prompt.region),
                 float(prompt.start),
                 float(prompt.end),
@@ -161,27 +160,8 @@ class ImageEncoder:
             return projection(embeds.to(device, dtype)).flatten(0, -2)
 
 
-def _expanded(scale: Any, unet: Any) -> float | dict[str, float]:
-    """A number, or a number per block's name, from what set_ip_adapter_scale takes."""
-    if is_number(scale):
-        return float(scale)
-    if not isinstance(scale, Mapping):
-        raise ValueError(f"scale of an image prompt must be a finite number or a dict per block, got {shown(scale)}")
-    for side in ("down", "up"):
-        blocks = [f"block_{n}" for n in range(len(getattr(unet, f"{side}_blocks")))]
-        unknown = [name for name in scale[side] if name not in blocks] if isinstance(scale.get(side), Mapping) else []
-        if unknown:
-            raise ValueError(f"scale of an image prompt must name this U-Net's blocks, got {side}: {shown(unknown[0])}")
-    try:
-        (expanded,) = _maybe_expand_lora_scales(unet, [dict(scale)], default_scale=0.0)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f"scale of an image prompt must name this U-Net's blocks, got {shown(scale)}: {reason_of(error)}"
-        ) from error
-    wrong = [number for number in expanded.values() if not is_number(number)]
-    if wrong:
-        raise ValueError(f"scale of an image prompt must hold finite numbers, got {shown(wrong[0])}")
-    return expanded
+def _scale(scale: Any, unet: Any) -> float | dict[str, float]:
+    return factors(scale, unet, "scale of an image prompt", default=0.0)
 
 
 def _or_zeros(negative: Any, positive: Any) -> Any:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
+from torch import Tensor
+
 from keylock_diffusers.checks import listed, shown
 from keylock_diffusers.encoding.text import find, with_own_words
 from keylock_diffusers.encoding.tokens import TokenizedPrompt, extended
@@ -102,5 +104,54 @@ def resolve(
     layout = TextLayout(tokens, 1 + len(uses))
     blocks = [RegionUse(use.mask, tuple(layout.positions(wording))) for wording, use in enumerate(uses, 1)]
     unnamed = tuple(token for token in range(tokens) if token not in named)
-    placeholders = tuple(frozenset(word for _, word in wording[0].words) for wording in own)
+    placeholders = tuple(frozenset(word for _, word, _ in wording[0].words) for wording in own)
     return PromptRegions(RowRegions(tuple(blocks), unnamed, named, layout.length, placeholders), own)
+
+
+def with_loras(
+    half: PromptRegions, prompts: tuple[TokenizedPrompt, ...] | None, tokens: int, masks: Sequence[Tensor], name: str
+) -> PromptRegions:
+    """The regions of a prompt beside those of LoRAs, each of which reads wordings of its own.
+
+    What is read outside of all those regions stands first, then the same again for each of them, and is seen inside of
+    it alone; a region of words is, in each, where both are.
+
+    Args:
+        half: what `resolve` made.
+        prompts: the prompt for each text encoder; None for given encodings.
+        tokens: how many one wording has.
+        masks: of the LoRAs.
+        name: of the argument that gave regions, for errors.
+
+    Raises:
+        ValueError: there are more wordings and regions than a row has room for.
+    """
+    if not masks:
+        return half
+    row, span = half.row, tokens * (1 + len(half.own))
+    words = tuple(use.mask for use in row.uses if use.mask is not None)
+    named = {token for use in row.uses for token in use.tokens}
+    rest = tuple(t for t in range(row.tokens or span) if t not in named.union(row.outside, row.hidden))
+    uses: list[RegionUse] = []
+    hidden: list[int] = []
+    for number, mask in enumerate([None, *masks]):
+        where = {"within": (), "without": tuple(masks)} if mask is None else {"within": (mask,), "without": ()}
+
+        def moved(places: Sequence[int], first: int = number * span) -> tuple[int, ...]:
+            return tuple(first + place for place in places)
+
+        uses += [RegionUse(use.mask, moved(use.tokens), **where) for use in row.uses]
+        if row.outside:
+            uses.append(RegionUse(None, moved(row.outside), where["within"], (*where["without"], *words)))
+        if rest:
+            uses.append(RegionUse(None, moved(rest), **where))
+        hidden += moved(row.hidden)
+    if len(uses) > LIMIT:
+        raise ValueError(
+            f"{name} and the regions of {len(masks)} LoRAs make {len(uses)} regions together, "
+            f"at most {LIMIT} are possible"
+        )
+    base = frozenset(word for _, word, _ in prompts[0].words) if prompts else frozenset()
+    placeholders = (*row.placeholders, *[base, *row.placeholders] * len(masks))
+    own = half.own if prompts is None else (*half.own, *[prompts, *half.own] * len(masks))
+    return PromptRegions(RowRegions(tuple(uses), (), tuple(hidden), span * (1 + len(masks)), placeholders), own)

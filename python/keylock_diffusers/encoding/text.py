@@ -3,15 +3,16 @@
 A placeholder such as ``<alice-cat>`` takes the token ids of its concept's super-class. The concept's
 learned word embedding replaces the last of them (the noun, in "teddy bear") while that batch is
 encoded; at the start of training it equals that token's own embedding, so a new concept's prompt
-encodes exactly as its super-class's prompt does.
+encodes exactly as its super-class's prompt does. A word that textual inversion taught stands for as many
+tokens as it has vectors, which replace all of them.
 """
 
 from __future__ import annotations
 
 import copy
-import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -21,56 +22,69 @@ from torch import Tensor
 
 from keylock_diffusers.checks import shown
 from keylock_diffusers.denoisers.unet import TextEncoder
+from keylock_diffusers.encoding.names import PLACEHOLDER, split
 from keylock_diffusers.encoding.tokens import TokenizedPrompt, Unit, pack, units_of
 
 _LEAST_MEAN = 1e-3  # of encodings, in units of their root mean square: below it a mean is chance
-PLACEHOLDER = re.compile(r"<[a-z0-9][a-z0-9_-]*>", re.IGNORECASE)
 
 
 def tokenize(
     tokenizer: Any,
     prompt: str | Sequence[tuple[str, float]],
     super_classes: Mapping[str, str] | None = None,
+    words: Mapping[str, int] | None = None,
     *,
     chunks: int | None = 1,
+    most: int | None = None,
+    spelled: Callable[[str], str] | None = None,
 ) -> TokenizedPrompt:
-    """Tokenizes a prompt whose placeholders stand for concepts.
+    """Tokenizes a prompt in which placeholders stand for concepts, and names for learned words.
 
     Args:
         tokenizer: a CLIP tokenizer.
         prompt: the text, or its parts with their weights (see `weighted`).
         super_classes: per placeholder, the super-class whose tokens it takes.
+        words: per name of a learned word that may stand in it, how many vectors it has.
         chunks: how many of the tokenizer's length there may be; None: as many as the prompt needs.
+        most: how many tokens there may be, padding included; None: any number.
+        spelled: what is made of the text between names before it is tokenized.
 
     Raises:
-        ValueError: a placeholder without a concept, a concept whose placeholder is not in the prompt, or a
-            placeholder beyond the chunks.
+        ValueError: a placeholder that stands for nothing, a concept whose placeholder is not in the prompt, a
+            placeholder or learned word beyond the chunks, or too many tokens.
     """
-    super_classes = super_classes or {}
+    super_classes, words = super_classes or {}, words or {}
     parts = [(prompt, 1.0)] if isinstance(prompt, str) else list(prompt)
-    whole = "".join(words for words, _ in parts)
-    found = [match.group().lower() for match in PLACEHOLDER.finditer(whole)]
+    whole = "".join(part for part, _ in parts)
     own_tokens = {token.lower() for token in tokenizer.get_added_vocab()}
-    for placeholder in found:
-        if placeholder not in super_classes and placeholder not in own_tokens:
-            known = ", ".join(sorted(super_classes)) or "none"
-            raise ValueError(f"prompt {shown(whole)}: {placeholder} is no concept of this request (concepts: {known})")
+    stands: dict[str, Unit] = {}
+    for word, count in words.items():
+        filler = _ids(tokenizer, "a")[:1]  # of all its tokens, whose embeddings are never read
+        stands[word] = Unit(tuple(filler * count), word, tuple((n, word, n) for n in range(count)))
+    for placeholder, super_class in super_classes.items():
+        ids = tuple(super_class_ids(tokenizer, super_class))
+        stands[placeholder] = Unit(ids, placeholder, ((len(ids) - 1, placeholder, 0),))
+
+    units: list[Unit] = []
+    for part, weight in parts:
+        for piece, name in split(part, stands):
+            if name is not None:
+                units.append(stands[name]._replace(weight=weight))
+                continue
+            for match in PLACEHOLDER.finditer(piece):
+                if match.group().lower() not in own_tokens:
+                    concepts, known = (", ".join(sorted(names)) or "none" for names in (super_classes, words))
+                    raise ValueError(
+                        f"prompt {shown(whole)}: {match.group().lower()} is no concept of this request, and no "
+                        f"embedding (concepts: {concepts}; embeddings: {known:.80})"
+                    )
+            text = spelled(piece) if spelled is not None and piece.strip() else piece
+            units += units_of(tokenizer, _ids(tokenizer, text), weight)
+    found = {unit.name for unit in units}
     for placeholder in super_classes:
         if placeholder not in found:
             raise ValueError(f"prompt {shown(whole)}: the concept {placeholder} was given but is not in the prompt")
-
-    units: list[Unit] = []
-    for words, weight in parts:
-        start = 0
-        for match in PLACEHOLDER.finditer(words):
-            placeholder = match.group().lower()
-            if placeholder in super_classes:
-                units += units_of(tokenizer, _ids(tokenizer, words[start : match.start()]), weight)
-                ids = tuple(super_class_ids(tokenizer, super_classes[placeholder]))
-                units.append(Unit(ids, placeholder, placeholder, weight))
-                start = match.end()
-        units += units_of(tokenizer, _ids(tokenizer, words[start:]), weight)
-    return pack(tokenizer, units, repr(whole), chunks)
+    return pack(tokenizer, units, repr(whole), chunks, most)
 
 
 def as_given(tokenizer: Any, prompt: str) -> TokenizedPrompt:
@@ -110,19 +124,20 @@ def with_own_words(
             order.append(place)
         elif place - 1 not in replaced:
             order += run
-    learned = {place_of[position]: placeholder for position, placeholder in prompt.words}
-    spans = {place_of[first]: (end - first, placeholder) for first, end, placeholder in prompt.spans}
+    words = {place_of[position]: (name, n) for position, name, n in prompt.words}
+    spans = {place_of[first]: (place_of[end - 1] + 1 - place_of[first], name) for first, end, name in prompt.spans}
     units: list[Unit] = []
     taken = 0
     while taken < len(order):
         place = order[taken]
-        length, placeholder = spans.get(place, (1, None))
-        if order[taken : taken + length] != list(range(place, place + length)):  # not the whole of a super-class
-            length, placeholder = 1, None
+        length, stands_for = spans.get(place, (1, None))
+        if order[taken : taken + length] != list(range(place, place + length)):  # not the whole of it
+            length, stands_for = 1, None
         places = order[taken : taken + length]
         ids = tuple(prompt.ids[content[n]] for n in places)
         weight = prompt.weights[content[place]] if prompt.weights else 1.0
-        units.append(Unit(ids, placeholder, learned.get(places[-1]), weight))
+        own_words = tuple((n, *words[place]) for n, place in enumerate(places) if place in words)
+        units.append(Unit(ids, stands_for, own_words, weight))
         taken += length
     name = repr(tokenizer.decode([prompt.ids[content[place]] for place in order]))
     return pack(tokenizer, units, name, chunks)
@@ -134,26 +149,22 @@ def find(tokenizer: Any, prompt: TokenizedPrompt, phrase: str) -> tuple[tuple[in
     Args:
         tokenizer: what tokenized the prompt.
         prompt: where to look.
-        phrase: words and placeholders. A placeholder is found only as such, and its super-class's word only where it
-            is written out.
+        phrase: words, placeholders and learned words. A placeholder is found only as such, and its super-class's word
+            only where it is written out.
     """
-    wanted: list[tuple[int | None, str | None]] = []  # a token's id, or a placeholder's one whole span
-    start = 0
-    for match in PLACEHOLDER.finditer(phrase):
-        if match.group().lower() in (placeholder for *_, placeholder in prompt.spans):
-            wanted += [(number, None) for number in _ids(tokenizer, phrase[start : match.start()])]
-            wanted.append((None, match.group().lower()))
-            start = match.end()
-    wanted += [(number, None) for number in _ids(tokenizer, phrase[start:])]
+    wanted: list[tuple[int | None, str | None]] = []  # a token's id, or the name of one whole span
+    for piece, name in split(phrase, {name for *_, name in prompt.spans}):
+        wanted += [(None, name)] if name is not None else [(number, None) for number in _ids(tokenizer, piece)]
     # The prompt as such units, each with its positions.
-    units: list[tuple[tuple[int | None, str | None], range]] = []
-    starts = {first: (end, placeholder) for first, end, placeholder in prompt.spans}
+    units: list[tuple[tuple[int | None, str | None], tuple[int, ...]]] = []
+    starts = {first: (end, name) for first, end, name in prompt.spans}
     content, taken = prompt.content, 0
     while taken < len(content):
         position = content[taken]
-        end, placeholder = starts.get(position, (position + 1, None))
-        units.append(((prompt.ids[position] if placeholder is None else None, placeholder), range(position, end)))
-        taken += end - position
+        end, name = starts.get(position, (position + 1, None))
+        places = content[taken : bisect_left(content, end)]  # a span of several chunks has their ends between
+        units.append(((prompt.ids[position] if name is None else None, name), places))
+        taken += len(places)
     found = []
     for at in range(len(units) - len(wanted) + 1 if wanted else 0):
         window = units[at : at + len(wanted)]
@@ -173,7 +184,7 @@ def super_class_ids(tokenizer: Any, super_class: str) -> list[int]:
 def encode(
     text_encoder: Any,
     prompts: Sequence[TokenizedPrompt],
-    embeddings: Sequence[Mapping[str, Tensor]] | None = None,  # per prompt, placeholder -> [W]
+    embeddings: Sequence[Mapping[str, Tensor]] | None = None,  # per prompt, name -> [W] or [n, W]
     *,
     clip_skip: int | None = None,
 ) -> Tensor:  # [B, T, D]
@@ -183,6 +194,7 @@ def encode(
         text_encoder: a CLIP text encoder.
         prompts: what `tokenize` made, all in as many chunks.
         embeddings: each prompt's learned word embeddings; a placeholder that is missing keeps its super-class's.
+            Vectors are cast to the encoder's dtype.
         clip_skip: as in diffusers, how many of the last layers are left out.
 
     Returns:
@@ -203,7 +215,7 @@ def final_states(text_encoder: Any, out: Any, clip_skip: int | None) -> Tensor: 
 def encode_rows(
     encoder: TextEncoder,
     prompts: Sequence[TokenizedPrompt],
-    embeddings: Sequence[Mapping[str, Tensor]] | None = None,  # per prompt, placeholder -> [W]
+    embeddings: Sequence[Mapping[str, Tensor]] | None = None,  # per prompt, name -> [W] or [n, W]
     clip_skips: Sequence[int | None] = (),  # per prompt
 ) -> tuple[Tensor, Tensor | None]:  # [B, T, D], [B, P]
     """Encodes a batch of prompts in one call of a text encoder, as the pipeline it belongs to does.
@@ -263,10 +275,10 @@ def _run(
     if getattr(text_encoder.config, "use_attention_mask", False):
         mask = torch.tensor([prompt.attention for prompt in prompts], device=device).view(-1, size)
     places = [
-        (row * prompt.chunks + position // size, position % size, learned[placeholder])
+        (row * prompt.chunks + position // size, position % size, torch.atleast_2d(learned[name])[number])
         for row, (prompt, learned) in enumerate(zip(prompts, embeddings or (), strict=embeddings is not None))
-        for position, placeholder in prompt.words
-        if placeholder in learned
+        for position, name, number in prompt.words
+        if name in learned
     ]
     with _learned_words(text_encoder, places):
         return text_encoder(ids, attention_mask=mask, output_hidden_states=states)

@@ -17,15 +17,15 @@ class TokenizedPrompt:
     Args:
         ids: those of all chunks, one after another, each padded to the tokenizer's length.
         attention: 1 for a token, 0 for padding.
-        words: (position, placeholder) of each learned word.
-        spans: (first, last + 1, placeholder) of each super-class's tokens.
+        words: (position, name, n) of each learned vector: the n-th of the placeholder or word of that name.
+        spans: (first, last + 1, name) of the tokens that stand for a placeholder or a learned word.
         chunk: how many tokens a chunk has, 0 for all.
         weights: of the tokens, or none where all are 1.
     """
 
     ids: tuple[int, ...]
     attention: tuple[int, ...]
-    words: tuple[tuple[int, str], ...]
+    words: tuple[tuple[int, str, int], ...]
     spans: tuple[tuple[int, int, str], ...] = ()
     chunk: int = 0
     weights: tuple[float, ...] = ()
@@ -55,11 +55,11 @@ class TokenizedPrompt:
 
 
 class Unit(NamedTuple):
-    """Tokens that stand together: a word, or what stands for a placeholder."""
+    """Tokens that stand together: a word, or what stands for a placeholder or a learned word."""
 
     ids: tuple[int, ...]
-    placeholder: str | None = None  # of a super-class's tokens
-    learned: str | None = None  # the placeholder whose learned word takes the last token's place
+    name: str | None = None  # of what they stand for
+    words: tuple[tuple[int, str, int], ...] = ()  # as a `TokenizedPrompt`'s, by their places in it
     weight: float = 1.0
 
 
@@ -75,7 +75,9 @@ def units_of(tokenizer: Any, ids: Sequence[int], weight: float = 1.0) -> list[Un
     return [*found, Unit(tuple(word), weight=weight)] if word else found
 
 
-def pack(tokenizer: Any, units: Iterable[Unit], name: str, limit: int | None = None) -> TokenizedPrompt:
+def pack(
+    tokenizer: Any, units: Iterable[Unit], name: str, limit: int | None = None, most: int | None = None
+) -> TokenizedPrompt:
     """Lays units out in chunks; none is divided between two of them unless it is longer than one.
 
     Args:
@@ -83,26 +85,32 @@ def pack(tokenizer: Any, units: Iterable[Unit], name: str, limit: int | None = N
         units: the prompt.
         name: of the prompt, for messages.
         limit: how many chunks there may be; what does not fit is cut off, with a warning. None: as many as it needs.
+        most: how many tokens there may be, padding included; None: any number.
 
     Raises:
-        ValueError: a learned word would be cut off.
+        ValueError: a learned word would be cut off, or there are too many tokens.
     """
     size = tokenizer.model_max_length
     room = size - 2
     chunks: list[list[Unit]] = [[]]
     for unit in units:
         if limit is not None or len(unit.ids) > room:  # cut or divided where it must be, as pipelines cut
-            pieces = [Unit((number,), weight=unit.weight) for number in unit.ids]
-            pieces[-1] = pieces[-1]._replace(learned=unit.learned)
+            words_at = {place: ((0, word, n),) for place, word, n in unit.words}
+            pieces = [
+                Unit((number,), words=words_at.get(place, ()), weight=unit.weight)
+                for place, number in enumerate(unit.ids)
+            ]
         else:
             pieces = [unit]
         for piece in pieces:
             if sum(len(held.ids) for held in chunks[-1]) + len(piece.ids) > room:
                 chunks.append([])
+            if most is not None and len(chunks) * size > most:
+                raise ValueError(f"a prompt must have at most {most} tokens, got more: {name:.80}")
             chunks[-1].append(piece)
     spans = _spans(units, chunks, size) if limit is None else _spans(units, [sum(chunks, [])], size)
     if limit is not None and len(chunks) > limit:
-        cut = [piece.learned for chunk in chunks[limit:] for piece in chunk if piece.learned]
+        cut = [word for chunk in chunks[limit:] for piece in chunk for _, word, _ in piece.words]
         if cut:
             raise ValueError(
                 f"prompt {name}: {cut[0]} lies beyond the {room * limit} tokens that the text encoder reads"
@@ -112,15 +120,14 @@ def pack(tokenizer: Any, units: Iterable[Unit], name: str, limit: int | None = N
     ids: list[int] = []
     attention: list[int] = []
     weights: list[float] = []
-    words: list[tuple[int, str]] = []
+    words: list[tuple[int, str, int]] = []
     for chunk in chunks:
         ids.append(tokenizer.bos_token_id)
         weights.append(1.0)
         for piece in chunk:
+            words += [(len(ids) + place, word, n) for place, word, n in piece.words]
             ids += piece.ids
             weights += [piece.weight] * len(piece.ids)
-            if piece.learned:
-                words.append((len(ids) - 1, piece.learned))
         ids.append(tokenizer.eos_token_id)
         attention += [1] * (len(ids) - len(attention))
         padding = -len(ids) % size
@@ -150,13 +157,13 @@ def extended(tokenizer: Any, prompt: TokenizedPrompt, chunks: int) -> TokenizedP
 
 
 def _spans(units: Iterable[Unit], chunks: Sequence[Sequence[Unit]], size: int) -> tuple[tuple[int, int, str], ...]:
-    """Where the super-classes' tokens lie."""
+    """Where the tokens lie that stand for placeholders and learned words."""
     positions = [
         n * size + 1 + place for n, chunk in enumerate(chunks) for place in range(sum(len(unit.ids) for unit in chunk))
     ]
     found, first = [], 0
     for unit in units:
-        if unit.placeholder:
-            found.append((positions[first], positions[first + len(unit.ids) - 1] + 1, unit.placeholder))
+        if unit.name:
+            found.append((positions[first], positions[first + len(unit.ids) - 1] + 1, unit.name))
         first += len(unit.ids)
     return tuple(found)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from keylock_diffusers.denoisers.projections import projections
+from keylock_diffusers.denoisers.unet import are_compiled, uncompiled
 from keylock_diffusers.encoding import text
 from keylock_diffusers.encoding.fusion import FusionUse, SubjectFusion, fuse
 from keylock_diffusers.encoding.tokens import TokenizedPrompt
-from keylock_diffusers.routing.rows import ConceptUse, TextLayout
+from keylock_diffusers.processors import verify_routes
+from keylock_diffusers.processors.routed import adapting
+from keylock_diffusers.routing.adapters import AdapterRouting, LoraCapacity, Store
+from keylock_diffusers.routing.rows import ConceptUse, LoraUse, Phases, State, TextLayout
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +31,9 @@ class Wordings:
         pooled: the pooled encoding [P] that goes with them.
         uses: the concepts whose learned words stand in them.
         subjects: words, and the encoding [D] of what is fused into them.
+        loras: the LoRAs that the text encoders have for them.
+        copies: where encodings are given, how many wordings there are beside the prompt, all of them it.
+        words: what textual inversion taught: by the names in the prompts, vectors [n, W] per text encoder.
     """
 
     prompts: tuple[tuple[TokenizedPrompt, ...], ...] = ()
@@ -32,6 +41,9 @@ class Wordings:
     pooled: Tensor | None = None  # [P]
     uses: tuple[ConceptUse, ...] = ()
     subjects: tuple[tuple[str, Tensor], ...] = ()
+    loras: tuple[LoraUse, ...] = ()
+    copies: int = 0
+    words: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)  # [n, W]
 
     @property
     def tokens(self) -> int:
@@ -41,7 +53,7 @@ class Wordings:
     @property
     def own(self) -> int:
         """How many wordings there are beside the prompt."""
-        return max(len(self.prompts) - 1, 0)
+        return len(self.prompts) - 1 if self.prompts else self.copies
 
     def __getitem__(self, wording: int) -> tuple[TokenizedPrompt, ...] | None:
         """One wording; the prompt where there are not so many; None where encodings are given."""
@@ -50,13 +62,11 @@ class Wordings:
         return self.prompts[wording if wording < len(self.prompts) else 0]
 
 
-class BatchText(NamedTuple):
-    """The encodings of a batch's pictures, one after another: of the conditional and of the unconditional half."""
+class PhaseText(NamedTuple):
+    """The encodings of a batch's pictures in one phase, one after another, of both halves of guidance."""
 
-    layout: TextLayout
     read: Tensor  # [B, T * wordings, D], what values read
     keys: Tensor  # the same, what keys read: under a global lock the super-class in the concept's place
-    early: Tensor  # the same, before rows' starts: no learned word, and nothing fused
     uncond: Tensor | None  # the same, of the unconditional half
     pooled: Mapping[str, Tensor]  # per half [B, P], "cond" and "uncond"
 
@@ -65,12 +75,25 @@ class BatchText(NamedTuple):
         return torch.cat([self.uncond if part == "uncond" else variant for part in parts])  # type: ignore[misc]
 
 
-# What a conditional row is encoded as, and which of its concepts' learned words each has.
-_VARIANTS: tuple[Callable[[ConceptUse], bool], ...] = (
-    lambda use: True,
-    lambda use: use.lock == "local",
-    lambda use: False,
-)
+class BatchText(NamedTuple):
+    """What a batch's pictures read in each of their phases."""
+
+    layout: TextLayout
+    phases: tuple[PhaseText, ...]
+
+    @property
+    def last(self) -> PhaseText:
+        """What they read in the end."""
+        return self.phases[-1]
+
+    def pooled(self, at: Sequence[int]) -> Mapping[str, Tensor]:
+        """The pooled encodings of pictures in these phases: of the conditional half, then of the unconditional one."""
+        count = len(self.last.read)
+        halves = {"cond": at[:count], "uncond": at[count:]}
+        return {
+            name: torch.stack([self.phases[phase].pooled[name][row] for row, phase in enumerate(halves[name])])
+            for name in self.last.pooled
+        }
 
 
 def encode_batch(
@@ -78,41 +101,59 @@ def encode_batch(
     positives: Sequence[Wordings],
     negatives: Sequence[Wordings],
     capacity: int,
+    phases: Phases,
     fusion: SubjectFusion | None = None,
+    store: Store | None = None,
+    lora_capacity: LoraCapacity | None = None,
 ) -> BatchText:
-    """Encodes all that a batch's rows read, in one call of each text encoder.
+    """Encodes all that a batch's rows read, in one call of each text encoder for each of their phases.
 
-    Its size depends on the number of rows and the capacity for regions alone, never on what a row wants: how a product
-    of several rows rounds may depend on their number.
+    A call's size depends on the number of rows and the capacity for regions alone, never on what a row wants: how a
+    product of several rows rounds may depend on their number.
 
     Args:
         denoiser: the pipeline's description.
         positives: the conditional rows.
         negatives: the unconditional rows, as many; none without guidance.
         capacity: how many wordings of their own the regions of one row have room for.
+        phases: of the conditional rows, and after them the unconditional ones.
         fusion: mixes the rows' subjects into their words.
+        store: gives the pools of the text encoders' LoRAs.
+        lora_capacity: the room for them.
     """
     layout = TextLayout(positives[0].tokens, 1 + capacity)
-    jobs = [
-        _Job(row, wording, learned) for learned in _VARIANTS for wording in range(1 + capacity) for row in positives
-    ]
-    jobs += [_Job(row, wording, None) for wording in range(1 + capacity) for row in negatives]
-    encoded, pooled = _encoded(denoiser, jobs)
     count = len(positives)
+    subjects = [_fused(denoiser, row, layout) for row in positives] if fusion is not None else []
 
-    def rows(first: int, rows: Sequence[Wordings]) -> Tensor:  # [B, T * wordings, D]
-        return torch.cat([torch.stack(encoded[first + n * len(rows) :][: len(rows)]) for n in range(1 + capacity)], 1)
+    def encoded(states: Sequence[State]) -> PhaseText:
+        jobs = [
+            _Job(row, wording, state, keys)
+            for keys in (False, True)
+            for wording in range(layout.wordings)
+            for row, state in zip(positives, states[:count], strict=True)
+        ]
+        jobs += [
+            _Job(row, wording, state, None)
+            for wording in range(layout.wordings)
+            for row, state in zip(negatives, states[count:], strict=True)
+        ]
+        found, pooled = _encoded(denoiser, jobs, store, lora_capacity)
 
-    span = count * (1 + capacity)
-    variants = [rows(n * span, positives) for n in range(len(_VARIANTS))]
-    if fusion is not None:
-        uses = [_fused(denoiser, row, layout) for row in positives]
-        variants[:2] = [fuse(fusion, variant, uses) for variant in variants[:2]]
-    first = len(_VARIANTS) * span
-    halves = {"cond": pooled[:count], "uncond": pooled[first : first + count]}
-    found = {name: torch.stack(half) for name, half in halves.items() if half and half[0] is not None}
-    read, keys, early = variants
-    return BatchText(layout, read, keys, early, rows(first, negatives) if negatives else None, found)
+        def rows(first: int, rows: int) -> Tensor:  # [B, T * wordings, D]
+            parts = [torch.stack(found[first + n * rows :][:rows]) for n in range(layout.wordings)]
+            return torch.cat(parts, 1)
+
+        span = count * layout.wordings
+        variants = [rows(0, count), rows(span, count)]
+        if fusion is not None:
+            uses = [[] if state[0] else own for own, state in zip(subjects, states[:count], strict=True)]
+            variants = [fuse(fusion, variant, uses) for variant in variants]
+        read, keys = variants
+        halves = {"cond": pooled[:count], "uncond": pooled[2 * span :][:count]}
+        held = {name: torch.stack(half) for name, half in halves.items() if half and half[0] is not None}
+        return PhaseText(read, keys, rows(2 * span, count) if negatives else None, held)
+
+    return BatchText(layout, tuple(encoded(phases.states(phase)) for phase in range(phases.count)))
 
 
 class _Job(NamedTuple):
@@ -120,10 +161,22 @@ class _Job(NamedTuple):
 
     row: Wordings
     wording: int
-    learned: Callable[[ConceptUse], bool] | None  # None: of the unconditional half
+    state: State
+    keys: bool | None  # whether it is for keys; None: it is of the unconditional half
+
+    def learned(self, encoder: int) -> Mapping[str, Tensor]:
+        """The vectors of its learned words by name: those of concepts where they count, and all others."""
+        if self.row.embeds is not None:  # in whose place another row's prompt is encoded
+            return {}
+        there = self.keys is not None and not self.state[0]
+        uses = [use for use in self.row.uses if there and (use.lock == "local" or not self.keys)]
+        concepts = {use.concept.placeholder: use.concept.word_embeddings[encoder] for use in uses}
+        return concepts | {name: vectors[encoder] for name, vectors in self.row.words.items()}
 
 
-def _encoded(denoiser: Any, jobs: Sequence[_Job]) -> tuple[list[Tensor], list[Any]]:
+def _encoded(
+    denoiser: Any, jobs: Sequence[_Job], store: Store | None, capacity: LoraCapacity | None
+) -> tuple[list[Tensor], list[Any]]:
     """Encodings [T, D] and pooled encodings [P] of each job, in one call of each text encoder."""
     encoders = denoiser.encoders()
     device, dtype = denoiser.pipe._execution_device, denoiser.text_dtype
@@ -134,9 +187,10 @@ def _encoded(denoiser: Any, jobs: Sequence[_Job]) -> tuple[list[Tensor], list[An
         parts = []
         for number, encoder in enumerate(encoders):
             prompts = [(job.row[job.wording] or filler)[number] for job in jobs]  # type: ignore[index]
-            words = [_learned(job, number) for job in jobs]
-            skips = [denoiser.options["clip_skip"] if job.learned is not None else None for job in jobs]
-            states, last = text.encode_rows(encoder, prompts, words, skips)
+            words = [job.learned(number) for job in jobs]
+            skips = [denoiser.options["clip_skip"] if job.keys is not None else None for job in jobs]
+            with _adapted(encoder.model, number, jobs, prompts[0].chunks, device, store, capacity):
+                states, last = text.encode_rows(encoder, prompts, words, skips)
             parts.append(states)
             if last is not None and denoiser.pooled_width is not None:
                 pooled = [
@@ -149,10 +203,38 @@ def _encoded(denoiser: Any, jobs: Sequence[_Job]) -> tuple[list[Tensor], list[An
     return moved, [None if vector is None else vector.to(device, dtype) for vector in pooled]
 
 
-def _learned(job: _Job, encoder: int) -> Mapping[str, Tensor]:
-    if job.learned is None:
-        return {}
-    return {use.concept.placeholder: use.concept.word_embeddings[encoder] for use in job.row.uses if job.learned(use)}
+@contextmanager
+def _adapted(
+    model: Any,
+    number: int,
+    jobs: Sequence[_Job],
+    chunks: int,
+    device: torch.device,
+    store: Store | None,
+    capacity: LoraCapacity | None,
+) -> Iterator[None]:
+    """While it lasts, a text encoder has each job's own LoRAs."""
+    if store is None:
+        yield
+        return
+    modules = projections(uncompiled(model))
+    rows = []
+    for job in jobs:
+        on = zip(job.row.loras, job.state[1:], strict=True)
+        halves = [use.in_text(number, job.wording) for use, active in on if active]
+        rows += [[half for half in halves if half is not None]] * chunks
+    room = None if capacity is None else replace(capacity, regions=False)  # whose words are whole prompts
+    adapters = AdapterRouting(rows, store, room)
+    try:
+        adapters.prepare(modules, device, model.dtype)
+        if any(rows):
+            verify_routes(modules, adapters.updates)
+        whole = uncompiled(model)
+        in_graphs = whole is not model or are_compiled(whole.modules())
+        with adapting(whole, modules, adapters.updates, in_graphs=in_graphs):
+            yield
+    finally:
+        adapters.release()
 
 
 def _fused(denoiser: Any, row: Wordings, layout: TextLayout) -> list[FusionUse]:

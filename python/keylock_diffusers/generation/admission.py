@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from keylock_diffusers.checks import floats, is_number, listed, number, shown, whole
-from keylock_diffusers.requests import Control, Request, RequestLimits
+from keylock_diffusers.loras import LearnedWord
+from keylock_diffusers.requests import Control, Embedding, Request, RequestLimits
 
 _TEXTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
 
@@ -84,8 +86,11 @@ def _check_lists(request: Request, limits: RequestLimits) -> None:
     for name in ("image_prompts", "subjects", "regions", "negative_regions", "controls"):
         listed(getattr(request, name), name, limits.pictures)
     listed(request.concepts, "concepts", limits.concepts)
+    listed(request.loras, "loras", limits.loras)
     if request.concepts and request.prompt is None:
         raise ValueError("concepts need a prompt, not prompt_embeds")
+    for embedding in listed(request.embeddings, "embeddings", limits.embeddings):
+        _check_embedding(embedding)
     held: list[tuple[str, Any, int]] = [
         ("image", request.image, 4),
         ("mask", request.mask, 4),
@@ -94,7 +99,7 @@ def _check_lists(request: Request, limits: RequestLimits) -> None:
         image = getattr(item, "image", None)
         held += [(_of("image", item), one, 4) for one in (image if isinstance(image, (list, tuple)) else [image])]
         held += [(_of(name, item), getattr(item, name, None), 2) for name in ("embeds", "clip_embeds")]
-    for item in (*request.image_prompts, *request.subjects, *request.concepts):
+    for item in (*request.image_prompts, *request.subjects, *request.concepts, *request.loras):
         held.append((_of("region", item), getattr(item, "region", None), 4))
     held += [
         (_of("mask", item), getattr(item, "mask", None), 4) for item in (*request.regions, *request.negative_regions)
@@ -105,6 +110,15 @@ def _check_lists(request: Request, limits: RequestLimits) -> None:
     _check_total(
         f"pictures of a request must have at most {limits.pixels} pixels together", names, sizes, limits.pixels
     )
+
+
+def _check_embedding(embedding: Any) -> None:
+    if not isinstance(embedding, Embedding):
+        raise TypeError(f"embeddings must be Embedding objects, got {type(embedding).__name__}")
+    if not isinstance(embedding.source, Path | LearnedWord):
+        raise TypeError(f"source: an embedding must be a Path or a LearnedWord, got {shown(embedding.source)}")
+    if embedding.name is not None and not isinstance(embedding.name, str):
+        raise TypeError(f"name of an Embedding must be text, got {type(embedding.name).__name__}")
 
 
 def _of(name: str, item: Any) -> str:

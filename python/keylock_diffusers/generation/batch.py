@@ -16,6 +16,7 @@ from keylock_diffusers.generation.maps import BatchReadout
 from keylock_diffusers.generation.plan import Plan
 from keylock_diffusers.routing.buffers import filled
 from keylock_diffusers.routing.personalization import Personalization
+from keylock_diffusers.routing.rows import Phases
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ class Batch:
     layout: RowLayout
     size: Size
     text: BatchText
+    phases: Phases  # of the conditional rows, and after them the unconditional ones
     scales: list[float]  # of guidance
     latents: Tensor  # [B, C, h, w]
     steps: int
@@ -99,6 +101,7 @@ class Batch:
     laid_out: int = 0  # the one that buffers were filled for
     buffers: Buffers | None = None  # None once the engine has them back
     conditions: dict[str, Any] = field(default_factory=dict)
+    conditioned: list[int] = field(default_factory=list)  # the phases that they are of
     readout: BatchReadout | None = None
 
     @property
@@ -125,6 +128,12 @@ class Batch:
     def pictures(self) -> list[Picture]:
         """What its rows draw."""
         return [row.picture for row in self.rows]
+
+    @property
+    def phase(self) -> list[int]:
+        """The phases that its rows are in, as `phases` has them."""
+        steps = [(row.own(self.position), row.steps) for row in self.rows]
+        return self.phases.at(steps * (2 if self.text.last.uncond is not None else 1))
 
     @property
     def plans(self) -> list[Plan]:

@@ -113,7 +113,7 @@ def _tensor(batch: Batch, name: str) -> Any:
     if name == "prompt_embeds":
         return batch.prompts
     if name == "negative_prompt_embeds":
-        uncond = batch.text.uncond
+        uncond = batch.text.last.uncond
         return None if uncond is None else uncond[:, : batch.text.layout.tokens]
     if name == "image":
         controls = batch.plans[0].controls

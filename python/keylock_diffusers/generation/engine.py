@@ -17,15 +17,18 @@ from keylock_diffusers.concepts import Concept
 from keylock_diffusers.denoisers.base import RowLayout
 from keylock_diffusers.denoisers.families import denoiser_of
 from keylock_diffusers.encoding.fusion import SubjectFusion
-from keylock_diffusers.encoding.wordings import encode_batch
+from keylock_diffusers.encoding.wordings import PhaseText, encode_batch
 from keylock_diffusers.generation.batch import Batch, Buffers, Filling, Picture, RowState
+from keylock_diffusers.generation.loras import LoraSource
 from keylock_diffusers.generation.maps import AttentionMaps
 from keylock_diffusers.generation.plan import Plan, Planner
+from keylock_diffusers.loras import LoraBank
 from keylock_diffusers.masks import latent_mask
 from keylock_diffusers.processors import verify
 from keylock_diffusers.requests import RequestError, RequestLimits
+from keylock_diffusers.routing.adapters import LoraCapacity, Store, store_of
 from keylock_diffusers.routing.personalization import Personalization
-from keylock_diffusers.routing.rows import Row
+from keylock_diffusers.routing.rows import Phases, Row
 
 _NOT_FINITE = "its numbers became infinite or no numbers at all while it was drawn: lower its strengths and scales"
 
@@ -43,6 +46,8 @@ class Settings:
     image_lengths: Sequence[Sequence[int]] | None = None
     max_regions: int | None = None
     fusion: SubjectFusion | None = None
+    loras: LoraSource | None = None
+    lora_capacity: LoraCapacity | None = None
     record: AttentionMaps | None = None
     output_type: str = "pil"
     strict: bool = False
@@ -84,7 +89,10 @@ class Engine:
             settings.strict,
             settings.num_inference_steps if given is None else len(given),
             settings.limits,
+            settings.loras,
         )
+        bank = settings.loras if isinstance(settings.loras, LoraBank) else None
+        self._store: Store = store_of(bank, settings.lora_capacity)
         self._spare: dict[tuple[Any, ...], list[Buffers]] = {}
         self.pipe.scheduler = pipe.scheduler if settings.scheduler is None else settings.scheduler
         self.pipe._interrupt = False
@@ -115,24 +123,30 @@ class Engine:
         capacity = self.settings.max_regions
         if capacity is None:
             capacity = max(max(plan.wordings.own, plan.negative_wordings.own) for plan in plans)
+        rows, latents = [], []
+        for picture in batch:
+            row, first = self._begin(picture)
+            rows.append(row)
+            latents.append(first)
+        halves = [plan.row for plan in plans] + [plan.negative_row for plan in plans if layout.guided]
+        phases = Phases(halves, [row.steps for row in rows] * (2 if layout.guided else 1))
+        adapted = self.settings.lora_capacity is not None or any(plan.wordings.loras for plan in plans)
         with denoiser.encoding():
             text = encode_batch(
                 denoiser,
                 [plan.wordings for plan in plans],
                 [plan.negative_wordings for plan in plans] if layout.guided else [],
                 capacity,
+                phases,
                 self.settings.fusion,
+                self._store if adapted else None,
+                self.settings.lora_capacity,
             )
-        rows, latents = [], []
-        for picture in batch:
-            row, first = self._begin(picture)
-            rows.append(row)
-            latents.append(first)
         steps = max(row.steps for row in rows)
         for row in rows:
             row.first = steps - row.steps
         scales = [plan.request.guidance_scale for plan in plans]
-        made = Batch(rows, layout, size, text, scales, torch.cat(latents), steps)
+        made = Batch(rows, layout, size, text, phases, scales, torch.cat(latents), steps)
         self._lay_out(made, layout)
         return made
 
@@ -149,6 +163,8 @@ class Engine:
         if batch.position != batch.laid_out:
             totals = self._of_rows([row.steps for row in batch.rows], parts)
             buffers.personalization.at_step(self._of_rows(own, parts), totals)
+            if batch.phase != batch.conditioned:
+                self._condition(batch)
         with ExitStack() as held:
             for row in batch.rows:
                 held.enter_context(row.untouched_by_failure())
@@ -207,6 +223,7 @@ class Engine:
     def release(self, batch: Batch) -> None:
         """Gives a batch's buffers to the ones that come."""
         if batch.buffers is not None:
+            batch.buffers.personalization.release()
             self._spare.setdefault(self._key(batch), []).append(batch.buffers)
             batch.buffers = None
 
@@ -235,17 +252,18 @@ class Engine:
             own = [plan.negative_row if part == "uncond" else plan.row for plan in plans]
             rows += [row for row in own for _ in range(frames)]
 
-        def laid_out(variant: Tensor) -> Tensor:
-            rows = text.rows(variant, layout.parts)
+        def laid_out(phase: PhaseText, variant: Tensor) -> Tensor:
+            rows = phase.rows(variant, layout.parts)
             return rows if frames == 1 else rows.repeat_interleave(frames, 0)
 
-        read = laid_out(text.read)
+        read = laid_out(text.last, text.last.read)
         spare = self._spare.get(self._key(batch))
         if spare:
             buffers = spare.pop()
             buffers.personalization.assign(rows)
         else:
-            buffers = Buffers(Personalization(rows, image_lengths=self.settings.image_lengths))
+            room: Any = {"image_lengths": self.settings.image_lengths, "lora_capacity": self.settings.lora_capacity}
+            buffers = Buffers(Personalization(rows, **room, store=self._store))
         batch.buffers = buffers
         locked = any(use.lock == "global" for plan in plans for use in plan.row.uses)
         parts = len(layout.parts)
@@ -254,14 +272,14 @@ class Engine:
             buffers.personalization.prepare(
                 self.pipe,
                 buffers.fill("prompts", read[:, : text.layout.tokens].contiguous()),
-                laid_out(text.keys) if locked else None,
+                laid_out(text.last, text.last.keys) if locked else None,
                 read_text=read if text.layout.wordings > 1 else None,
-                early_text=laid_out(text.early) if any(row.start for row in rows) else None,
+                earlier=[(laid_out(phase, phase.read), laid_out(phase, phase.keys)) for phase in text.phases[:-1]],
                 latent_size=denoiser.latent_size(batch.size),
                 steps=self._of_rows([row.steps for row in batch.rows], parts),
                 step=self._of_rows([row.own(batch.position) for row in batch.rows], parts),
             )
-        batch.conditions = denoiser.conditions([plan.request for plan in plans], batch.size, layout, text.pooled)
+        self._condition(batch)
         for number, control in enumerate(plans[0].controls):
             pixels = torch.cat([plan.controls[number].pixels for plan in plans] * parts)
             dtype = self.settings.controlnets[control.name].dtype
@@ -275,6 +293,12 @@ class Engine:
             batch.readout = record.readout(unet, prompts, tokenizer, denoiser.latent_size(batch.size), images)
         if batch.readout is not None:
             batch.readout.lay_out(layout.parts).to(batch.latents.device)
+
+    def _condition(self, batch: Batch) -> None:
+        """What the denoiser is given beside latents, times and text, in the phases that rows are in."""
+        batch.conditioned = batch.phase
+        requests, pooled = [plan.request for plan in batch.plans], batch.text.pooled(batch.conditioned)
+        batch.conditions = self.denoiser.conditions(requests, batch.size, batch.layout, pooled)
 
     def _of_rows(self, each: Sequence[int], parts: int) -> int | list[int]:
         """A number of every picture for every row of the layers; one number where all are the same."""

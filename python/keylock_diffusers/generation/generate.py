@@ -13,9 +13,12 @@ from keylock_diffusers.encoding.fusion import SubjectFusion
 from keylock_diffusers.generation.batch import Batch, Picture
 from keylock_diffusers.generation.callbacks import Callbacks
 from keylock_diffusers.generation.engine import Engine, Settings
+from keylock_diffusers.generation.loras import LoraSource
 from keylock_diffusers.generation.maps import AttentionMaps, WordMaps, check_words
 from keylock_diffusers.generation.plan import Plan
+from keylock_diffusers.loras import LoraBank
 from keylock_diffusers.requests import Request, RequestError, RequestLimits
+from keylock_diffusers.routing.adapters import LoraCapacity
 from keylock_diffusers.routing.regions import LIMIT
 
 # What a pipeline takes for the whole call and a Request has for itself.
@@ -37,6 +40,7 @@ def generate(
     requests: Sequence[Request],
     *,
     bank: Mapping[str, Concept] | None = None,
+    loras: LoraSource | None = None,
     controlnets: Mapping[str, Any] | None = None,
     num_inference_steps: int = 50,
     height: int | None = None,
@@ -51,6 +55,7 @@ def generate(
     output_type: str = "pil",
     image_lengths: Sequence[Sequence[int]] | None = None,
     max_regions: int | None = None,
+    lora_capacity: LoraCapacity | None = None,
     fusion: SubjectFusion | None = None,
     strict: bool = False,
     limits: RequestLimits = RequestLimits(),
@@ -69,6 +74,7 @@ def generate(
         pipe: a Stable Diffusion 1.x, 2.x or XL pipeline of any task (or AnimateDiff's) after `install`.
         requests: what to draw.
         bank: where the ids of concepts are looked up.
+        loras: where the ids of LoRAs are looked up: a `LoraBank`, or a mapping of ids to files and Adapters.
         controlnets: ControlNets by the names that requests' controls have.
         num_inference_steps: denoising steps.
         height, width: of the pictures; default the model's own, or that of a request's own picture. Stable Diffusion
@@ -89,6 +95,8 @@ def generate(
             as regions do too.
         max_regions: how many regions with a wording of their own (see `Request`) a row has room for; default as many as
             a batch needs. Given, a compiled U-Net runs any mix of them without recompiling.
+        lora_capacity: the room for LoRAs; default as much as a batch needs. Given, a compiled U-Net runs any mix of
+            them without recompiling, and a row's bits do not depend on whether its neighbours have any.
         fusion: mixes pictures of the requests' subjects into the words that name them.
         strict: refuse concepts trained on other weights of the same base model instead of warning.
         limits: how much each request may ask for; one that asks for more is a request that cannot be drawn.
@@ -110,7 +118,7 @@ def generate(
     """
     settings = Settings(
         bank, {} if controlnets is None else controlnets, num_inference_steps, height, width, scheduler,
-        image_lengths, max_regions, fusion, record, output_type, strict, limits, kwargs,
+        image_lengths, max_regions, fusion, loras, lora_capacity, record, output_type, strict, limits, kwargs,
     )  # fmt: skip
     _check_kinds(pipe, settings, callback_on_step_end=callback_on_step_end, callback_on_image=callback_on_image)
     requests = _check(pipe, requests, settings, max_batch, on_error)
@@ -240,8 +248,10 @@ def _check_kinds(pipe: Any, settings: Settings, **callbacks: Any) -> None:
     if not callable(pipe):
         raise TypeError(f"generate: pipe must be a pipeline, got {type(pipe).__name__}")
     given = settings.options
-    kinds = {
+    kinds: dict[str, tuple[Any, Any, str]] = {
         "controlnets": (settings.controlnets, Mapping, "a mapping of names to ControlNets"),
+        "loras": (settings.loras, (LoraBank, Mapping), "a LoraBank or a mapping of ids to files"),
+        "lora_capacity": (settings.lora_capacity, LoraCapacity, "a LoraCapacity"),
         "fusion": (settings.fusion, SubjectFusion, "a SubjectFusion"),
         "record": (settings.record, AttentionMaps, "AttentionMaps"),
         "cross_attention_kwargs": (given.get("cross_attention_kwargs"), Mapping, "a mapping"),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,15 +18,18 @@ from keylock_diffusers.encoding import images as image_prompts
 from keylock_diffusers.encoding import pictures, text
 from keylock_diffusers.encoding.fusion import SubjectFusion, encode_subject
 from keylock_diffusers.encoding.images import ImageEncoder
-from keylock_diffusers.encoding.regions import PromptRegions
+from keylock_diffusers.encoding.learned import LearnedWords
+from keylock_diffusers.encoding.regions import PromptRegions, with_loras
 from keylock_diffusers.encoding.regions import resolve as resolve_regions
 from keylock_diffusers.encoding.tokens import TokenizedPrompt, extended
 from keylock_diffusers.encoding.weights import weighted
 from keylock_diffusers.encoding.wordings import Wordings
 from keylock_diffusers.generation.admission import checked, control_numbers, is_guided
+from keylock_diffusers.generation.loras import LoraPlanner, LoraSource, in_wordings
+from keylock_diffusers.loras import LearnedWord
 from keylock_diffusers.requests import LOCKS, Region, Request, RequestLimits, Use
 from keylock_diffusers.routing.images import ImageRouting
-from keylock_diffusers.routing.rows import ConceptUse, Row
+from keylock_diffusers.routing.rows import ConceptUse, LoraUse, Row, is_on
 
 Prompts = tuple[TokenizedPrompt, ...]  # one per text encoder
 
@@ -41,8 +45,8 @@ class ControlUse:
     end: float
 
     def active(self, step: int, steps: int) -> bool:
-        """Whether it counts in a step: diffusers' rule."""
-        return step / steps >= self.start and (step + 1) / steps <= self.end
+        """Whether it counts in a step."""
+        return is_on(self.start, self.end, step, steps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +84,7 @@ class Planner:
         strict: refuse concepts trained on other weights.
         steps: of the whole schedule.
         limits: what a request may ask for.
+        loras: where the ids of LoRAs are looked up.
     """
 
     denoiser: Any
@@ -93,8 +98,10 @@ class Planner:
     strict: bool = False
     steps: int = 50
     limits: RequestLimits = RequestLimits()
+    loras: LoraSource | None = None
 
     def __post_init__(self) -> None:
+        self._loras = LoraPlanner(self.denoiser, self.loras, self.limits.picture)
         self._pipe, self._unet = self.denoiser.pipe, self.denoiser.unet
         self._size: Size = self.denoiser.size(self.height, self.width)
         self._images = ImageEncoder(self._pipe, self._unet, self.limits.picture)
@@ -109,35 +116,47 @@ class Planner:
         request = checked(request, self.denoiser, self.limits)
         guided = is_guided(self.denoiser, request)
         uses = self._uses(request)
-        prompts, negatives = self._prompts(request, {use.concept.placeholder: use.concept.super_class for use in uses})
+        loras, adapters = self._loras.plan(request)
+        words = self._words(request, uses, [word for adapter in adapters for word in adapter.words.values()])
+        super_classes = {use.concept.placeholder: use.concept.super_class for use in uses}
+        prompts, negatives = self._prompts(request, super_classes, words)
         drawn, absent = self._image_prompts(request, guided)
+        loras = self._loras.with_faces(loras, request)
         subjects = self._subjects(request, prompts)
         halves = self._regions(request, uses, prompts, negatives)
         prompts, negatives, halves = self._in_chunks(request, uses, prompts, negatives, halves)
         if not guided:  # checked, but no row reads it
             halves = halves[0], PromptRegions()
-        most = max(len(half.own) for half in halves)
+        positive = Wordings(
+            () if prompts is None else (prompts, *halves[0].own),
+            request.prompt_embeds,
+            request.pooled_prompt_embeds,
+            uses,
+            subjects,
+            words=words.vectors,
+        )
+        negative = self._negative_wordings(request, negatives, halves[1], words)
+        positive, half, own = _adapted(positive, halves[0], loras, "regions")
+        negative, negative_half, negative_own = _adapted(
+            negative, halves[1], loras if guided else (), "negative_regions"
+        )
+        most = max(positive.own, negative.own)
         if self.max_regions is not None and most > self.max_regions:
             raise ValueError(
                 f"regions with a wording of their own must be at most max_regions, {self.max_regions}, got {most}"
             )
-        if any(half.row.uses for half in halves) or any(use.region is not None for use in (*drawn, *absent)):
+        if half.row.uses or negative_half.row.uses or any(use.region is not None for use in (*drawn, *absent)):
             check_pixels(self._unet, "regions")
+        if any(use.region is not None for use in loras):
+            check_pixels(self._unet, "regions of LoRAs", anywhere=True)
         size, image, mask, controls = self._pictures(request)
         start = request.subject_start if uses or subjects else 0.0
-        row = Row(uses, drawn, halves[0].row, start)
         return Plan(
             request,
-            row,
-            Row(images=absent, regions=halves[1].row),
-            Wordings(
-                () if prompts is None else (prompts, *halves[0].own),
-                request.prompt_embeds,
-                request.pooled_prompt_embeds,
-                uses,
-                subjects,
-            ),
-            self._negative_wordings(request, negatives, halves[1]),
+            Row(uses, drawn, half.row, start, own),
+            Row(images=absent, regions=negative_half.row, loras=negative_own),
+            positive,
+            negative,
             size,
             guided,
             image,
@@ -155,26 +174,35 @@ class Planner:
             raise ValueError("two of its concepts have the same placeholder")
         return uses
 
-    def _prompts(self, request: Request, super_classes: Mapping[str, str]) -> tuple[Prompts | None, Prompts | None]:
-        """The prompt and the negative prompt, each for every text encoder; None where encodings are given."""
-        encoders = self.denoiser.encoders()
+    def _words(self, request: Request, uses: Sequence[ConceptUse], bundled: Sequence[LearnedWord]) -> LearnedWords:
+        """The learned words of the prompts, if there are text encoders that may read them.
+
+        Args:
+            bundled: those that came with LoRA files.
+        """
         negative = request.negative_prompt_embeds is None and not self._zeros(request)
         if request.prompt is not None or (negative and is_guided(self.denoiser, request)):
             if not self.denoiser.can_encode:
                 raise ValueError("the pipeline's text encoder is not loaded: give prompt_embeds and negative ones")
+        widths = [int(encoder.model.config.hidden_size) for encoder in self.denoiser.encoders()]
+        taken = [use.concept.placeholder for use in uses]
+        return LearnedWords.of(request.embeddings, taken, widths, self.limits, bundled)
 
-        def tokenized(words: Sequence[str | None], names: Mapping[str, str] | None) -> Prompts:
-            if len(encoders) == 1 and words[1] is not None:
+    def _prompts(
+        self, request: Request, super_classes: Mapping[str, str], words: LearnedWords
+    ) -> tuple[Prompts | None, Prompts | None]:
+        """The prompt and the negative prompt, each for every text encoder; None where encodings are given."""
+        encoders = self.denoiser.encoders()
+
+        def tokenized(said: Sequence[str | None], names: Mapping[str, str] | None) -> Prompts:
+            if len(encoders) == 1 and said[1] is not None:
                 raise ValueError("prompt_2 and negative_prompt_2 must be None with one text encoder")
             made = []
-            for place, encoder in enumerate(encoders):
-                own = words[1] if place and words[1] is not None else words[0]
-                parts = weighted(text.converted(self._pipe, encoder.tokenizer, own or ""))
-                made.append(text.tokenize(encoder.tokenizer, parts, names, chunks=None))
-                if len(made[-1].ids) > self.limits.tokens:
-                    raise ValueError(
-                        f"a prompt must have at most {self.limits.tokens} tokens, got {len(made[-1].ids)}: {shown(own)}"
-                    )
+            for place, (tokenizer, *_) in enumerate(encoders):
+                parts = weighted((said[1] if place and said[1] is not None else said[0]) or "")
+                limits = {"chunks": None, "most": self.limits.tokens}
+                spelled = partial(text.converted, self._pipe, tokenizer)
+                made.append(text.tokenize(tokenizer, parts, names, words.lengths, **limits, spelled=spelled))
             return tuple(made)
 
         prompts = negatives = None
@@ -182,16 +210,19 @@ class Planner:
             prompts = tokenized((request.prompt, request.prompt_2), super_classes)
         if request.negative_prompt_embeds is None:
             negatives = tokenized((request.negative_prompt, request.negative_prompt_2), None)
+        words.check([*(prompts or ()), *(negatives or ())])
         return prompts, negatives
 
-    def _negative_wordings(self, request: Request, negatives: Prompts | None, half: PromptRegions) -> Wordings:
+    def _negative_wordings(
+        self, request: Request, negatives: Prompts | None, half: PromptRegions, words: LearnedWords
+    ) -> Wordings:
         if negatives is None:
             return Wordings((), request.negative_prompt_embeds, request.negative_pooled_prompt_embeds)
         if self._zeros(request):
             length = len(request.prompt_embeds) if request.prompt_embeds is not None else len(negatives[0].ids)
             zeros = torch.zeros(length, self.denoiser.text_width, dtype=torch.float32)
             return Wordings((), zeros, torch.zeros(self.denoiser.pooled_width, dtype=torch.float32))
-        return Wordings((negatives, *half.own))
+        return Wordings((negatives, *half.own), words=words.vectors)
 
     def _zeros(self, request: Request) -> bool:
         """Whether a negative prompt that is not given stands for zeros."""
@@ -327,6 +358,16 @@ class Planner:
             if list(floats(request.latents, "latents").shape) != shape:
                 raise ValueError(f"latents must be {shape}, got {list(request.latents.shape)}")
         return size, image, mask, tuple(sorted(controls, key=lambda control: control.name))
+
+
+def _adapted(
+    wordings: Wordings, half: PromptRegions, loras: Sequence[LoraUse], name: str
+) -> tuple[Wordings, PromptRegions, tuple[LoraUse, ...]]:
+    """What one half of a request reads, with its LoRAs; those with a region read wordings of their own."""
+    own, masks = in_wordings(loras, 1 + len(half.own))
+    half = with_loras(half, wordings[0], wordings.tokens, masks, name)
+    prompts = wordings.prompts and (wordings.prompts[0], *half.own)
+    return replace(wordings, prompts=prompts, loras=own, copies=len(masks)), half, own
 
 
 def _resolve(use: Use | str | Concept, bank: Mapping[str, Concept] | None) -> ConceptUse:

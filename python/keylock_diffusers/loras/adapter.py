@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -27,7 +28,7 @@ class LowRank:
     `scale` stays a number of its own: folding it into half-precision factors would round them again.
 
     Args:
-        down: [r, K], or [r, C, kh, kw] where the module is a convolution over more than one pixel; floating point.
+        down: [r, K], or [r, C, kh, kw] where the module is a convolution; floating point.
         up: [O, r] of the same dtype.
         scale: alpha / rank, or alpha / sqrt(rank) with rank stabilisation; negative reverses the update.
         magnitude: [O] float32, the norms of DoRA's rows.
@@ -66,6 +67,13 @@ class LowRank:
             _finite(self.magnitude, "LowRank: magnitude")
             if self.magnitude.shape != self.up.shape[:1]:
                 raise ValueError(f"LowRank: magnitude must be [{self.up.shape[0]}], got {list(self.magnitude.shape)}")
+
+    @classmethod
+    def _checked(cls, **fields: Any) -> LowRank:
+        """One whose numbers were checked before they were stored: nothing is looked at again."""
+        update = object.__new__(cls)
+        update.__dict__.update(fields)
+        return update
 
     @property
     def rank(self) -> int:

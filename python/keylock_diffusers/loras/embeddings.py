@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 
 from torch import Tensor
@@ -17,13 +18,14 @@ _TWO_ENCODERS = ("clip_l", "clip_g")
 _SHOWN = 5
 
 
-def read_embedding(path: str | os.PathLike[str], widths: Sequence[int]) -> LearnedWord:
+def read_embedding(path: str | os.PathLike[str], widths: Sequence[int], most: int = 1_024) -> LearnedWord:
     """Read an embedding file: ``{token: vectors}`` as diffusers writes it, ``emb_params`` as A1111 and kohya do, and
     ``clip_l`` with ``clip_g`` for SDXL.
 
     Args:
         path: a safetensors file.
         widths: of the word embeddings of each of the model's text encoders.
+        most: how many vectors the word may have, which is checked before they are read.
 
     Returns:
         The word; where the file does not name it, it is called as the file is.
@@ -41,6 +43,13 @@ def read_embedding(path: str | os.PathLike[str], widths: Sequence[int]) -> Learn
             )
         own = not names <= {*_ONE_ENCODER, *_TWO_ENCODERS}
         name = next(iter(names)) if own else Path(file.source).stem
+        for key in names:
+            shape = file.tensors[key].shape
+            if prod(shape) > most * max(widths, default=0):
+                raise LoraFileError(
+                    f"{file.source}: a word must have at most {most} vectors of the widths {list(widths)}, "
+                    f"got {list(shape)}"
+                )
         tensors = {("emb_params" if own else key): read_finite(file, key) for key in names}
         return learned_word(name, tensors, widths, file.source)
 

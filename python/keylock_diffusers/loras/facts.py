@@ -17,8 +17,8 @@ _LONGEST_TEXT = 1000
 _MOST_WORDS = 100
 _MODELS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}  # by width of the text's encodings
 # Where trainers and sites write what to put into a prompt, in one text, commas between.
-_TRIGGER_TEXTS = ("modelspec.trigger_phrase", "ss_trigger_words", "trigger_word", "trigger_words", "activation text")
-_MODEL_TEXTS = ("modelspec.architecture", "ss_base_model_version")
+TRIGGER_TEXTS = ("modelspec.trigger_phrase", "ss_trigger_words", "trigger_word", "trigger_words", "activation text")
+MODEL_TEXTS = ("modelspec.architecture", "ss_base_model_version")
 _OF_TAGS = "ss_tag_frequency"  # kohya's: {folder: {caption's tag: how often}}
 
 
@@ -54,7 +54,7 @@ def facts_of(
             ranks.setdefault(title, Counter())[rank] += 1
     return AdapterFacts(
         tuple(sorted(kinds)),
-        looks_like(modules) or next((texts[name] for name in _MODEL_TEXTS if name in texts), None),
+        looks_like(modules) or next((texts[name] for name in MODEL_TEXTS if name in texts), None),
         dict(layers),
         {title: dict(sorted(counts.items())) for title, counts in ranks.items()},
         _trigger_words(texts),
@@ -78,7 +78,7 @@ def looks_like(modules: Mapping[str, Mapping[str, Shape]]) -> str | None:
 
 
 def _trigger_words(texts: Mapping[str, str]) -> tuple[str, ...]:
-    found = [word.strip() for name in _TRIGGER_TEXTS for word in texts.get(name, "")[:_LONGEST_TEXT].split(",")]
+    found = [word.strip() for name in TRIGGER_TEXTS for word in texts.get(name, "")[:_LONGEST_TEXT].split(",")]
     tags: Counter[str] = Counter()
     try:
         folders = strict_json(texts.get(_OF_TAGS, "{}"))

@@ -16,6 +16,7 @@ from keylock_diffusers.files import read_text, strict_json
 from keylock_diffusers.loras.adapter import Adapter, AdapterFacts, LearnedWord, LoraFileError, LowRank, component_name
 from keylock_diffusers.loras.embeddings import BUNDLED, learned_word, split_bundled
 from keylock_diffusers.loras.facts import facts_of, looks_like
+from keylock_diffusers.loras.model import ModelShapes
 from keylock_diffusers.loras.modules import DENOISER, ModuleNames, Shapes
 from keylock_diffusers.loras.opening import open_tensors, read_finite
 from keylock_diffusers.loras.peft_config import HEADER_KEY, PeftConfig, parse, parse_header
@@ -23,7 +24,7 @@ from keylock_diffusers.loras.products import WrongShape, check_shapes, kind_of, 
 from keylock_diffusers.loras.spellings import refused, split_key
 from keylock_diffusers.tensor_file import TensorFile
 
-_PEFT_CONFIG, _PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _SHOWN = 8  # keys or modules of an error's list
 
 
@@ -83,16 +84,37 @@ def read_adapter(
     """
     if max_error is not None:
         max_error = number(max_error, "read_adapter: max_error", 0, 1)
-    names = ModuleNames(denoiser, text_encoders)
-    shapes = {DENOISER: denoiser, **dict(enumerate(text_encoders))}
-    file, configs = _open(path)
+    model = ModelShapes(denoiser, tuple(text_encoders))
+    model.names  # noqa: B018 - that one name would mean two modules is said before a file is opened
+    file, config = _open(path)
     with file:
-        try:
-            return _read(file, configs, names, shapes, max_error)
-        except LoraFileError:
-            raise
-        except ValueError as error:
-            raise LoraFileError(f"{file.source}: {error}") from None
+        return read_opened(file, config, model, max_error)
+
+
+def read_opened(file: TensorFile, config: str | None, model: ModelShapes, max_error: float | None) -> Adapter:
+    """Read an open LoRA file.
+
+    Args:
+        file: of the weights.
+        config: the text of PEFT's ``adapter_config.json`` where that lay beside it.
+        model: that it is for.
+        max_error: as of `read_adapter`.
+
+    Raises:
+        LoraFileError: as `read_adapter`.
+    """
+    try:
+        return _read(file, _configs(file, config), model, max_error)
+    except LoraFileError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise LoraFileError(f"{file.source}: {error}") from None
+
+
+def inspect_opened(file: TensorFile, config: str | None) -> AdapterFacts:
+    """What an open LoRA file says of itself; arguments and errors as of `read_opened`."""
+    _configs(file, config)
+    return _facts(file, _contents(file))
 
 
 def inspect_adapter(path: str | os.PathLike[str]) -> AdapterFacts:
@@ -105,43 +127,43 @@ def inspect_adapter(path: str | os.PathLike[str]) -> AdapterFacts:
         LoraFileError: the file is a pickle or damaged.
         OSError: it cannot be opened.
     """
-    file, _ = _open(path)
+    file, config = _open(path)
     with file:
-        return _facts(file, _contents(file))
+        return inspect_opened(file, config)
 
 
-def _open(path: str | os.PathLike[str]) -> tuple[TensorFile, dict[int, PeftConfig]]:
-    """The file of weights, and PEFT's settings by component."""
-    source = path_text(path, "path")
+def _open(path: str | os.PathLike[str]) -> tuple[TensorFile, str | None]:
+    """The file of weights, and PEFT's settings."""
     try:
-        if os.path.isdir(source):
-            return _open_folder(Path(source))
-        file = open_tensors(source)
+        source = path_text(path, "path")
+        if not os.path.isdir(source):
+            return open_tensors(source), None
+        weights = Path(source) / PEFT_WEIGHTS
+        if not weights.exists():
+            pickled = (Path(source) / "adapter_model.bin").exists()
+            raise ValueError(
+                f"{source}: a folder must hold PEFT's {PEFT_WEIGHTS}" + (", got a pickle, which is not read" * pickled)
+            )
+        config = read_text(Path(source) / PEFT_CONFIG)
+        return open_tensors(weights), config
+    except LoraFileError:
+        raise
     except ValueError as error:
         raise LoraFileError(str(error)) from None
-    try:
-        return file, parse_header(file.texts[HEADER_KEY]) if HEADER_KEY in file.texts else {}
-    except (ValueError, RecursionError) as error:
-        file.close()
-        raise LoraFileError(f"{source}: {HEADER_KEY} of its header: {error}") from None
 
 
-def _open_folder(folder: Path) -> tuple[TensorFile, dict[int, PeftConfig]]:
-    weights = folder / _PEFT_WEIGHTS
-    if not weights.exists():
-        pickled = (folder / "adapter_model.bin").exists()
-        raise LoraFileError(
-            f"{folder}: a folder must hold PEFT's {_PEFT_WEIGHTS}" + (", got a pickle, which is not read" * pickled)
-        )
-    text = read_text(folder / _PEFT_CONFIG)
+def _configs(file: TensorFile, config: str | None) -> dict[int, PeftConfig]:
+    """PEFT's settings by component: those beside the file, or those that diffusers put into its header."""
+    source = f"{HEADER_KEY} of its header" if config is None else PEFT_CONFIG
     try:
-        fields: Any = strict_json(text)
+        if config is None:
+            return parse_header(file.texts[HEADER_KEY]) if HEADER_KEY in file.texts else {}
+        fields: Any = strict_json(config)
         if not isinstance(fields, dict):
             raise ValueError("must be a JSON object")
-        config = parse(fields)
+        return dict.fromkeys((DENOISER, 0, 1, 2), parse(fields))
     except (ValueError, RecursionError) as error:
-        raise LoraFileError(f"{folder / _PEFT_CONFIG}: {error}") from None
-    return open_tensors(weights), dict.fromkeys((DENOISER, 0, 1, 2), config)
+        raise LoraFileError(f"{file.source}: {source}: {error}") from None
 
 
 def _contents(file: TensorFile) -> _Contents:
@@ -171,17 +193,12 @@ def _facts(file: TensorFile, contents: _Contents) -> AdapterFacts:
     return replace(facts, unsupported=tuple(contents.refused))
 
 
-def _read(
-    file: TensorFile,
-    configs: Mapping[int, PeftConfig],
-    names: ModuleNames,
-    shapes: Mapping[int, Shapes],
-    max_error: float | None,
-) -> Adapter:
+def _read(file: TensorFile, configs: Mapping[int, PeftConfig], model: ModelShapes, max_error: float | None) -> Adapter:
+    shapes = model.components
     contents = _contents(file)
     for kind, keys in contents.refused.items():
         raise ValueError(f"{kind} is not supported: {_some(keys)}")
-    modules = _located(file, contents, names, shapes)
+    modules = _located(file, contents, model.names, shapes)
     updates: dict[int, dict[str, LowRank]] = {component: {} for component in shapes}
     for module in modules:
         for name, update in _updates(file, module, configs.get(module.component), shapes, max_error).items():

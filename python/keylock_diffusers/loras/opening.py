@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from io import BufferedIOBase
 
 import torch
 from torch import Tensor
@@ -15,8 +16,13 @@ from keylock_diffusers.tensor_file import TensorFile
 _PICKLED_NAMES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 
 
-def open_tensors(path: str | os.PathLike[str]) -> TensorFile:
+def open_tensors(
+    path: str | os.PathLike[str], stream: BufferedIOBase | None = None, size: int | None = None
+) -> TensorFile:
     """Open a safetensors file, to be closed by the caller.
+
+    Args:
+        path, stream, size: as of `TensorFile`.
 
     Raises:
         LoraFileError: it is a pickle, by its name or its content, or no whole safetensors file.
@@ -24,14 +30,14 @@ def open_tensors(path: str | os.PathLike[str]) -> TensorFile:
     """
     source = path_text(path, "path")
     try:
-        with open_regular(source) as stream:
-            begin = stream.read(9)
-        if source.lower().endswith(_PICKLED_NAMES) or _is_pickle(begin):
+        stream = open_regular(source) if stream is None else stream
+        if source.lower().endswith(_PICKLED_NAMES) or _is_pickle(stream.read(9)):
+            stream.close()
             raise ValueError(
                 f"{source}: a pickle, and reading one runs whatever code is in it; only safetensors files are read, "
                 f"which safetensors.torch.save_file makes of it where its author is trusted"
             )
-        return TensorFile(source)
+        return TensorFile(source, stream, size)
     except ValueError as error:
         raise LoraFileError(str(error)) from None
 

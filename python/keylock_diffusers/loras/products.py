@@ -111,7 +111,7 @@ def low_rank(
     """
     up, down, residual = _FACTORS[kind](parts, weight, max_error)
     kernel = weight[2:]
-    if prod(kernel) > 1:
+    if kernel:
         down = down.reshape(len(down), weight[1], *kernel)
     magnitude = parts.get("dora_scale", parts.get("magnitude"))
     return LowRank(

@@ -5,10 +5,11 @@ from keylock_diffusers.processors.attention import (
     IPAdapterCrossAttnProcessor,
     SelfAttnProcessor,
 )
-from keylock_diffusers.processors.contract import ImageStreams, LayerInputs, Readout, RowUpdates
-from keylock_diffusers.processors.swap import install, uninstall, verify
+from keylock_diffusers.processors.contract import AdapterUpdates, ImageStreams, LayerInputs, Readout, RowUpdates
+from keylock_diffusers.processors.swap import install, uninstall, verify, verify_routes
 
 __all__ = [
+    "AdapterUpdates",
     "CrossAttnProcessor",
     "IPAdapterCrossAttnProcessor",
     "ImageStreams",
@@ -19,4 +20,5 @@ __all__ = [
     "install",
     "uninstall",
     "verify",
+    "verify_routes",
 ]

@@ -25,6 +25,25 @@ class RowUpdates(NamedTuple):
     coefficients: Tensor  # [B, T, R] float32
 
 
+class AdapterUpdates(NamedTuple):
+    """What rows' low-rank adapters add to a projection: see `keylock_kernels.low_rank_linear`.
+
+    A row without an adapter has slots of -1 and an output scale of 1. A projection without tokens takes its input as
+    one token. Where it is a convolution over several pixels, `kernels` has those of each row's adapters, J times as
+    many as the largest rank, and a slot is a row of `up`.
+    """
+
+    up: Tensor  # [P, O]
+    slots: Tensor  # [B, J] int32, or [B, J * R] beside kernels
+    strength: Tensor  # [B, J] float32
+    down: Tensor | None = None  # [P, K]
+    offsets: Tensor | None = None  # [S + 1] int32
+    token_weights: Tensor | None = None  # [B, J, N] float32
+    output_scale: Tensor | None = None  # [B, O] float32
+    max_rank: int | None = None
+    kernels: Tensor | None = None  # [B, J * R, C, kh, kw]
+
+
 class Kept(NamedTuple):
     """All that one layer reads of a batch in one step, as tensors alone."""
 

@@ -11,7 +11,8 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from keylock_diffusers.denoisers.neighbours import own_forward
 from keylock_diffusers.denoisers.unet import base_layer
-from keylock_diffusers.processors.contract import RowUpdates
+from keylock_diffusers.processors.contract import AdapterUpdates, RowUpdates
+from keylock_diffusers.processors.routed import updated_linear
 from keylock_kernels import rank_one_linear, rank_one_update
 from keylock_kernels.ops.precision import exact_products
 from keylock_kernels.ops.rows import row_matmul
@@ -24,8 +25,9 @@ def keys_and_values(
     layer: str,
     streams: tuple[Tensor, Tensor],  # what keys and what values read, [B, T, D] each
     updates: Callable[[str], RowUpdates | None],
+    adapters: Callable[[str], AdapterUpdates | None] = lambda projection: None,
 ) -> tuple[Tensor, Tensor]:  # [B, T, C] each
-    """A layer's keys and values, with the updates of ``<layer>.to_k`` and ``<layer>.to_v``.
+    """A layer's keys and values, with the updates and the adapters of ``<layer>.to_k`` and ``<layer>.to_v``.
 
     Raises:
         ValueError: the layer normalises its text, for which updates are not defined.
@@ -36,15 +38,24 @@ def keys_and_values(
         if any(update is not None for update in wanted):
             raise ValueError(f"{layer}: concepts are not defined for a layer that normalises its text")
         key_text, text = (attn.norm_encoder_hidden_states(stream) for stream in streams)
-    return project(attn.to_k, key_text, wanted[0]), project(attn.to_v, text, wanted[1])
+    key = project(attn.to_k, key_text, wanted[0], adapters(f"{layer}.to_k"))
+    return key, project(attn.to_v, text, wanted[1], adapters(f"{layer}.to_v"))
 
 
-def project(projection: nn.Module, x: Tensor, updates: RowUpdates | None) -> Tensor:  # [B, T, D] -> [B, T, O]
-    """W x + bias and the rows' updates.
+def project(
+    projection: nn.Module,
+    x: Tensor,  # [B, T, D]
+    updates: RowUpdates | None,
+    adapters: AdapterUpdates | None = None,
+) -> Tensor:  # [B, T, O]
+    """W x + bias, the rows' updates and their adapters.
 
-    What has none goes through the same op, so that a row's bits do not depend on whether another has one.
+    What has no update goes through the same op, so that a row's bits do not depend on whether another has one.
     """
     u, slots, coefficients = _nothing(projection, x) if updates is None else updates
+    if adapters is not None:
+        base = None if is_plain_linear(projection) else projection(x)
+        return rank_one_update(updated_linear(base_layer(projection), x, adapters, base), u, slots, coefficients)
     if is_plain_linear(projection):
         return rank_one_linear(x, projection.weight, u, None, slots, bias=projection.bias, coefficients=coefficients)
     return rank_one_update(projection(x), u, slots, coefficients)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from diffusers.models.attention_processor import (
@@ -16,14 +17,24 @@ from diffusers.models.attention_processor import (
     XFormersAttnProcessor,
 )
 from diffusers.models.embeddings import MultiIPAdapterImageProjection
+from torch import nn
 
-from keylock_diffusers.denoisers.unet import attention_modules, cross_attention_layers, is_plain, unet_of
+from keylock_diffusers.denoisers.projections import projections
+from keylock_diffusers.denoisers.unet import (
+    attention_modules,
+    cross_attention_layers,
+    is_plain,
+    text_encoders,
+    uncompiled,
+    unet_of,
+)
 from keylock_diffusers.processors.attention import (
     CrossAttnProcessor,
     IPAdapterCrossAttnProcessor,
     SelfAttnProcessor,
 )
 from keylock_diffusers.processors.images import PreparedImageProjection
+from keylock_diffusers.processors.routed import is_routed, route, unroute
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -37,6 +48,9 @@ _OURS = (*_CROSS, SelfAttnProcessor)
 
 def install(pipe: T) -> T:
     """Replaces a pipeline's attention processors by ours; a drop-in that changes no picture by itself.
+
+    The linear layers and convolutions of the U-Net and of the text encoders keep their classes and weights, and are
+    given forwards of ours, through which rows' LoRAs reach them.
 
     A loaded IP-Adapter stays loaded: ours use its weights and scales. Layers whose processor or module does more (added
     key and value projections, one shared set of key heads, somebody's own processor) keep what they have, and one
@@ -75,13 +89,15 @@ def install(pipe: T) -> T:
     projection = getattr(unet, "encoder_hid_proj", None)
     if type(projection) is MultiIPAdapterImageProjection:
         unet.encoder_hid_proj = PreparedImageProjection(projection)
+    for model in _routed_models(pipe):
+        route(projections(model))
     if kept:
         logger.warning("install: %d attention layers keep their processor: %s", len(kept), _shorten(kept))
     return pipe
 
 
 def uninstall(pipe: T) -> T:
-    """Puts back exactly the processors that `install` replaced; anything else stays as it is.
+    """Puts back exactly the processors and forwards that `install` replaced; anything else stays as it is.
 
     Args:
         pipe: what `install` was given.
@@ -104,7 +120,13 @@ def uninstall(pipe: T) -> T:
     projection = getattr(unet, "encoder_hid_proj", None)
     if isinstance(projection, PreparedImageProjection):
         unet.encoder_hid_proj = projection.original
+    for model in _routed_models(pipe):
+        unroute(projections(model).values())
     return pipe
+
+
+def _routed_models(pipe: Any) -> list[Any]:
+    return [unet_of(pipe), *(uncompiled(encoder.model) for encoder in text_encoders(pipe))]
 
 
 def replacement(layer: str, attn: Attention) -> CrossAttnProcessor | IPAdapterCrossAttnProcessor | None:
@@ -128,6 +150,24 @@ def verify(pipe: Any) -> None:
             held = f"{name} has the processor {type(attn.processor).__name__}, which cannot personalise"
             raise RuntimeError(f"{held}; {_remedy(name, attn)}")
         attn.processor.layer = name
+
+
+def verify_routes(modules: Mapping[str, nn.Module], wanted: Iterable[str]) -> None:
+    """Checks that projections which LoRAs change have a forward of ours.
+
+    Args:
+        modules: a model's projections by name.
+        wanted: the names of those that are changed.
+
+    Raises:
+        RuntimeError: one has not.
+    """
+    missing = [name for name in wanted if not is_routed(modules[name])]
+    if missing:
+        raise RuntimeError(
+            f"LoRAs cannot reach {_shorten(missing)}: call keylock_diffusers.install(pipe) after anything that "
+            "replaces modules or their forwards"
+        )
 
 
 def _remedy(layer: str, attn: Attention) -> str:

@@ -7,15 +7,13 @@ u = o* with coefficient strength * gate (Perfusion, Tewel et al. 2023, arXiv 230
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from keylock_diffusers.concepts import Concept
-from keylock_diffusers.processors.projection import project_vectors
 from keylock_kernels import rank_one_coefficients
 
 # Metric cosine above which two concepts of one prompt count as the same: their Gram matrix is then
@@ -106,16 +104,17 @@ def coefficients(
 
 
 def table(
-    attn: Any,
+    project: Callable[[Tensor], Tensor],  # [S, D] -> [S, O] float32
     side: str,  # to_k or to_v
     targets: Tensor,  # [S, D]
     super_encodings: Tensor,  # [S, D]
     values: Tensor,  # [S, O]
-    dtype: torch.dtype,  # what the layer computes in
 ) -> Tensor:  # [2S, O] float32
-    """A projection's output vectors, -W i* then o*: keys are locked to the super-class, values are learned."""
-    projection = getattr(attn, side)
+    """A projection's output vectors, -W i* then o*: keys are locked to the super-class, values are learned.
+
+    Args:
+        project: W, without its bias.
+    """
     if side == "to_v":
-        return torch.cat([-project_vectors(projection, targets, dtype), values.float()])
-    keys = project_vectors(projection, torch.cat([targets, super_encodings]), dtype)
-    return torch.cat([-keys[: len(targets)], keys[len(targets) :]])
+        return torch.cat([-project(targets), values.float()])
+    return torch.cat([-project(targets), project(super_encodings)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -11,7 +12,10 @@ from torch import Tensor
 
 from keylock_diffusers.masks import resize_masks
 from keylock_diffusers.processors.attention import IPAdapterCrossAttnProcessor
+from keylock_diffusers.processors.contract import ImageStreams
+from keylock_diffusers.routing.buffers import filled, filled_pairs
 from keylock_diffusers.routing.rows import ImageUse
+from keylock_kernels.ops.precision import accumulate_dtype
 
 
 class ImageRouting:
@@ -132,6 +136,117 @@ class ImageRouting:
                 here.append(resized[id(region)])
             rows.append(torch.stack(here))
         return torch.stack(rows)
+
+
+class ImageBuffers:
+    """The image streams of a batch's layers, in tensors that stay where they are from batch to batch."""
+
+    def __init__(self) -> None:
+        self._routing = ImageRouting([])
+        self._pairs: dict[str, tuple[Tensor, Tensor]] = {}  # keys and values of each layer
+        self._bias: Tensor | None = None
+        self._groups: dict[str, int] = {}  # of each layer
+        self._layer_of: dict[int, str] = {}  # one of each group
+        self._weights: dict[tuple[int, int], Tensor] = {}  # by group and pixels, 0 for weights without them
+        self._masks: dict[int, Tensor] = {}
+        self._factors: Mapping[int, float] = {}  # per adapter
+
+    def assign(self, routing: ImageRouting) -> None:
+        """Other image prompts, which count what they say; `prepare` must follow."""
+        self._routing, self._factors = routing, {}
+
+    def prepare(
+        self,
+        projected: Mapping[str, tuple[Tensor, Tensor]],
+        like: Tensor,
+        sizes: Mapping[str, tuple[int, int]],
+        steps: Sequence[tuple[int, int]],
+    ) -> None:
+        """Fills what layers read.
+
+        Args:
+            projected: each layer's keys and values.
+            like: a tensor of the device and dtype that they are in.
+            sizes: height and width of each layer, where they are known.
+            steps: the rows' own, as `ImageRouting.scales` takes them.
+        """
+        routing = self._routing
+        if not routing.flat_lengths:
+            self._pairs, self._weights, self._groups, self._masks, self._bias = {}, {}, {}, {}, None
+            return
+        self._pairs = filled_pairs(self._pairs, projected)
+        dtype = accumulate_dtype(like.dtype)
+        bias = routing.key_bias(dtype)
+        self._bias = None if bias is None else filled(self._bias, bias.to(like.device))
+        # Layers whose streams count equally share their weights, but never where that could change between users.
+        patterns = {name: name if routing.fixed else routing.scale_pattern(name) for name in projected}
+        numbers = {pattern: number for number, pattern in enumerate(dict.fromkeys(patterns.values()))}
+        self._groups = {name: numbers[pattern] for name, pattern in patterns.items()}
+        self._layer_of = {group: name for name, group in self._groups.items()}
+        by_pixels = {math.prod(size): size for size in sizes.values()}
+        resolutions = {name: math.prod(size) for name, size in sizes.items()}
+        if not routing.per_pixel:
+            resolutions = dict.fromkeys(projected, 0)
+        wanted = {(self._groups[name], pixels) for name, pixels in resolutions.items()}
+        self._weights = {key: tensor for key, tensor in self._weights.items() if key in wanted}
+        self._masks = {
+            pixels: filled(self._masks.get(pixels), routing.masks(pixels, by_pixels[pixels], dtype).to(like.device))
+            for pixels in sorted({pixels for _, pixels in wanted} - {0})
+        }
+        for group, pixels in sorted(wanted):
+            self._weigh(group, pixels, steps)
+
+    def streams(self, layer: str, pixels: int, steps: Sequence[tuple[int, int]]) -> ImageStreams | None:
+        """A layer's image tokens at a resolution of [N] pixels; None where no row has an image prompt.
+
+        Raises:
+            ValueError: regions were not prepared at this resolution, and the step is being compiled.
+        """
+        if layer not in self._pairs:
+            return None
+        group = self._groups[layer]
+        at = pixels if self._routing.per_pixel else 0
+        if (group, at) not in self._weights:
+            if torch.compiler.is_compiling():
+                raise ValueError(
+                    f"Personalization: no regions were prepared for {pixels} pixels; give prepare the latent_size"
+                )
+            self._weigh(group, at, steps)
+        key, value = self._pairs[layer]
+        return ImageStreams(key, value, self._routing.flat_lengths, self._weights[group, at], self._bias)
+
+    def weigh(self, steps: Sequence[tuple[int, int]]) -> None:
+        """What counts in these steps."""
+        for group, pixels in list(self._weights):
+            self._weigh(group, pixels, steps)
+
+    def scale(self, factors: Mapping[int, float], steps: Sequence[tuple[int, int]]) -> None:
+        """From now on the image prompts of an adapter count so many times what their rows say."""
+        if factors != self._factors:
+            self._factors = factors
+            self.weigh(steps)
+
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        bias = [] if self._bias is None else [self._bias]
+        return [
+            *(t for pair in self._pairs.values() for t in pair),
+            *self._weights.values(),
+            *self._masks.values(),
+            *bias,
+        ]
+
+    def _weigh(self, group: int, pixels: int, steps: Sequence[tuple[int, int]]) -> None:
+        """Fills the weights [B, I] (no pixels: [B, I, N] with them) of a group of layers."""
+        like = next(iter(self._pairs.values()))[0]
+        dtype = accumulate_dtype(like.dtype)
+        scales = self._routing.scales(self._layer_of[group], steps, self._factors)
+        weights = torch.tensor(scales, dtype=dtype).to(like.device)
+        if pixels:
+            if pixels not in self._masks:
+                self._masks[pixels] = self._routing.masks(pixels, None, dtype).to(like.device)
+            weights = weights[..., None] * self._masks[pixels]
+        self._weights[group, pixels] = filled(self._weights.get((group, pixels)), weights)
 
 
 def projected_images(attn: Any, uses: Sequence[ImageUse], places: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,25 +1,30 @@
-"""What one batch carries: each row's concepts, image prompts and regions, and the keys and values they give."""
+"""What one batch carries: each row's concepts, LoRAs, image prompts and regions, and the keys and values they give."""
 
 from __future__ import annotations
 
 import math
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from keylock_diffusers.denoisers.base import Size
 from keylock_diffusers.denoisers.neighbours import loading
+from keylock_diffusers.denoisers.projections import output_size, projections, reads_text
 from keylock_diffusers.denoisers.unet import ProjectionState, cross_attention_layers, resolutions_of, unet_of
-from keylock_diffusers.processors.contract import BOUND, Bound, ImageStreams, Kept
+from keylock_diffusers.processors import verify_routes
+from keylock_diffusers.processors.contract import BOUND, AdapterUpdates, Bound, ImageStreams, Kept
+from keylock_diffusers.processors.perturbed import in_one_call
+from keylock_diffusers.processors.routed import adapting
+from keylock_diffusers.routing.adapters import AdapterRouting, LoraCapacity, Store, store_of
 from keylock_diffusers.routing.buffers import filled, filled_pairs, version_of, versions_of
 from keylock_diffusers.routing.concepts import ConceptRouting, Pairs
-from keylock_diffusers.routing.images import ImageRouting, projected_images
+from keylock_diffusers.routing.images import ImageBuffers, ImageRouting, projected_images
 from keylock_diffusers.routing.regions import RegionRouting
-from keylock_diffusers.routing.rows import Row, TextLayout
-from keylock_kernels.ops.precision import accumulate_dtype
+from keylock_diffusers.routing.rows import Phases, Row, State, TextLayout
 
 
 class Personalization:
@@ -33,28 +38,37 @@ class Personalization:
         rows: the denoiser's batch, row by row: unconditional rows, and repeated ones, are rows of their own.
         image_lengths: per adapter, the tokens of each image stream that a batch has room for; default as many as
             `rows` need. Given, all shapes are the same whatever the rows carry.
+        lora_capacity: the room for LoRAs that a batch has; default as much as `rows` need. Given, all shapes are the
+            same whatever the rows carry.
+        store: gives the pool that a model's adapters lie in (see `LoraBank.pool`); default one of the batch's own.
 
     Raises:
-        ValueError: the rows' images do not fit into `image_lengths`.
+        ValueError: the rows' images do not fit into `image_lengths`, or their LoRAs into `lora_capacity`.
     """
 
-    def __init__(self, rows: Sequence[Row], *, image_lengths: Sequence[Sequence[int]] | None = None) -> None:
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        *,
+        image_lengths: Sequence[Sequence[int]] | None = None,
+        lora_capacity: LoraCapacity | None = None,
+        store: Store | None = None,
+    ) -> None:
         self.kv: Pairs = {}
         self._spare: Pairs = {}  # buffers of the users before
-        self._image_lengths = image_lengths
-        self.image_kv: Pairs = {}
-        self._image_bias: Tensor | None = None
-        self._layer_of: dict[int, str] = {}  # one of each group
-        self._image_groups: dict[str, int] = {}
-        self._image_weights: dict[tuple[int, int], Tensor] = {}
-        self._masks: dict[int, Tensor] = {}
-        self._image_factors: dict[int, float] = {}  # per adapter
+        self._image_lengths, self._lora_capacity = image_lengths, lora_capacity
+        self._store = store_of(None, lora_capacity) if store is None else store
+        self._adapter_buffers: dict[Any, Tensor] = {}
+        self._adapters = AdapterRouting([], self._store)
+        self._images = ImageBuffers()
         self._sizes: dict[int, tuple[int, int]] = {}  # height and width, by number of pixels
         self._pixels_of: dict[str, int] = {}  # of each layer
         self._tokens = 0  # of one wording
         self._key_regions: Tensor | None = None
         self._query_regions: dict[int, Tensor] = {}
-        self._phases: tuple[Pairs, Pairs] | None = None  # keys and values before and after the rows' starts
+        self._phases = Phases((), ())
+        self._of_phases: list[Pairs] = []  # keys and values in each, where there are several
+        self._phase: list[int] = []  # that each row is in
         self._sources: list[tuple[str, Any, int | None]] = []
         self._seen: tuple[Any, int | None] | None = None  # the text a layer was given last, and its version
         self._steps: list[tuple[int, int]] = []  # per row, its step and of how many
@@ -75,10 +89,17 @@ class Personalization:
         if wrong:
             raise TypeError(f"Personalization: rows must be Row objects, got {type(wrong[0]).__name__}")
         routing = ImageRouting([row.images for row in rows], self._image_lengths)
+        self.release()
+        self._adapters = AdapterRouting(
+            [[use.in_denoiser for use in row.loras] for row in rows],
+            self._store,
+            self._lora_capacity,
+            self._adapter_buffers,
+        )
         self.rows = tuple(rows)
         self._concepts, self._routing = ConceptRouting(self.rows), routing
         self._regions = RegionRouting([row.regions for row in rows])
-        self._image_factors = {}
+        self._images.assign(routing)
         self._spare, self.kv = self.kv or self._spare, {}  # nothing can be read before `prepare`
         return self
 
@@ -90,7 +111,7 @@ class Personalization:
         key_text: Tensor | None = None,
         *,
         read_text: Tensor | None = None,
-        early_text: Tensor | None = None,
+        earlier: Sequence[tuple[Tensor, Tensor]] = (),
         latent_size: tuple[int, int] | None = None,
         steps: int | Sequence[int] = 1,
         step: int | Sequence[int] = 0,
@@ -103,10 +124,11 @@ class Personalization:
             key_text: what keys read where that differs (global key-locking), as `read_text`.
             read_text: what keys and values read where that is more than the U-Net is given, [B, T', D]: the text, and
                 after it the wordings of regions that have their own. Default `text`.
-            early_text: what rows read before their start, as `read_text`, their subjects' super-classes in the
-                subjects' place; needed where one starts later than at 0.
+            earlier: what values and keys read in each phase of the rows before the last (see `Phases`), as `read_text`,
+                where that differs: the super-classes in the place of subjects that start later, and encodings with
+                the LoRAs of the phase.
             latent_size: (height, width) of the latents, which says at which resolutions regions are needed; without it
-                they are resized when a layer first asks, which a compiled step cannot do.
+                they are resized when a layer first asks, which a compiled step cannot do. LoRAs' regions need it.
             steps: of the generation, for what is switched on or off between steps; see `at_step`.
             step: the one that comes next.
 
@@ -116,8 +138,7 @@ class Personalization:
         Raises:
             ValueError: the number of rows does not match, or the layers cannot hold what the rows carry.
         """
-        given = {"text": text, "key_text": key_text, "read_text": read_text, "early_text": early_text}
-        for name, tensor in given.items():
+        for name, tensor in {"text": text, "key_text": key_text, "read_text": read_text}.items():
             if tensor is not None and (tensor.ndim != 3 or len(tensor) != len(self.rows)):
                 raise ValueError(
                     f"Personalization.prepare: {name} must be [{len(self.rows)}, T, D], got {list(tensor.shape)}"
@@ -126,24 +147,31 @@ class Personalization:
         self._sources = versions_of(self._read(key_text))
         read_text = text if read_text is None else read_text
         key_text = read_text if key_text is None else key_text
-        for name, other in (("key_text", key_text), ("early_text", early_text)):
-            if other is not None and other.shape != read_text.shape:
+        texts = [*earlier, (read_text, key_text)]
+        for name, other in [("key_text", key_text), *[("earlier", one) for pair in earlier for one in pair]]:
+            if other.shape != read_text.shape:
                 raise ValueError(
                     f"Personalization.prepare: {name} must be {list(read_text.shape)}, got {list(other.shape)}"
                 )
         self._steps = self._each(step, steps)
-        if self._concepts.scheduled and early_text is None:
-            raise ValueError("Personalization.prepare: early_text is needed for rows that start later, got None")
+        phases = self._phases = Phases(self.rows, [total for _, total in self._steps])
+        if len(earlier) < phases.count - 1 and (earlier or phases.waiting):
+            wanted = f"the texts of {phases.count - 1} phases before the rows' last"
+            raise ValueError(f"Personalization.prepare: earlier must hold {wanted}, got {len(earlier)}")
+        texts = ([texts[0]] * phases.count + texts)[-phases.count :]
         unet = unet_of(pipe)
         layers = cross_attention_layers(unet)
         self._made_with = ProjectionState(layers)
-        options = {"read_text": read_text, "key_text": key_text, "early_text": early_text, "latent_size": latent_size}
-        self._again = text, options
+        self._again = text, dict(read_text=read_text, key_text=key_text, earlier=earlier, latent_size=latent_size)
         self._tokens = text.shape[1]
         layout = TextLayout(self._tokens, read_text.shape[1] // self._tokens)
-        projecting = [self._concepts.projecting(read_text, key_text, layout, early=False)]
-        if early_text is not None and self._concepts.scheduled:
-            projecting.append(self._concepts.projecting(early_text, early_text, layout, early=True))
+        self._prepare_adapters(unet, text, layout, latent_size)
+        projecting = []
+        for phase, (values_read, keys_read) in enumerate(texts):
+            self._switch(phase)
+            projecting.append(
+                self._concepts.projecting(values_read, keys_read, layout, phases.states(phase), self._adapters)
+            )
         if self._routing.flat_lengths:
             places = self._routing.places().to(text.device)
             projecting.append(lambda _, attn: projected_images(attn, self._routing.uses, places, text))
@@ -151,39 +179,90 @@ class Personalization:
         with loading(unet) as bring:
             for name, attn in layers.items():
                 bring(name)
-                for pairs, project in zip(made, projecting, strict=True):
+                for phase, (pairs, project) in enumerate(zip(made, projecting, strict=True)):
+                    self._switch(phase)
                     pairs[name] = project(name, attn)
         images = made.pop() if self._routing.flat_lengths else {}
-        projected, self._phases = made[0], None
-        if len(made) > 1:
-            self._phases = made[1], made[0]
+        self._of_phases, projected = (made, {}) if len(made) > 1 else ([], made[0])
+        self._phase = phases.at(self._steps)
+        self._adapters.switch(self._on())
+        if self._of_phases:
             projected = self._current()
         sizes = resolutions_of(unet, layers, latent_size)
         self._sizes = {math.prod(size): size for size in sizes.values()}
         self._pixels_of = {name: math.prod(size) for name, size in sizes.items()}
-        self._prepare_images(images, text, sizes)
+        self._images.prepare(images, text, sizes, self._steps)
         self._prepare_regions(read_text)
         self._text = filled(self._text, text.clone())
         self._seen = weakref.ref(text), version_of(text)
         self.kv, self._spare = filled_pairs(self._spare, projected), {}
         return self
 
+    def _prepare_adapters(self, unet: Any, text: Tensor, layout: TextLayout, latent: Size | None) -> None:
+        """Fills what the U-Net's projections read of the rows' LoRAs."""
+        if not self._adapters:
+            return
+        if latent is None and any(use.region is not None for row in self.rows for use in row.loras):
+            raise ValueError("Personalization.prepare: LoRAs with regions need latent_size, got None")
+        wordings = torch.arange(layout.wordings).repeat_interleave(layout.tokens)
+        modules = projections(unet)
+        with loading(unet) as bring:
+            self._adapters.prepare(
+                modules,
+                text.device,
+                text.dtype,
+                size=lambda name: None if latent is None else output_size(unet, name, latent),
+                wordings=lambda name: wordings if reads_text(name) else None,
+                bring=bring,
+            )
+        verify_routes(modules, [name for name in self.adapters if not reads_text(name)])
+
+    def _switch(self, phase: int) -> None:
+        """Puts the LoRAs in place that count in one of the rows' phases."""
+        if self._phases.count > 1:
+            self._adapters.switch([state[1:] for state in self._phases.states(min(phase, self._phases.count - 1))])
+
+    def _on(self) -> list[State]:
+        return [row.state(*at)[1:] for row, at in zip(self.rows, self._steps, strict=True)]
+
     def _current(self) -> Pairs:
-        """Keys and values of the current step, each row's own of its two phases."""
-        if self._phases is None:
-            return self.kv
-        early, late = self._phases
-        device = next(iter(late.values()))[0].device
-        waiting = torch.tensor(self._concepts.waiting(self._steps), device=device)[:, None, None]
-        return {
-            name: (torch.where(waiting, early[name][0], key), torch.where(waiting, early[name][1], value))
-            for name, (key, value) in late.items()
-        }
+        """Keys and values of the current step, each row's own of its phases."""
+        device = next(iter(self._of_phases[-1].values()))[0].device
+        now = torch.tensor(self._phase, device=device)[:, None, None]
+        current = dict(self._of_phases[-1])
+        for phase, earlier in enumerate(self._of_phases[:-1]):
+            for name, (key, value) in earlier.items():
+                later = current[name]
+                current[name] = torch.where(now == phase, key, later[0]), torch.where(now == phase, value, later[1])
+        return current
+
+    @property
+    def adapters(self) -> Mapping[str, AdapterUpdates]:
+        """What the rows' LoRAs add to the U-Net's projections, by name."""
+        return self._adapters.updates
+
+    @contextmanager
+    def adapted(
+        self, unet: Any, modules: Mapping[str, Any], *, in_graphs: bool = False, perturbed: bool = False
+    ) -> Iterator[None]:
+        """While it lasts, a U-Net's projections, by name, add what the rows' LoRAs do.
+
+        Say if parts of it are compiled, and if rows are perturbed.
+        """
+        with ExitStack() as held:
+            if perturbed:
+                held.enter_context(in_one_call(unet))
+            held.enter_context(adapting(unet, modules, self.adapters, in_graphs=in_graphs))
+            yield
+
+    def release(self) -> None:
+        """Gives the LoRAs' places back to their pool, after the last step; `prepare` takes them again."""
+        self._adapters.release()
 
     @property
     def scheduled(self) -> bool:
         """Whether `at_step` must be called between steps."""
-        return self._routing.scheduled or self._concepts.scheduled
+        return self._routing.scheduled or any(row.scheduled for row in self.rows)
 
     @torch.no_grad()
     def at_step(self, step: int | Sequence[int], steps: int | Sequence[int]) -> None:
@@ -198,27 +277,28 @@ class Personalization:
         """
         before, self._steps = self._steps, self._each(step, steps)
         if self._routing.active(before) != self._routing.active(self._steps):
-            for group, pixels in list(self._image_weights):
-                self._weigh(group, pixels)
-        if self._concepts.waiting(before) != self._concepts.waiting(self._steps):
+            self._images.weigh(self._steps)
+        phase = self._phases.at(self._steps)
+        if phase != self._phase:
+            self._phase = phase
+            self._adapters.switch(self._on())
             self.kv = filled_pairs(self.kv, self._current())
 
     def _each(self, step: int | Sequence[int], steps: int | Sequence[int]) -> list[tuple[int, int]]:
         """Every row's (step, of how many)."""
-        count = len(self.rows)
-        each = [[given] * count if isinstance(given, int) else list(given) for given in (step, steps)]
+        each = [[given] * len(self.rows) if isinstance(given, int) else list(given) for given in (step, steps)]
         return list(zip(*each, strict=True))
 
     def outdated(self) -> bool:
-        """Whether somebody changed the projections' weights or scales since keys and values were made."""
+        """Whether somebody changed the projections since keys and values were made."""
         return self._made_with is not None and self._made_with.changed()
 
     def remake(self, pipe: Any) -> None:
         """Makes keys and values again, of the same text, with the projections as they are now."""
         assert self._again is not None
         text, options = self._again
-        at = list(zip(*self._steps, strict=True))
-        self.prepare(pipe, text, **options, step=at[0], steps=at[1])
+        step, steps = zip(*self._steps, strict=True)
+        self.prepare(pipe, text, **options, step=step, steps=steps)
 
     def keys_and_values(self, layer: str, rows: int, text: Tensor | None) -> tuple[Tensor, Tensor]:
         """A layer's prepared keys and values [B, T, C].
@@ -260,18 +340,7 @@ class Personalization:
         Raises:
             ValueError: regions were not prepared at this resolution, and the step is being compiled.
         """
-        if layer not in self.image_kv:
-            return None
-        group = self._image_groups[layer]
-        at = pixels if self._routing.per_pixel else 0
-        if (group, at) not in self._image_weights:
-            if torch.compiler.is_compiling():
-                raise ValueError(
-                    f"Personalization: no regions were prepared for {pixels} pixels; give prepare the latent_size"
-                )
-            self._weigh(group, at)
-        key, value = self.image_kv[layer]
-        return ImageStreams(key, value, self._routing.flat_lengths, self._image_weights[group, at], self._image_bias)
+        return self._images.streams(layer, pixels, self._steps)
 
     def visibility(self, layer: str, pixels: int) -> tuple[Tensor, Tensor] | None:
         """Which regions a layer's [N] pixels lie in and its tokens are seen from; None where no row has a region.
@@ -320,20 +389,15 @@ class Personalization:
 
     def scale_images(self, factors: Mapping[int, float]) -> None:
         """From now on the image prompts of an adapter count so many times what their rows say."""
-        factors = {adapter: factor for adapter, factor in factors.items() if factor != 1}
-        if factors == self._image_factors:
-            return
-        self._image_factors = factors
-        for group, pixels in list(self._image_weights):
-            self._weigh(group, pixels)
+        self._images.scale({adapter: factor for adapter, factor in factors.items() if factor != 1}, self._steps)
 
     def tensors(self) -> list[Tensor]:
         """Everything that stays in memory for a generation."""
-        pairs = [*self.kv.values(), *self.image_kv.values()]
-        single = [t for t in (self._text, self._image_bias, self._key_regions) if t is not None]
-        pairs += [pair for phase in self._phases or () for pair in phase.values()]
-        by_size = [t for held in (self._image_weights, self._masks, self._query_regions) for t in held.values()]
-        return [*(t for pair in pairs for t in pair), *by_size, *single]
+        pairs = list(self.kv.values())
+        single = [t for t in (self._text, self._key_regions) if t is not None]
+        pairs += [pair for phase in self._of_phases for pair in phase.values()]
+        own = [t for pair in pairs for t in pair]
+        return [*own, *self._query_regions.values(), *single, *self._images.tensors(), *self._adapter_buffers.values()]
 
     def _read(self, key_text: Tensor | None) -> dict[str, list[Tensor]]:
         """The tensors beside the text that what was prepared depends on, by what they belong to."""
@@ -347,13 +411,12 @@ class Personalization:
             sources[f"image prompt {number}"] = [use.tokens, *([] if use.region is None else [use.region])]
         for row, regions in enumerate(self._regions.rows):
             if regions.uses:
-                sources[f"a region of row {row}"] = [use.mask for use in regions.uses]
+                sources[f"a region of row {row}"] = [mask for use in regions.uses for mask in use.masks]
         return sources if key_text is None else {**sources, "key_text": [key_text]}
 
     def _check_sources(self) -> None:
         for name, tensor, seen in self._sources:
-            found = tensor()
-            if found is not None and version_of(found) != seen:
+            if (found := tensor()) is not None and version_of(found) != seen:
                 raise ValueError(f"Personalization: {name} was written to after it was prepared; prepare it again")
 
     def _check_text(self, layer: str, text: Tensor, prepared: Tensor) -> None:
@@ -378,50 +441,10 @@ class Personalization:
     def _bits(self, pixels: int, device: torch.device) -> Tensor:
         size = self._sizes.get(pixels)
         if size is None:  # the aspect ratio of the picture is that of the first mask, as diffusers guesses it
-            shapes = [row.uses[0].mask.shape for row in self._regions.rows if row.uses]
+            shapes = [use.masks[0].shape for row in self._regions.rows for use in row.uses if use.masks]
             height, width = shapes[0] if shapes else (1, 1)
             rows = max(1, round(math.sqrt(pixels * height / width)))
             size = rows, pixels // rows
             if math.prod(size) != pixels:
                 raise ValueError(f"Personalization: {pixels} pixels are no picture of {size}; give prepare latent_size")
         return self._regions.query_regions(size).to(device)
-
-    def _prepare_images(self, projected: Pairs, text: Tensor, sizes: Mapping[str, tuple[int, int]]) -> None:
-        routing = self._routing
-        if not routing.flat_lengths:
-            self.image_kv, self._image_weights, self._image_groups, self._image_bias = {}, {}, {}, None
-            self._masks = {}
-            return
-        self.image_kv = filled_pairs(self.image_kv, projected)
-        dtype = accumulate_dtype(text.dtype)
-        bias = routing.key_bias(dtype)
-        self._image_bias = None if bias is None else filled(self._image_bias, bias.to(text.device))
-        # Layers whose streams count equally share their weights, but never where that could change between users.
-        patterns = {name: name if routing.fixed else routing.scale_pattern(name) for name in projected}
-        numbers = {pattern: number for number, pattern in enumerate(dict.fromkeys(patterns.values()))}
-        self._image_groups = {name: numbers[pattern] for name, pattern in patterns.items()}
-        self._layer_of = {group: name for name, group in self._image_groups.items()}
-        resolutions = {name: math.prod(size) for name, size in sizes.items()}
-        if not routing.per_pixel:
-            resolutions = dict.fromkeys(projected, 0)
-        wanted = {(self._image_groups[name], pixels) for name, pixels in resolutions.items()}
-        self._image_weights = {key: tensor for key, tensor in self._image_weights.items() if key in wanted}
-        self._masks = {
-            pixels: filled(self._masks.get(pixels), routing.masks(pixels, self._sizes[pixels], dtype).to(text.device))
-            for pixels in sorted({pixels for _, pixels in wanted} - {0})
-        }
-        for group, pixels in sorted(wanted):
-            self._weigh(group, pixels)
-
-    def _weigh(self, group: int, pixels: int) -> None:
-        """Fills the weights [B, I] (no pixels: [B, I, N] with them) of a group of layers in the current step."""
-        like = next(iter(self.image_kv.values()))[0]
-        dtype = accumulate_dtype(like.dtype)
-        weights = torch.tensor(
-            self._routing.scales(self._layer_of[group], self._steps, self._image_factors), dtype=dtype
-        ).to(like.device)
-        if pixels:
-            if pixels not in self._masks:
-                self._masks[pixels] = self._routing.masks(pixels, None, dtype).to(like.device)
-            weights = weights[..., None] * self._masks[pixels]
-        self._image_weights[group, pixels] = filled(self._image_weights.get((group, pixels)), weights)

@@ -56,10 +56,15 @@ class RegionRouting:
             if not regions.uses:
                 continue
             outside = torch.ones(height * width, dtype=torch.bool)
+            for mask in (mask for use in regions.uses for mask in use.masks):
+                if id(mask) not in resized:
+                    resized[id(mask)] = inside(mask, size)
             for number, use in enumerate(regions.uses):
-                if id(use.mask) not in resized:
-                    resized[id(use.mask)] = inside(use.mask, size)
-                where = resized[id(use.mask)]
+                where = torch.ones(height * width, dtype=torch.bool)
+                for mask in (*([] if use.mask is None else [use.mask]), *use.within):
+                    where = where & resized[id(mask)]
+                for mask in use.without:
+                    where = where & ~resized[id(mask)]
                 bits[row] |= where.long() << (_FIRST + number)
                 outside &= ~where
             bits[row] |= outside.long() * _OUTSIDE

@@ -9,8 +9,17 @@ from typing import NamedTuple
 from torch import Tensor
 
 from keylock_diffusers.concepts import Concept
+from keylock_diffusers.loras import LowRank
 from keylock_diffusers.routing import edits
+from keylock_diffusers.routing.adapters import AdapterUse
 from keylock_diffusers.routing.buffers import version_of
+
+State = tuple[bool, ...]  # of a row in a step: whether its subjects wait, and which of its LoRAs count
+
+
+def is_on(start: float, end: float, step: int, steps: int) -> bool:
+    """Whether what has a start and an end, shares of the steps, counts in a step: diffusers' rule for ControlNets."""
+    return step / steps >= start and (step + 1) / steps <= end
 
 
 @dataclass(frozen=True)
@@ -45,16 +54,72 @@ class ImageUse:
         return found
 
     def active(self, step: int, steps: int) -> bool:
-        """Whether it counts in a step: diffusers' rule for ControlNets."""
-        return step / steps >= self.start and (step + 1) / steps <= self.end
+        """Whether it counts in a step."""
+        return is_on(self.start, self.end, step, steps)
+
+
+@dataclass(frozen=True, eq=False)
+class LoraUse:
+    """One LoRA in one row.
+
+    Args:
+        updates: of the denoiser's projections, by name.
+        text: of each text encoder's.
+        strength: a factor on the denoiser's.
+        text_strength: a factor on the text encoders'.
+        blocks: further factors by the name of a projection of the denoiser.
+        region: where it counts, weights in 0..1; None: everywhere.
+        start, end: the share of the steps before it is switched on, and by whose end it is switched off.
+        wordings: which of the row's wordings it counts in; None: all.
+    """
+
+    updates: Mapping[str, LowRank]
+    text: tuple[Mapping[str, LowRank], ...] = ()
+    strength: float = 1.0
+    text_strength: float = 1.0
+    blocks: Mapping[str, float] = field(default_factory=dict)
+    region: Tensor | None = None  # [height, width]
+    start: float = 0.0
+    end: float = 1.0
+    wordings: frozenset[int] | None = None
+
+    def active(self, step: int, steps: int) -> bool:
+        """Whether it counts in a step."""
+        return is_on(self.start, self.end, step, steps)
+
+    @property
+    def in_denoiser(self) -> AdapterUse:
+        """Its half in the denoiser."""
+        return AdapterUse(self.updates, self.strength, self.blocks, self.region, self.wordings)
+
+    def in_text(self, encoder: int, wording: int) -> AdapterUse | None:
+        """Its half in a text encoder, where that reads one of the row's wordings; None: it has none there."""
+        counts = self.wordings is None or wording in self.wordings
+        if not counts or encoder >= len(self.text) or not self.text[encoder]:
+            return None
+        return AdapterUse(self.text[encoder], self.text_strength)
 
 
 @dataclass(frozen=True, eq=False)
 class RegionUse:
-    """One region of a row: a mask, and the positions of the tokens that may be seen from inside alone."""
+    """One region of a row, and the positions of the tokens that may be seen from inside alone.
 
-    mask: Tensor  # [height, width]
+    Args:
+        mask: [height, width]; None: everywhere.
+        tokens: the positions.
+        within: masks that the region is inside of as well.
+        without: masks that the region is outside of.
+    """
+
+    mask: Tensor | None  # [height, width]
     tokens: tuple[int, ...]
+    within: tuple[Tensor, ...] = ()
+    without: tuple[Tensor, ...] = ()
+
+    @property
+    def masks(self) -> tuple[Tensor, ...]:
+        """All its masks."""
+        return (*([] if self.mask is None else [self.mask]), *self.within, *self.without)
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +171,7 @@ class Row:
 
     Args:
         uses: its concepts.
+        loras: its LoRAs.
         images: its image prompts.
         regions: where its words may be seen from.
         start: the share of the steps that are drawn before its concepts and subjects count (delayed subject
@@ -119,6 +185,7 @@ class Row:
     images: tuple[ImageUse, ...] = ()
     regions: RowRegions = RowRegions()
     start: float = 0.0
+    loras: tuple[LoraUse, ...] = ()
     _mixes: dict[tuple[object, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -126,6 +193,15 @@ class Row:
             raise ValueError(f"Row: start must lie in [0, 1], got {self.start!r}")
         if self.uses:
             self.mix(range(len(self.uses)))
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether its keys and values are not the same in all steps."""
+        return self.start > 0 or any(use.start > 0 or use.end < 1 for use in self.loras)
+
+    def state(self, step: int, steps: int) -> State:
+        """What of it counts in a step."""
+        return step / steps < self.start, *(use.active(step, steps) for use in self.loras)
 
     def mix(self, places: Sequence[int]) -> Tensor:  # [R, R] float32
         """How those of its concepts that count combine (see `edits.mixing`), solved once for each set of them."""
@@ -137,3 +213,46 @@ class Row:
         if key not in self._mixes:
             self._mixes[key] = edits.mixing([use.concept for use in held], [use.strength for use in held])
         return self._mixes[key]
+
+
+class Phases:
+    """Which states a batch's rows go through, in which their keys and values differ.
+
+    Every row's last state lies in the last phase, whatever it begins with and whenever it changes; a row with fewer
+    states than others stays in its first for longer.
+
+    Args:
+        rows: the batch.
+        steps: how many each row makes.
+    """
+
+    def __init__(self, rows: Sequence[Row], steps: Sequence[int]) -> None:
+        self._rows = list(rows)
+        self._states: list[list[State]] = []
+        for row, total in zip(rows, steps, strict=True):
+            in_order = [row.state(step, total) for step in range(total if row.scheduled else 1)]
+            self._states.append(list(dict.fromkeys(reversed(in_order)))[::-1])
+        self.count = max(map(len, self._states), default=1)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a row's subjects count later than others of its."""
+        return any(state[0] for states in self._states for state in states)
+
+    def states(self, phase: int) -> list[State]:
+        """Each row's state in a phase."""
+        return [states[max(phase - self.count, -len(states))] for states in self._states]
+
+    def at(self, steps: Sequence[tuple[int, int]]) -> list[int]:
+        """The phase that each row is in, each in its own (step, of how many).
+
+        Raises:
+            ValueError: a row is not meant to make so many steps.
+        """
+        found = []
+        for row, states, at in zip(self._rows, self._states, steps, strict=True):
+            if len(states) > 1 and row.state(*at) not in states:
+                raise ValueError(f"Personalization: prepared for other steps than {at[1]}")
+            place = states.index(row.state(*at)) if len(states) > 1 else 0
+            found.append(self.count - len(states) + place)
+        return found

@@ -1,12 +1,19 @@
-"""Learning concepts from pictures."""
+"""Learning concepts and LoRAs from pictures."""
 
 from keylock_diffusers.denoisers.unet import localization_layers
 from keylock_diffusers.training.advice import advice
-from keylock_diffusers.training.config import ConceptTrainingError, Subject, TrainingConfig
+from keylock_diffusers.training.config import (
+    ConceptTrainingError,
+    LoraTrainingConfig,
+    LoraTrainingError,
+    Subject,
+    TrainingConfig,
+)
 from keylock_diffusers.training.covariance import Covariance, covariance
 from keylock_diffusers.training.folder import PictureFolder
 from keylock_diffusers.training.image_adapter import AdapterConfig, AdapterExample, ImageAdapter, train_image_adapter
 from keylock_diffusers.training.localization import Localization, localization_loss
+from keylock_diffusers.training.loras import train_loras, training_facts
 from keylock_diffusers.training.samples import Samples
 from keylock_diffusers.training.subject_fusion import (
     FusionConfig,
@@ -26,6 +33,8 @@ __all__ = [
     "FusionSubject",
     "ImageAdapter",
     "Localization",
+    "LoraTrainingConfig",
+    "LoraTrainingError",
     "PictureFolder",
     "Samples",
     "Subject",
@@ -36,5 +45,7 @@ __all__ = [
     "localization_loss",
     "train_concepts",
     "train_image_adapter",
+    "train_loras",
     "train_subject_fusion",
+    "training_facts",
 ]

@@ -31,14 +31,14 @@ def advice(training: Mapping[str, Any]) -> str:
     """What the losses of a run suggest, as a sentence or two.
 
     Args:
-        training: a concept's `Concept.training`.
+        training: a concept's `Concept.training`, or `training_facts` of an adapter.
     """
     if "loss_quarters" not in training:
         return f"Fewer than {_FEWEST} steps say nothing of how it goes."
     (first, _, third, last), (e1, _, e3, e4) = training["loss_quarters"], training["loss_errors"]
     course = f"from {first:.4g} in the first quarter of the steps to {last:.4g} in the last"
     if last - first > _DOUBT * math.hypot(e1, e4):
-        return f"The loss rose {course}: train anew with half the values_rate and embedding_rate."
+        return f"The loss rose {course}: train anew at half the learning rates."
     if first - last <= _DOUBT * math.hypot(e1, e4):
         return (
             f"The loss did not fall measurably, {course}: if samples show no more than the super-class, train for "

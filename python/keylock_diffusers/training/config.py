@@ -5,23 +5,40 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image
 
-from keylock_diffusers.checks import check_field, number, one_of, shown, whole
+from keylock_diffusers.checks import check_field, listed, number, one_of, shown, whole
 from keylock_diffusers.concepts.concept import check_placeholder, check_super_class
 from keylock_diffusers.training.localization import FORMS
 
 DEFAULT_CAPTIONS = ("a photo of a {}", "a picture of the {}", "a {}", "the {}")
+TARGETS = ("linear", "all")
+_LONGEST_WORDS = 200  # characters
 _GRADIENTS = ("none", "straight-through", "exact")
 # Perfusion's learning rates, and the root mean squares on Stable Diffusion 1.5 of what they were chosen for: CLIP
 # ViT-L/14's word embeddings have a norm of about 0.39 in 768 dimensions; to_v's outputs are of the order of one.
 _VALUES_RATE, _VALUES_RMS = 0.03, 1.0
 _EMBEDDING_RATE, _EMBEDDING_RMS = 0.006, 0.014
+_INVERSION_RATE = 5e-4  # of a word beside a LoRA: that of diffusers' script for textual inversion
 
 
-class ConceptTrainingError(RuntimeError):
+class SubjectTrainingError(RuntimeError):
     """One subject's training had to stop; the others' goes on."""
+
+
+class ConceptTrainingError(SubjectTrainingError):
+    """One subject's concept could not be learned; the others' are."""
+
+
+class LoraTrainingError(SubjectTrainingError):
+    """One subject's LoRA could not be learned; the others' are."""
+
+
+def is_word(placeholder: str) -> bool:
+    """Whether a placeholder is a word of its own, or means to be; otherwise it is plain words."""
+    return not isinstance(placeholder, str) or "<" in placeholder or ">" in placeholder
 
 
 @dataclass(frozen=True)
@@ -29,10 +46,11 @@ class Subject:
     """One user's subject and the pictures of it.
 
     Args:
-        placeholder: the word that will stand for it in prompts, such as ``<alice-cat>``.
-        super_class: what it is, such as ``cat``.
+        placeholder: the word that will stand for it in prompts, such as ``<alice-cat>``; for a LoRA also plain words,
+            such as ``sks cat``, of which nothing is learned.
+        super_class: what it is, such as ``cat``, from which the word begins; may be empty beside plain words.
         images: its pictures, PIL images of any size and aspect ratio; the middle square is used.
-        captions: per picture, a prompt with the placeholder; default a few neutral ones.
+        captions: per picture, a prompt with the placeholder, or beside plain words any; default a few neutral ones.
         masks: per picture, a PIL image that is white where the subject is; default everywhere.
         seed: of this subject's draws.
     """
@@ -45,8 +63,16 @@ class Subject:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_placeholder(self.placeholder)
-        check_super_class(self.super_class)
+        if is_word(self.placeholder):
+            check_placeholder(self.placeholder)
+            check_super_class(self.super_class)
+        elif not 0 < len(self.placeholder.strip()) <= _LONGEST_WORDS or not self.placeholder.isprintable():
+            raise ValueError(
+                f"Subject: placeholder must be a word such as <alice-cat>, or plain words of at most {_LONGEST_WORDS} "
+                f"characters, got {self.placeholder!r:.80}"
+            )
+        elif self.super_class != "":
+            check_super_class(self.super_class)
         self._check("images", Image.Image, "PIL images")
         if not self.images:
             raise ValueError(f"Subject {self.placeholder}: images must not be empty")
@@ -127,3 +153,76 @@ class TrainingConfig:
             raise ValueError("TrainingConfig: max_grad_norm must be above 0, or None for no bound, got 0")
         if self.target_decay >= 1:
             raise ValueError(f"TrainingConfig: target_decay must lie in [0, 1), got {self.target_decay}")
+
+
+@dataclass(frozen=True)
+class LoraTrainingConfig:
+    """How LoRAs are trained; the defaults are those of diffusers' training scripts.
+
+    Args:
+        rank: of every update.
+        alpha: an update counts alpha / rank times; None: once.
+        targets: which projections of the denoiser learn: their names or the ends of those, as PEFT has them, or one
+            word: "linear" for every linear layer and convolution over one pixel, "all" for all convolutions besides.
+        text_targets: the same for the text encoders, such as ("q_proj", "k_proj", "v_proj", "out_proj").
+        steps: optimiser steps.
+        batch_size: pictures per subject and step.
+        learning_rate: AdamW's, of the updates.
+        embedding_rate: learning rate of a subject's own word, in units of its root mean square at the start; 0: the
+            word stays its super-class's.
+        weight_decay: AdamW's, of the updates.
+        max_grad_norm: each subject's gradients are clipped to this norm; None: not at all.
+        snr_gamma: bounds how much steps with little noise count (min-SNR, usually 5); None: all count alike.
+        patience: a subject stops when its smoothed loss has not improved for so many steps; None: never.
+        gradient_checkpointing: whether the U-Net is computed twice, for a fraction of the memory.
+        mixed_precision: "no" or "bf16".
+
+    Papers: LoRA, Hu et al. 2021, arXiv 2106.09685; min-SNR, Hang et al. 2023, arXiv 2303.09556.
+    """
+
+    rank: int = 4
+    alpha: float | None = None
+    targets: str | Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0")
+    text_targets: str | Sequence[str] = ()
+    steps: int = 500
+    batch_size: int = 4
+    learning_rate: float = 1e-4
+    embedding_rate: float = _INVERSION_RATE / _EMBEDDING_RMS
+    weight_decay: float = 1e-2
+    max_grad_norm: float | None = 1.0
+    snr_gamma: float | None = None
+    patience: int | None = None
+    gradient_checkpointing: bool = False
+    mixed_precision: str = "no"
+
+    def __post_init__(self) -> None:
+        check_field(self, "mixed_precision", one_of, ("no", "bf16"))
+        for name in ("rank", "steps", "batch_size", "patience"):
+            check_field(self, name, whole, 1, optional=name == "patience")
+        for name in ("learning_rate", "embedding_rate", "weight_decay"):
+            check_field(self, name, number, 0)
+        for name in ("alpha", "max_grad_norm", "snr_gamma"):
+            check_field(self, name, number, 0, optional=True)
+            if getattr(self, name) == 0:
+                raise ValueError(f"LoraTrainingConfig: {name} must be above 0, or None, got 0")
+        if not isinstance(self.gradient_checkpointing, bool):
+            got = shown(self.gradient_checkpointing)
+            raise TypeError(f"LoraTrainingConfig: gradient_checkpointing must be True or False, got {got}")
+        for name in ("targets", "text_targets"):
+            check_field(self, name, _targets)
+        if not self.targets and not self.text_targets:
+            raise ValueError("LoraTrainingConfig: targets and text_targets must not both be empty")
+
+    @property
+    def scale(self) -> float:
+        """How much an update counts."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
+def _targets(value: Any, name: str) -> str | tuple[str, ...]:
+    if isinstance(value, str):
+        return one_of(value, name, TARGETS)
+    for one in listed(value, name):
+        if not isinstance(one, str) or not one:
+            raise TypeError(f"{name} must be names of projections, got {shown(one)} among them")
+    return tuple(value)

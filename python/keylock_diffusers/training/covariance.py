@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from keylock_diffusers.checks import number, one_of, path_text, shown
 from keylock_diffusers.encoding import text
-from keylock_diffusers.files import keep_tensors, read_tensors
+from keylock_diffusers.files import cache_folder, keep_tensors, read_tensors
 from keylock_diffusers.training.frozen import check_encoder
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def covariance(
         positions: "prompt": the encodings from BOS to EOS count; "all": padding too.
         ridge: eps in C + eps tr(C) / D; keeps C invertible where the captions' vocabulary is small.
         progress: whether to show a progress bar.
-        cache: folder for the result; default ``$KEYLOCK_CACHE`` or ``~/.cache/keylock``.
+        cache: folder for the result; default as `files.cache_folder`.
 
     Raises:
         TypeError, ValueError: an argument is not what this says.
@@ -126,7 +126,7 @@ def covariance(
 def _cache_folder(cache: str | os.PathLike[str] | None) -> Path:
     if cache is not None:
         return Path(path_text(cache, "covariance: cache")).expanduser()
-    return Path(os.environ.get("KEYLOCK_CACHE") or Path.home() / ".cache" / "keylock").expanduser()
+    return cache_folder()
 
 
 def _key(first: Tensor, captions: Sequence[str], positions: str) -> str:

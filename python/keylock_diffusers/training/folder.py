@@ -14,7 +14,7 @@ from PIL import Image
 from keylock_diffusers.concepts.concept import check_placeholder
 from keylock_diffusers.files import read_text
 from keylock_diffusers.pictures import open_picture
-from keylock_diffusers.training.config import Subject
+from keylock_diffusers.training.config import Subject, is_word
 
 _PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
 _MASK = "-mask"
@@ -62,10 +62,13 @@ class PictureFolder:
     def subject(self, placeholder: str, super_class: str, seed: int = 0) -> Subject:
         """The subject of these pictures, which are opened when they are read, one at a time.
 
+        A placeholder that is a word of its own must stand in every caption; plain words need not.
+
         Raises:
             ValueError: a picture, mask or caption cannot be used; the message names its file.
         """
-        check_placeholder(placeholder)  # which captions are then held against
+        if is_word(placeholder):
+            check_placeholder(placeholder)  # which captions are then held against
         captions = [self._caption(file, placeholder) for file in self.captions] or None
         masks = _Opened(self.masks) if self.masks else None
         return Subject(placeholder, super_class, _Opened(self.pictures), captions, masks, seed)
@@ -82,7 +85,7 @@ class PictureFolder:
     @staticmethod
     def _caption(file: Path, placeholder: str) -> str:
         caption = read_text(file).strip()
-        if placeholder not in caption.lower():
+        if is_word(placeholder) and placeholder not in caption.lower():
             raise ValueError(f"{file} must hold a caption with {placeholder}, got {caption!r:.80}")
         return caption
 

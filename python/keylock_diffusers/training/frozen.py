@@ -143,35 +143,44 @@ def draw(pipe: Any, examples: Sequence[Any], config: loop.Schedule, step: int, p
     return Draw(rows, share, times, noisy, prediction_target(pipe.scheduler, clean, noise, signal, sigma))
 
 
-def check_encoder(pipe: Any, name: str, *parts: str) -> None:
-    """That a pipeline is of Stable Diffusion 1.x or 2.x, as far as its text goes.
+def check_encoder(pipe: Any, name: str, *parts: str, two: bool = False) -> None:
+    """That a pipeline is of Stable Diffusion 1.x or 2.x, as far as its text goes, or of XL.
 
     Args:
         pipe: the pipeline.
         name: who asks.
         parts: what else it must have.
+        two: whether it may have two text encoders.
 
     Raises:
         TypeError: it has two text encoders, or lacks something.
     """
-    if getattr(pipe, "text_encoder_2", None) is not None:
+    if two and hasattr(pipe, "text_encoder_2"):
+        parts = ("text_encoder_2", "tokenizer_2", *parts)
+    elif getattr(pipe, "text_encoder_2", None) is not None:
         raise TypeError(f"{name}: pipe must have one text encoder, got two: Stable Diffusion XL cannot be trained")
     missing = [part for part in ("text_encoder", "tokenizer", *parts) if getattr(pipe, part, None) is None]
     if missing:
         raise TypeError(
-            f"{name}: pipe must be a Stable Diffusion 1.x or 2.x pipeline with its {', '.join(missing)}, "
-            f"got {type(pipe).__name__}"
+            f"{name}: pipe must be a Stable Diffusion 1.x{', 2.x or XL' if two else ' or 2.x'} pipeline with its "
+            f"{', '.join(missing)}, got {type(pipe).__name__}"
         )
 
 
-def check_pipeline(pipe: Any, name: str) -> None:
+def check_pipeline(pipe: Any, name: str, *, two: bool = False) -> None:
     """What every trainer here needs of a pipeline.
+
+    Args:
+        pipe: the pipeline.
+        name: who asks.
+        two: whether it may have two text encoders.
 
     Raises:
         TypeError: see `check_encoder`.
-        ValueError: it is in float16, has an IP-Adapter loaded, or a scheduler that says no target to learn.
+        ValueError: it is in float16, has an IP-Adapter loaded, reads more than noisy latents, or has a scheduler that
+            says no target to learn.
     """
-    check_encoder(pipe, name, "unet", "vae", "scheduler")
+    check_encoder(pipe, name, "unet", "vae", "scheduler", two=two)
     kind = type(pipe.scheduler).__name__
     if getattr(pipe.scheduler, "alphas_cumprod", None) is None:
         raise ValueError(f"{name}: pipe must have a scheduler of a diffusion (alphas_cumprod) model, got {kind}")
@@ -180,6 +189,11 @@ def check_pipeline(pipe: Any, name: str) -> None:
         raise ValueError(f"{name}: gradients vanish in float16; load the pipeline in float32 or bfloat16")
     if adapters(pipe.unet):
         raise ValueError(f"{name}: pipe must have no IP-Adapter loaded; call pipe.unload_ip_adapter first")
+    read, made = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
+    if read != made:
+        raise ValueError(f"{name}: pipe must have a U-Net that reads noisy latents alone, {made} channels, got {read}")
+    if getattr(pipe.vae.config, "latents_mean", None) is not None:
+        raise ValueError(f"{name}: pipe must have an autoencoder without latents_mean, which training does not know")
 
 
 def check_examples(examples: Any, name: str) -> None:
@@ -203,8 +217,8 @@ def frozen(pipe: Any, device: torch.device | None = None) -> Iterator[None]:
         pipe: the pipeline.
         device: where its modules are meanwhile; default where they are.
     """
-    modules = [pipe.unet, pipe.text_encoder, pipe.vae, getattr(pipe, "image_encoder", None)]
-    modules = [module for module in modules if module is not None]
+    names = ("unet", "text_encoder", "text_encoder_2", "vae", "image_encoder")
+    modules = [module for name in names if (module := getattr(pipe, name, None)) is not None]
     flags = [(p, p.requires_grad) for module in modules for p in module.parameters()]
     devices = [(module, next(module.parameters()).device) for module in modules]
     modes = [(m, m.training) for module in modules for m in module.modules()]

@@ -9,26 +9,16 @@ import re
 import stat
 import time
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from typing import IO, Any, Protocol
+from io import BufferedReader
+from typing import Any, Protocol
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from keylock_diffusers.concepts.files import (
-    FIRST_BYTES,
-    MAX_FILE_BYTES,
-    ConceptFileError,
-    Header,
-    header_bytes,
-    read_bounded,
-    read_header,
-    read_header_alone,
-    too_large,
-)
 from keylock_diffusers.files import open_regular, sweep, write_atomically
+from keylock_diffusers.ids import SUFFIX, Kind
 
-SUFFIX = ".safetensors"
-MAX_SEGMENTS = 4
+_FIRST_BYTES = 8 << 10  # of a file, which hold most headers
 _SWEEP_SECONDS = 600
 _ATTEMPTS = 20
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -49,7 +39,7 @@ class Place(Protocol):
     def exists(self) -> bool: ...
     def version(self, path: str) -> Hashable | None: ...  # changes with the content; None if that cannot be told
     def read(self, path: str) -> tuple[bytes, Hashable | None]: ...  # and its version
-    def header(self, path: str) -> tuple[Header, int]: ...  # and the file's size
+    def header(self, path: str) -> tuple[bytes, int]: ...  # a safetensors file's, and the file's size
     def write(self, path: str, data: bytes, *, overwrite: bool) -> None: ...
     def delete(self, path: str) -> None: ...
     def paths(self) -> Iterator[str]: ...
@@ -63,10 +53,11 @@ class LocalPlace:
     exchanged for a link meanwhile leads nowhere.
     """
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, kind: Kind) -> None:
+        self._kind = kind
         self.root = self.shown = os.path.abspath(os.path.expanduser(root))
         if os.path.exists(self.root) and not os.path.isdir(self.root):
-            raise ValueError(f"ConceptBank: path_or_url must be a folder, got the file {self.root}")
+            raise ValueError(f"{self._kind.bank}: path_or_url must be a folder, got the file {self.root}")
         self._swept: dict[str, float] = {}
 
     def exists(self) -> bool:
@@ -85,11 +76,16 @@ class LocalPlace:
 
     def read(self, path: str) -> tuple[bytes, Hashable]:
         with self._named(path), self._open(path) as stream:
-            return read_bounded(stream, self.describe(path)), _version(stream)
+            data = stream.read(self._kind.most_bytes + 1)
+            if len(data) > self._kind.most_bytes:
+                raise self._kind.too_large(self.describe(path))
+            return data, _version(stream)
 
-    def header(self, path: str) -> tuple[Header, int]:
+    def header(self, path: str) -> tuple[bytes, int]:
         with self._named(path), self._open(path) as stream:
-            return read_header_alone(stream, self.describe(path))
+            data = stream.read(_FIRST_BYTES)
+            data += stream.read(max(0, _header_bytes(data, self._kind) - len(data)))
+            return data, os.fstat(stream.fileno()).st_size
 
     def write(self, path: str, data: bytes, *, overwrite: bool) -> None:
         *folders, name = path.split("/")
@@ -148,7 +144,7 @@ class LocalPlace:
             if not folders:
                 raise
             return  # one folder that cannot be read hides no other
-        if len(folders) + 1 < MAX_SEGMENTS:
+        if len(folders) + 1 < self._kind.depth:
             for name in sorted(inner):
                 yield from self._below([*folders, name])
 
@@ -169,7 +165,7 @@ class LocalPlace:
         self._swept[name] = now
         sweep(folder)
 
-    def _open(self, path: str) -> IO[bytes]:
+    def _open(self, path: str) -> BufferedReader:
         try:
             return self._open_unlinked(path)
         except OSError as error:
@@ -177,21 +173,21 @@ class LocalPlace:
                 raise
         root, real = os.path.realpath(self.root), os.path.realpath(os.path.join(self.root, path))
         if os.path.commonpath([root, real]) != root:
-            raise ValueError(f"ConceptBank: {path} is a symbolic link that leads out of the bank")
+            raise ValueError(f"{self._kind.bank}: {path} is a symbolic link that leads out of the bank")
         try:
             return self._open_unlinked(os.path.relpath(real, root))
         except OSError as error:
             if error.errno != errno.ELOOP:
                 raise
-            raise ValueError(f"ConceptBank: {path} is a symbolic link that leads nowhere") from None
+            raise ValueError(f"{self._kind.bank}: {path} is a symbolic link that leads nowhere") from None
 
-    def _open_unlinked(self, path: str) -> IO[bytes]:
+    def _open_unlinked(self, path: str) -> BufferedReader:
         *folders, name = path.split("/")
         with self._folder(folders) as folder:
             try:
                 return open_regular(name, flags=os.O_NOFOLLOW, folder=folder)
             except ValueError:
-                raise FileNotFoundError(path) from None  # a folder, say, which is no concept
+                raise FileNotFoundError(path) from None  # a folder, say, which is no file
 
     @contextlib.contextmanager
     def _folder(self, folders: Sequence[str], *, make: bool = False) -> Iterator[int]:
@@ -212,8 +208,8 @@ class LocalPlace:
                 except OSError as error:
                     if error.errno in (errno.ELOOP, errno.ENOTDIR) and _is_link(name, opened):
                         raise ValueError(
-                            f"ConceptBank: {'/'.join(folders)} is or lies behind a symbolic link, which a bank does "
-                            "not follow"
+                            f"{self._kind.bank}: {'/'.join(folders)} is or lies behind a symbolic link, which a bank "
+                            "does not follow"
                         ) from None
                     raise
                 os.close(opened)
@@ -226,8 +222,8 @@ class LocalPlace:
 class RemotePlace:
     """Any other fsspec file system. Files are put whole, which object stores do atomically."""
 
-    def __init__(self, file_system: fsspec.AbstractFileSystem, root: str, url: str) -> None:
-        self._file_system = file_system
+    def __init__(self, file_system: fsspec.AbstractFileSystem, root: str, url: str, kind: Kind) -> None:
+        self._kind, self._file_system = kind, file_system
         self._root = root.rstrip("/")
         self.shown = _shown(url)
 
@@ -238,25 +234,26 @@ class RemotePlace:
         return _version_in(self._info(path))
 
     def read(self, path: str) -> tuple[bytes, Hashable | None]:
-        before = self._info(path)
+        before, most = self._info(path), self._kind.most_bytes
         size = before.get("size")
-        if size is None or size <= MAX_FILE_BYTES:
-            data = self._file_system.cat_file(self._full(path), 0, MAX_FILE_BYTES + 1)
+        if size is None or size <= most:
+            data = self._file_system.cat_file(self._full(path), 0, most + 1)
             size = len(data)
-        if size > MAX_FILE_BYTES:
-            raise ConceptFileError(too_large(self.describe(path)))
+        if size > most:
+            raise self._kind.too_large(self.describe(path))
         version = _version_in(before)
         return data, version if version == self.version(path) else None
 
-    def header(self, path: str) -> tuple[Header, int]:
+    def header(self, path: str) -> tuple[bytes, int]:
         size = self._info(path).get("size")
         if size is None:
             data, _ = self.read(path)
-            return read_header(data, self.describe(path)), len(data)
-        data = self._file_system.cat_file(self._full(path), 0, min(size, FIRST_BYTES))
-        if header_bytes(data) > len(data) < size:
-            data = self._file_system.cat_file(self._full(path), 0, min(size, header_bytes(data)))
-        return read_header(data, self.describe(path), size), size
+            return data, len(data)
+        data = self._file_system.cat_file(self._full(path), 0, min(size, _FIRST_BYTES))
+        needed = _header_bytes(data, self._kind)
+        if needed > len(data) < size:
+            data = self._file_system.cat_file(self._full(path), 0, min(size, needed))
+        return data, size
 
     def write(self, path: str, data: bytes, *, overwrite: bool) -> None:
         full = self._full(path)
@@ -272,7 +269,7 @@ class RemotePlace:
     def paths(self) -> Iterator[str]:
         self._file_system.invalidate_cache()
         try:
-            found = self._file_system.find(self._root, maxdepth=MAX_SEGMENTS)
+            found = self._file_system.find(self._root, maxdepth=self._kind.depth)
         except FileNotFoundError:
             return
         prefix = f"{self._root}/".lstrip("/")
@@ -304,8 +301,12 @@ class RemotePlace:
         return f"{self._root}/{path}"
 
 
-def open_place(path_or_url: str) -> Place:
+def open_place(path_or_url: str, kind: Kind) -> Place:
     """A folder, or what an fsspec URL names.
+
+    Args:
+        path_or_url: the place.
+        kind: what lies there. A file that is larger than its kind may be raises the kind's error.
 
     Raises:
         ValueError: it is a file, or nothing here can open such a URL.
@@ -314,10 +315,15 @@ def open_place(path_or_url: str) -> Place:
         file_system, root = fsspec.core.url_to_fs(path_or_url)
     except (ImportError, ValueError) as error:
         # fsspec's own message names the package that is missing.
-        raise ValueError(f"ConceptBank: path_or_url {_shown(path_or_url):.120} cannot be opened: {error}") from error
+        raise ValueError(f"{kind.bank}: path_or_url {_shown(path_or_url):.120} cannot be opened: {error}") from error
     if isinstance(file_system, LocalFileSystem):
-        return LocalPlace(root)
-    return RemotePlace(file_system, root, path_or_url)
+        return LocalPlace(root, kind)
+    return RemotePlace(file_system, root, path_or_url, kind)
+
+
+def _header_bytes(data: bytes, kind: Kind) -> int:
+    """How many bytes of a safetensors file its header takes, by the first 8 of them."""
+    return 8 + min(int.from_bytes(data[:8], "little"), kind.most_header)
 
 
 def _shown(url: str) -> str:
@@ -331,7 +337,7 @@ def _version_in(info: Mapping[str, Any]) -> Hashable | None:
     return (info.get("size"), *found) if found else None
 
 
-def _version(stream: IO[bytes]) -> Hashable:
+def _version(stream: BufferedReader) -> Hashable:
     return _version_of(os.fstat(stream.fileno()))
 
 
