@@ -73,6 +73,8 @@ class Case:
         graph: on a GPU, time the replay of a captured graph.
         additions: what features add, where contestants differ by one.
         facts: numbers that are counted rather than timed.
+        rounds: of each contestant, where one takes minutes: the calls that are judged are then the first of them, and
+            nothing is run to warm up; default as many as fit into the time.
     """
 
     name: str
@@ -84,6 +86,7 @@ class Case:
     graph: bool = True
     additions: Sequence[Addition] = ()
     facts: Mapping[str, float] = field(default_factory=dict)
+    rounds: int | None = None
 
 
 def dtypes() -> list[torch.dtype]:
@@ -155,8 +158,11 @@ def judge_of(call: Callable[..., Any]) -> Judge:
     return judge
 
 
-def gate(case: Case) -> tuple[dict[str, list[Any]], dict[str, str]]:
-    """Prepared arguments of the contestants that pass on every input set, and why the others do not."""
+def gate(case: Case, seconds: dict[str, float] | None = None) -> tuple[dict[str, list[Any]], dict[str, str]]:
+    """Prepared arguments of the contestants that pass on every input set, and why the others do not.
+
+    Into `seconds` go those of each contestant's calls.
+    """
     prepared: dict[str, list[Any]] = {c.name: [] for c in case.contestants}
     refused: dict[str, str] = {}
     for inputs in case.sets:
@@ -166,7 +172,12 @@ def gate(case: Case) -> tuple[dict[str, list[Any]], dict[str, str]]:
                 continue
             try:
                 arguments = c.prepare(inputs)
+                start = time.perf_counter()
                 result = c.run(arguments)
+                if seconds is not None:
+                    if DEVICE.type == "cuda":
+                        torch.cuda.synchronize()
+                    seconds[c.name] = seconds.get(c.name, 0.0) + time.perf_counter() - start
             except Exception as error:  # a peer that does not run here says so in the table
                 refused[c.name] = f"does not run: {_first_line(error)}"
                 continue
@@ -194,7 +205,6 @@ class Clock:
             self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
             if graph:
                 self._capture()
-        self.round()
 
     def _capture(self) -> None:
         side = torch.cuda.Stream()
@@ -253,11 +263,11 @@ def compare(
     Returns:
         What the table and the data file hold of the case; seconds are medians per call.
     """
-    prepared, refused = gate(case)
+    judged: dict[str, float] = {}
+    prepared, refused = gate(case, judged if case.rounds else None)
     timed = [c for c in case.contestants if c.name not in refused]
     clocks = {c.name: Clock(c.run, prepared[c.name], case.graph) for c in timed}
-    once = sum(clock.round() for clock in clocks.values())
-    rounds = min(MAX_ROUNDS, max(min_rounds, math.ceil(max_time * len(timed) / max(once, 1e-9))))
+    rounds = case.rounds or _rounds(list(clocks.values()), min_rounds, max_time)
     seconds: dict[str, list[float]] = {c.name: [] for c in timed}
     host: dict[str, list[float]] = {c.name: [] for c in timed}
     gc.collect()
@@ -265,7 +275,7 @@ def compare(
     try:
         for number in range(rounds):
             for c in reversed(timed) if number % 2 else timed:
-                taken = clocks[c.name].round()
+                taken = judged[c.name] if case.rounds and number == 0 else clocks[c.name].round()
                 record(c, taken)
                 seconds[c.name].append(taken / len(case.sets))
                 if DEVICE.type == "cuda" and number < HOST_ROUNDS:
@@ -294,6 +304,14 @@ def compare(
         "additions": [_added(addition, seconds) for addition in case.additions],
         "facts": dict(case.facts),
     }
+
+
+def _rounds(clocks: Sequence[Clock], least: int, max_time: float) -> int:
+    """How many of each fit into seconds for each, on average."""
+    for clock in clocks:
+        clock.round()  # a first one may be slower
+    once = sum(clock.round() for clock in clocks)
+    return min(MAX_ROUNDS, max(least, math.ceil(max_time * len(clocks) / max(once, 1e-9))))
 
 
 def _added(addition: Addition, seconds: Mapping[str, list[float]]) -> dict[str, Any]:

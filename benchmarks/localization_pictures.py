@@ -16,7 +16,7 @@ from torch import Tensor
 
 from keylock_diffusers.concepts import Concept
 from keylock_diffusers.demo import story
-from keylock_diffusers.demo.pictures import USERS, User, coated
+from keylock_diffusers.demo.pictures import USERS, User, coated, wearer
 from keylock_diffusers.demo.regions import half
 from keylock_diffusers.denoisers.unet import cross_attention_layers
 from keylock_diffusers.embedded import autoencoder, classifier, load, load_adapter, render
@@ -146,8 +146,8 @@ def measure_two_concepts(pipe: Any) -> dict[str, Any]:
         for (first, second, flip, _), image in zip(cells, draw(pipe, orders), strict=True):
             for user in (first, second):
                 own = half(left=(user is first) != flip)
-                coat += story.wearer(image / 255, own.numpy() > 0.5) == user.name
-                other += story.wearer(image / 255, own.numpy() <= 0.5) == user.name
+                coat += wearer(image / 255, own.numpy() > 0.5) == user.name
+                other += wearer(image / 255, own.numpy() <= 0.5) == user.name
                 cat += _is_cat(judge.names([inside(image, own)])[0][0])
         total = 2 * len(cells)
         counted[name] = {"coat": coat / total, "coat elsewhere": other / total, "cat": cat / total, "subjects": total}
@@ -189,7 +189,7 @@ def _beside_others(pipe: Any, concepts: dict[str, Concept]) -> dict[str, float]:
     within = []
     for (user, name), image, recorded in zip(cells, images, maps.images, strict=True):
         found["cat inside"] += _is_cat(judge.names([inside(image, left)])[0][0])
-        found["coat inside"] += story.wearer(image / 255, left.numpy() > 0.5) == user.name
+        found["coat inside"] += wearer(image / 255, left.numpy() > 0.5) == user.name
         beyond = judge.names([inside(image, right)])[0][0]
         found["cat outside"] += _is_cat(beyond)
         found["other outside"] += beyond == name

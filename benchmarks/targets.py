@@ -40,6 +40,7 @@ TARGETS: dict[str, list[dict[str, Any]]] = {
         )
         for rank in ranks
     ],
+    "test_step_with_loras": [{"model": "SDXL", "dtype": "bfloat16"}],
 }
 
 
