@@ -186,6 +186,29 @@ def test_a_weight_decomposed_row_scales_its_outputs_as_its_strength_says(model):
     same(off, plain(pipeline(model), orders[0]), COMPANY)
 
 
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_weight_decomposed_convolution_scales_its_output_and_not_its_bias(kernel):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(6, 5, kernel, stride=2, padding=kernel // 2)
+    conv.bias.data = 10 * torch.randn(5)
+    down, up, strength = torch.randn(2, 6, kernel, kernel), torch.randn(5, 2), 0.7
+    update = LowRank(down, up, 0.5, magnitude=torch.rand(5) + 1)
+    routing = AdapterRouting([[AdapterUse({"conv": update}, strength)], []], store_of())
+    routing.prepare({"conv": conv}, torch.device("cpu"), torch.float32)
+    x = torch.randn(2, 6, 9, 9)
+    route({"conv": conv})
+    with torch.no_grad(), bound(routing.updates):
+        found = conv(x)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        weight, bias, given = (tensor.detach().to(dtype) for tensor in (conv.weight, conv.bias, x))
+        whole = weight + strength * delta(update).to(dtype).view(weight.shape)
+        whole = whole * (update.magnitude.to(dtype) / whole.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
+        parts_ = [nn.functional.conv2d(given[[n]], w, bias, 2, kernel // 2) for n, w in enumerate((whole, weight))]
+        results.append(torch.cat(parts_))
+    assert_as_accurate(found, *results)
+
+
 # From which step on, and until when
 
 

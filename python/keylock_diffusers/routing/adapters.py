@@ -182,7 +182,8 @@ class AdapterRouting:
             if name in at:
                 own |= {"down": down, "offsets": offsets[at[name]], "slots": slots[at[name]]}
             else:
-                rows, kernels = self._kernels(name, down, first, rank)
+                table = down.view(len(down), *weight_shape(modules[name])[1:])  # which one pixel's are flat in
+                rows, kernels = self._kernels(name, table, first, rank)
                 own["slots"] = self._fill(("slots", name), rows, device)
                 own["kernels"] = self._fill(("kernels", name), kernels, device)
             # On a CPU to be told would mean to look.
