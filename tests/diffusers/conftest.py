@@ -1,5 +1,8 @@
 """A tiny random Stable Diffusion pipeline, and concepts for it."""
 
+import uuid
+
+import fsspec
 import pytest
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline
@@ -80,6 +83,25 @@ def _build_tiny():
 @pytest.fixture
 def concept_for():
     return make_concept
+
+
+@pytest.fixture(params=["folder", "memory"])
+def root(request, tmp_path):
+    """A bank's place: a folder, or a file system that fsspec opens."""
+    if request.param == "folder":
+        yield str(tmp_path / "bank")
+        return
+    url = f"memory://keylock-{uuid.uuid4().hex}/bank"
+    yield url
+    fs, path = fsspec.core.url_to_fs(url)
+    if fs.exists(path):
+        fs.rm(path, recursive=True)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The place of a bank that is a folder."""
+    return tmp_path / "bank"
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import os
 import pickle
 import threading
 import time
-import uuid
 from typing import ClassVar
 
 import fsspec
@@ -43,24 +42,6 @@ def make_concept(placeholder="<alice-cat>", fill=1.0):
         values=torch.full((1024,), fill),
         base=BASE,
     )
-
-
-@pytest.fixture(params=["folder", "memory"])
-def root(request, tmp_path):
-    """A bank's place: a folder, or a file system that fsspec opens."""
-    if request.param == "folder":
-        yield str(tmp_path / "bank")
-        return
-    url = f"memory://keylock-{uuid.uuid4().hex}/bank"
-    yield url
-    fs, path = fsspec.core.url_to_fs(url)
-    if fs.exists(path):
-        fs.rm(path, recursive=True)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return tmp_path / "bank"
 
 
 def test_add_read_iterate_remove(root):

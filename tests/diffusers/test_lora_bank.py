@@ -83,24 +83,6 @@ def peft_folder(path, alpha=3.0, **settings):
     return path
 
 
-@pytest.fixture(params=["folder", "memory"])
-def root(request, tmp_path):
-    """A bank's place: a folder, or a file system that fsspec opens."""
-    if request.param == "folder":
-        yield str(tmp_path / "bank")
-        return
-    url = f"memory://keylock-{uuid.uuid4().hex}/bank"
-    yield url
-    fs, path = fsspec.core.url_to_fs(url)
-    if fs.exists(path):
-        fs.rm(path, recursive=True)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return tmp_path / "bank"
-
-
 @pytest.fixture
 def file(tmp_path):
     """Writes a LoRA file beside the bank."""
