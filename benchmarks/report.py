@@ -22,13 +22,16 @@ PACKAGES = ("torch", "triton", "diffusers", "transformers")
 
 
 def device_name() -> str:
+    """The device; of a CPU its widest vector instructions too, which its name does not say."""
     if DEVICE.type == "cuda":
         return torch.cuda.get_device_name(DEVICE)
     try:
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
         found = None
-    return found[1] if found else platform.processor() or platform.machine()
+    name = found[1] if found else platform.processor() or platform.machine()
+    bf16 = " BF16" if torch.cpu._is_avx512_bf16_supported() else ""
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}{bf16}"
 
 
 def environment() -> dict[str, Any]:

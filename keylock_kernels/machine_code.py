@@ -161,7 +161,7 @@ def _resident(p: Processor, registers: int, shared: int, warps: int, target: str
 
 
 # Functions that move queries, keys, values, activations, weights and outputs; and who calls them for what.
-_DENSE = ("load_part", "store_part", "_activations", "_load_weight", "_store_output")
+_DENSE = ("load_part", "store_part", "activations_of", "load_weight", "store_output")
 _KEYS = ("key_tile", "asked_tokens")
 _IMAGES = ("resident_images", "_add_long", "_add_group", "_add_equal", "_images", "_image_chunk")
 
@@ -170,10 +170,10 @@ _IMAGES = ("resident_images", "_add_long", "_add_group", "_add_equal", "_images"
 def _lines() -> dict[tuple[str, int], str]:
     """By file and line, the kernels' function of the names above that the line belongs to."""
     from .ops.localized_attention import triton_backward, triton_forward, triton_keys, triton_tiles
-    from .ops.low_rank import triton_kernels as low_rank
+    from .ops.low_rank import triton_updates
 
     found = {}
-    for module in (triton_tiles, triton_forward, triton_backward, triton_keys, low_rank):
+    for module in (triton_tiles, triton_forward, triton_backward, triton_keys, triton_updates):
         for name in (*_DENSE, *_KEYS, *_IMAGES):
             function = getattr(module, name, None)
             if function is not None and function.fn.__module__ == module.__name__:

@@ -10,7 +10,7 @@ struct LowRankUpdate {
   Tensor<3> base;     // [B, N, O] any floating type, last dimension contiguous
   Tensor<3> x;        // [B, N, K] base's type, last dimension contiguous; absent as updates.down
   Updates updates;    // tables of any floating type
-  Tensor<3, void> y;  // [B, N, O] base's type, last dimension contiguous, no overlap with any
+  Tensor<3, void> y;  // [B, N, O] base's type, last dimension contiguous; base, or no overlap
 };
 
 // Sums in float32 (float64 for a float64 base), adds base last and rounds once. The bits of a row

@@ -31,7 +31,7 @@ def linear(
     updates = updates.checked("linear")
     with exact_products(x.device):
         wide = reference.base_product(x, weight)
-    y = low_rank_update(wide, x.to(wide.dtype), updates)
+    y = _updated(wide, x.to(wide.dtype), updates, wide, None)  # new memory would cost more than the update
     return reference.finished(y, bias, output_scale).to(x.dtype)
 
 
@@ -137,6 +137,13 @@ def low_rank_update(
         TypeError, ValueError: an argument of the wrong kind, shape or range.
         RuntimeError: the compiled kernels are not available.
     """
+    return _updated(base, x, updates, None, instruction_set)
+
+
+def _updated(
+    base: Tensor, x: Tensor | None, updates: Updates, y: Tensor | None, instruction_set: str | None
+) -> Tensor:  # [B, N, O]
+    """`low_rank_update` into `y`, which may be the base itself; None: into new memory."""
     op = "low_rank_update"
     cpu, floating = torch.device("cpu"), native.floating_types()
     check_like(op, "base", base, floating, ("B", "N", "O"), cpu)
@@ -145,7 +152,8 @@ def low_rank_update(
         x = _rows_contiguous(x)
         updates = _gated(x, updates)
     native.require_cpu(op, *(t for t in updates[:-1] if t is not None))
-    base, y = _rows_contiguous(base), torch.empty(base.shape, dtype=base.dtype)
+    base = _rows_contiguous(base)
+    y = torch.empty(base.shape, dtype=base.dtype) if y is None else y
     read = _readable(updates, accumulate_dtype(base.dtype))
     status = native.extension().low_rank_update(
         native.describe(base),

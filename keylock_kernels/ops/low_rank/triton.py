@@ -11,10 +11,6 @@ from ..launching import accumulator, architecture, ceil_div, launch, processors
 from ..precision import accumulate_dtype
 from . import reference
 from .triton_kernels import (
-    PerUpdate,
-    Slots,
-    Table,
-    Tokens,
     gate_part_kernel,
     given_update_kernel,
     linear_kernel,
@@ -23,6 +19,7 @@ from .triton_kernels import (
     table_sum_kernel,
     update_kernel,
 )  # fmt: skip
+from .triton_updates import PerUpdate, Slots, Table, Tokens
 from .updates import Updates
 
 
