@@ -96,12 +96,12 @@ class Use:
 
     Args:
         concept: an id of the bank that `generate` is given, or a Concept.
-        beta: where the gate opens, in units of the similarity; default the concept's own.
-        tau: the gate's temperature; default the concept's own.
+        beta, tau: where a key-locked concept's gate opens, and its temperature; default the concept's own.
         strength: 1 is the concept as trained, 0 exactly its absence.
         lock: "local": keys are locked to the super-class token by token; "global": all keys are those of the prompt
             with the super-class in the concept's place, which follows the prompt more and the subject less.
         region: where the concept's word may be seen, as a `Region`'s mask; default everywhere.
+        start: as the request's `subject_start`, of this concept; default the larger of that and the concept's own.
     """
 
     concept: Any  # str, or a keylock_diffusers.Concept
@@ -110,6 +110,7 @@ class Use:
     strength: float = 1.0
     lock: str = "local"
     region: Any = None  # [height, width]
+    start: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,8 +218,7 @@ class Request:
         prompt_embeds: encodings [T, D] instead of a prompt, without concepts.
         negative_prompt: text for the unconditional half; concepts' placeholders are not allowed in it.
         negative_prompt_embeds: encodings [T, D] instead of a negative prompt.
-        pooled_prompt_embeds: SDXL's pooled encoding [P] that goes with `prompt_embeds`.
-        negative_pooled_prompt_embeds: the same for `negative_prompt_embeds`.
+        pooled_prompt_embeds, negative_pooled_prompt_embeds: SDXL's pooled encodings [P] that go with those.
         guidance_scale: weight of the prompt; 1 or less is without guidance.
         concepts: what the prompt's placeholders stand for.
         loras: low-rank adapters, of the whole picture or of regions of it; they act on both halves of guidance.

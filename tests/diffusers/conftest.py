@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline
 
 import keylock_diffusers as kd
-from keylock_diffusers.concepts import BaseModel, Concept
+from keylock_diffusers.concepts import AddedConcept, BaseModel, KeyLockedConcept
 from keylock_diffusers.embedded.diffusion import build_tokenizer
 from tests.diffusers.compatibility import text_encoder, unet
 
@@ -50,7 +50,7 @@ def make_concept(pipe, placeholder="<alice-cat>", super_class="cat", seed=1, **c
     random = torch.Generator().manual_seed(seed)
     target = torch.randn(width, generator=random)
     energy = float(target @ target)
-    return Concept(
+    return KeyLockedConcept(
         placeholder,
         super_class,
         target_input=target,
@@ -59,6 +59,25 @@ def make_concept(pipe, placeholder="<alice-cat>", super_class="cat", seed=1, **c
         super_class_encoding=torch.randn(width, generator=random),
         word_embeddings=tuple(torch.randn(e.hidden_size, generator=random) * 0.5 for e in base.text_encoders),
         values=torch.randn(base.values_width, generator=random),
+        base=base,
+        **changes,
+    )
+
+
+def make_added(
+    pipe, placeholder="<alice-cat>", super_class="cat", seed=1, words=3, encodings=1, keys=2, values=3, **changes
+):
+    """A concept that adds random vectors at its own words."""
+    base = pipe if isinstance(pipe, BaseModel) else BaseModel.of(pipe)
+    random = torch.Generator().manual_seed(seed)
+    widths = [width for name, width in base.layers if name in changes.get("layers", dict(base.layers))]
+    return AddedConcept(
+        placeholder,
+        super_class,
+        word_embeddings=tuple(torch.randn(words, e.hidden_size, generator=random) * 0.5 for e in base.text_encoders),
+        encodings=torch.randn(encodings, base.cross_attention_dim, generator=random) * 0.5,
+        keys=torch.randn(keys, sum(widths), generator=random),
+        values=torch.randn(values, sum(widths), generator=random),
         base=base,
         **changes,
     )
@@ -83,6 +102,11 @@ def _build_tiny():
 @pytest.fixture
 def concept_for():
     return make_concept
+
+
+@pytest.fixture
+def added_for():
+    return make_added
 
 
 @pytest.fixture(params=["folder", "memory"])

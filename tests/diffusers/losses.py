@@ -169,7 +169,7 @@ class ConceptStep:
         model: the modules.
         pipe: the pipeline, whose autoencoder encodes the pictures.
         subject: a `Subject` whose pictures are as large as the pipeline draws, and masks 8 times the latents.
-        config: a `TrainingConfig`.
+        config: a `PerfusionConfig`.
         metric: C, [D, D].
         step: which.
     """

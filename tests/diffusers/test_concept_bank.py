@@ -22,6 +22,7 @@ from keylock_diffusers.concepts import (
     Concept,
     ConceptBank,
     ConceptFileError,
+    KeyLockedConcept,
     TextEncoderInfo,
     UnknownConceptError,
 )
@@ -31,7 +32,7 @@ BASE = BaseModel((TextEncoderInfo("CLIPTextModel", 4, 1, 50),), (("mid_block.att
 
 
 def make_concept(placeholder="<alice-cat>", fill=1.0):
-    return Concept(
+    return KeyLockedConcept(
         placeholder,
         "cat",
         target_input=torch.tensor([2.0, 0, 0, 0]),
@@ -100,7 +101,7 @@ def test_a_summary_reads_the_header_alone(root):
     bank.add("alice/cat", concept)
     summary = bank.summary("alice/cat")
     assert (summary.placeholder, summary.super_class, summary.nbytes) == ("<alice-cat>", "cat", concept.nbytes)
-    assert (summary.beta, summary.tau) == (concept.beta, concept.tau)
+    assert summary.edit == "perfusion" and summary.settings == {"beta": concept.beta, "tau": concept.tau}
     data = bytearray(concept.to_bytes())
     data[-1] ^= 1
     changed = bytes(data)

@@ -17,6 +17,7 @@ from keylock_diffusers.concepts import (
     BaseModel,
     Concept,
     ConceptFileError,
+    KeyLockedConcept,
     TextEncoderInfo,
 )
 from keylock_diffusers.concepts.files import pack, read_header, read_tensors
@@ -54,7 +55,7 @@ def make_concept(base=BASE, seed=0, **changes):
         "covariance": {"captions": 512, "positions": "bos..eos", "ridge": 1e-3},
         "training": {"steps": 400, "learning_rates": [0.03, 0.006], "loss": None},
     }
-    return Concept(**{**fields, **changes})
+    return KeyLockedConcept(**{**fields, **changes})
 
 
 CONCEPT = make_concept()
@@ -167,7 +168,7 @@ def test_a_missing_file_is_an_os_error(tmp_path):
         ({"values": torch.zeros(11, dtype=torch.int64)}, "got torch.int64 tensor"),
         ({"values": torch.full((11,), 1e6)}, "values torch.float16 cannot hold"),
         ({"values": torch.full((11,), float("nan"))}, "must be finite, got NaN"),
-        ({"word_embeddings": (torch.zeros(6),)}, "one vector per text encoder, 2, got 1"),
+        ({"word_embeddings": (torch.zeros(6),)}, "one per text encoder, 2, got 1"),
         ({"word_embeddings": (torch.zeros(6), torch.zeros(6))}, r"word_embeddings\[1\] must be \[3\], got \[6\]"),
         ({"energy": 0.0}, "energy must be positive"),
         ({"energy": float("inf")}, "energy must be finite"),
@@ -308,7 +309,8 @@ def test_non_finite_tensors(name, value):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"format_version": 2}, "format_version must be 1, the one this release reads, got 2"),
+        ({"format_version": 3}, "format_version must be 1 or 2, which this release reads, got 3"),
+        ({"format_version": 2}, "the fields must be .*missing or unknown: "),
         ({"format_version": True}, "format_version must be 1"),
         ({"format_version": None}, "format_version must be 1"),
         ({"colour": "red"}, "missing or unknown: \\['colour'\\]"),

@@ -488,8 +488,8 @@ def test_its_files_draw_in_an_unmodified_pipeline_what_generate_draws(case, tmp_
         ({"gradient_checkpointing": 1}, "gradient_checkpointing must be True or False, got 1"),
         ({"targets": "to_q"}, "targets must be one of linear, all, got 'to_q'"),
         ({"targets": 3}, "targets must be a list, got int"),
-        ({"targets": ["to_q", ""]}, "targets must be names of projections, got '' among them"),
-        ({"text_targets": [1]}, "text_targets must be names of projections, got 1 among them"),
+        ({"targets": ["to_q", ""]}, "targets must be names of modules, got '' among them"),
+        ({"text_targets": [1]}, "text_targets must be names of modules, got 1 among them"),
         ({"targets": (), "text_targets": ()}, "targets and text_targets must not both be empty"),
     ],
 )

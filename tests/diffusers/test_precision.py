@@ -9,7 +9,7 @@ from keylock_diffusers.training import (
     AdapterConfig,
     Covariance,
     FusionConfig,
-    TrainingConfig,
+    PerfusionConfig,
     train_concepts,
     train_image_adapter,
     train_subject_fusion,
@@ -74,7 +74,7 @@ def trained(pipe):
 
     def concept():
         (made,) = train_concepts(
-            pipe, [subject()], TrainingConfig(steps=2, batch_size=2), metric=metric, progress=False
+            pipe, [subject()], PerfusionConfig(steps=2, batch_size=2), metric=metric, progress=False
         )
         return {"values": made.values, "words": made.word_embeddings[0], "target": made.target_input}
 

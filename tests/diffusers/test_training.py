@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 import keylock_diffusers as kd
 from keylock_diffusers import files
 from keylock_diffusers.concepts import BaseModel, Concept, TextEncoderInfo
-from keylock_diffusers.denoisers.unet import cross_attention_layers
+from keylock_diffusers.denoisers.unet import cross_attention_layers, text_encoders
 from keylock_diffusers.embedded.captions import default_captions
 from keylock_diffusers.encoding import text
 from keylock_diffusers.files import read_tensors, write_tensors
@@ -26,15 +26,17 @@ from keylock_diffusers.routing.rows import ConceptUse, Row
 from keylock_diffusers.training import (
     ConceptTrainingError,
     Covariance,
+    PerfusionConfig,
     Subject,
-    TrainingConfig,
     covariance,
     train_concepts,
 )
-from keylock_diffusers.training.trainer import word_encodings
+from keylock_diffusers.training.captions import word_encodings
 from tests.diffusers.accuracy import assert_as_accurate, widened
+from tests.diffusers.compatibility import SIZE, make
 
-QUICK = TrainingConfig(steps=4, batch_size=2, values_rate=0.05, embedding_rate=0.05)
+SMALL = {"height": SIZE, "width": SIZE, "num_inference_steps": 2, "output_type": "np"}
+QUICK = PerfusionConfig(steps=4, batch_size=2, values_rate=0.05, embedding_rate=0.05)
 
 
 def pictures(seed, count=2):
@@ -91,7 +93,7 @@ LEARNED = 0.97
 
 
 def test_trained_together_is_trained_alone(pipe, metric):
-    config = TrainingConfig(steps=20, batch_size=2, values_rate=0.02, embedding_rate=0.02)
+    config = PerfusionConfig(steps=20, batch_size=2, values_rate=0.02, embedding_rate=0.02)
     subjects = [subject("alice", 1), subject("bob", 2), subject("carol", 3)]
     together = train(pipe, subjects, metric, config)
     for one, concept in zip(subjects, together, strict=True):
@@ -144,7 +146,7 @@ def loss_of(pipe, subject, concept, *, step=0, size=2, gate=(0.75, 0.1)):
 
 
 def test_the_loss_is_the_masked_diffusion_loss_of_the_edited_model(pipe, metric):
-    still = TrainingConfig(steps=1, batch_size=2, values_rate=0.0, embedding_rate=0.0)
+    still = PerfusionConfig(steps=1, batch_size=2, values_rate=0.0, embedding_rate=0.0)
     left = Image.fromarray(np.repeat(np.array([[200] * 8 + [0] * 8], np.uint8), 16, 0))
     losses = []
     for masks in (None, [left, left]):
@@ -156,8 +158,8 @@ def test_the_loss_is_the_masked_diffusion_loss_of_the_edited_model(pipe, metric)
 
 
 def test_training_lowers_the_loss_on_its_own_pictures(pipe, metric):
-    still = TrainingConfig(steps=1, batch_size=4, values_rate=0.0, embedding_rate=0.0)
-    moving = TrainingConfig(steps=40, batch_size=4, values_rate=0.1, embedding_rate=0.02)
+    still = PerfusionConfig(steps=1, batch_size=4, values_rate=0.0, embedding_rate=0.0)
+    moving = PerfusionConfig(steps=40, batch_size=4, values_rate=0.1, embedding_rate=0.02)
 
     def unseen(concept):
         return np.mean([loss_of(pipe, subject(), concept, step=1000 + n, size=8) for n in range(4)])
@@ -183,7 +185,7 @@ def test_a_resumed_run_is_as_patient_as_an_uninterrupted_one(pipe, metric, tmp_p
     from dataclasses import replace
 
     path, patience = tmp_path / "run.safetensors", 3
-    config = TrainingConfig(steps=30, batch_size=2, values_rate=0.0, embedding_rate=0.0, patience=patience)
+    config = PerfusionConfig(steps=30, batch_size=2, values_rate=0.0, embedding_rate=0.0, patience=patience)
     whole = train(pipe, [subject()], metric, config)[0].training
     best = whole["steps"] - patience  # the steps up to the best one
     assert whole["stopped"] == "converged" and patience < best < 30 - patience
@@ -229,12 +231,12 @@ def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(pipe, build_tin
 
 
 def test_the_first_step_starts_from_the_super_class(pipe, metric):
-    still = TrainingConfig(steps=1, batch_size=2, values_rate=0.0, embedding_rate=0.0)
+    still = PerfusionConfig(steps=1, batch_size=2, values_rate=0.0, embedding_rate=0.0)
     concept = train(pipe, [subject()], metric, still)[0]
     prompts = [text.tokenize(pipe.tokenizer, words.replace("<alice-cat>", "cat")) for words in subject().captions]
     places = [text.tokenize(pipe.tokenizer, words, {"<alice-cat>": "cat"}) for words in subject().captions]
     eager, exact = (
-        word_encodings(text.encode(encoder, prompts), places).mean(0)
+        word_encodings(text.encode(encoder, prompts), [(place,) for place in places]).mean(0)
         for encoder in (pipe.text_encoder, widened(pipe.text_encoder))
     )
     assert_as_accurate(concept.super_class_encoding, eager.half(), exact)  # as the file has it
@@ -246,12 +248,12 @@ def test_the_first_step_starts_from_the_super_class(pipe, metric):
 @pytest.mark.parametrize("decay", [0.0, 0.9])
 def test_the_target_input_is_a_moving_average_of_the_words_encoding(pipe, metric, decay):
     """With nothing learned the encoding depends on the drawn captions only."""
-    config = TrainingConfig(steps=2, batch_size=2, values_rate=0.0, embedding_rate=0.0, target_decay=decay)
+    config = PerfusionConfig(steps=2, batch_size=2, values_rate=0.0, embedding_rate=0.0, target_decay=decay)
     concept = train(pipe, [subject()], metric, config)[0]
     prompts = [text.tokenize(pipe.tokenizer, words, {"<alice-cat>": "cat"}) for words in subject().captions]
     targets = []
     for encoder in (pipe.text_encoder, widened(pipe.text_encoder)):
-        encodings = word_encodings(text.encode(encoder, prompts), prompts)
+        encodings = word_encodings(text.encode(encoder, prompts), [(prompt,) for prompt in prompts])
         target = encodings.mean(0)
         for step in range(2):
             chosen = torch.randint(2, (2,), generator=torch.Generator().manual_seed(1 * 1_000_003 + step))
@@ -275,8 +277,8 @@ def test_the_three_gradients_of_the_target_differ_and_none_is_none(pipe, metric)
 
 
 def test_learning_rates_are_in_units_of_what_is_learned(pipe, metric):
-    config = TrainingConfig(steps=1, batch_size=2, values_rate=0.01, embedding_rate=0.04, max_grad_norm=None)
-    still = TrainingConfig(steps=1, batch_size=2, values_rate=0.0, embedding_rate=0.0)
+    config = PerfusionConfig(steps=1, batch_size=2, values_rate=0.01, embedding_rate=0.04, max_grad_norm=None)
+    still = PerfusionConfig(steps=1, batch_size=2, values_rate=0.0, embedding_rate=0.0)
     moved, start = (train(pipe, [subject()], metric, c)[0] for c in (config, still))
     for learned, initial, rate in (
         (moved.word_embeddings[0].float(), start.word_embeddings[0].float(), 0.04),
@@ -287,7 +289,7 @@ def test_learning_rates_are_in_units_of_what_is_learned(pipe, metric):
 
 
 def test_a_converged_subject_stops_early(pipe, metric):
-    config = TrainingConfig(steps=12, batch_size=2, values_rate=0.0, embedding_rate=0.0, patience=2)
+    config = PerfusionConfig(steps=12, batch_size=2, values_rate=0.0, embedding_rate=0.0, patience=2)
     concept = train(pipe, [subject()], metric, config)[0]
     assert concept.training["stopped"] == "converged" and concept.training["steps"] < 12
 
@@ -314,15 +316,15 @@ def test_the_scheduler_at_hand_does_not_matter(pipe, metric):
 
 
 def test_an_unusable_result_costs_the_others_nothing(pipe, metric):
-    wild = TrainingConfig(steps=1, batch_size=2, values_rate=0.05, embedding_rate=0.05)
+    wild = PerfusionConfig(steps=1, batch_size=2, values_rate=0.05, embedding_rate=0.05)
     alone = train(pipe, [subject("bob", 2)], metric, wild)[0]
     sick = subject("sick", 9)
     from keylock_diffusers.training import trainer
 
     begin = trainer._begin
 
-    def extreme(pipe, one, config):
-        learner = begin(pipe, one, config)
+    def extreme(pipe, captions, one, config):
+        learner = begin(pipe, captions, one, config)
         if one is sick:
             learner.values.data[0] = 1e6  # beyond float16
         return learner
@@ -512,7 +514,7 @@ def test_a_subject_of_other_kinds_is_refused(changes, message):
 
 
 def test_numpys_numbers_are_numbers(pipe, metric):
-    config = TrainingConfig(
+    config = PerfusionConfig(
         steps=np.int64(4), batch_size=np.int32(2), values_rate=np.float64(0.05), embedding_rate=np.float64(0.05)
     )
     (ours,) = train(pipe, [subject(seed=np.int64(1))], metric, config)
@@ -524,8 +526,8 @@ def test_arguments_of_other_kinds_are_named(pipe, metric, tmp_path):
         ((pipe, None), "subjects must be a list, got NoneType"),
         ((pipe, subject()), "subjects must be a list, got Subject"),
         ((pipe, [subject(), "bob"]), "subjects must be Subject objects, got 'bob'"),
-        ((None, [subject()]), "pipe must be a Stable Diffusion 1.x or 2.x pipeline .*, got NoneType"),
-        ((pipe, [subject()], {"steps": 1}), "config must be a TrainingConfig, got {'steps': 1}"),
+        ((None, [subject()]), "pipe must be a Stable Diffusion 1.x, 2.x or XL pipeline .*, got NoneType"),
+        ((pipe, [subject()], {"steps": 1}), "config must be a PerfusionConfig or an AddedConfig, got {'steps': 1}"),
     ):
         with pytest.raises(TypeError, match=f"^train_concepts: {message}"):
             train_concepts(*arguments, metric=metric)
@@ -544,18 +546,47 @@ def test_arguments_of_other_kinds_are_named(pipe, metric, tmp_path):
             Covariance(matrix.double(), {})
 
 
-def test_stable_diffusion_xl_is_refused_before_anything_is_encoded(pipe, metric):
+def test_stable_diffusion_xl_learns_in_both_encoders(tmp_path):
+    """The metric is of both encodings side by side, and each encoder has a word of its own."""
+    pipe = make("SDXL", "text only")[0]
+    captions = default_captions()[:80]
+    metric = covariance(pipe, captions, cache=tmp_path)
+    moments = []
+    for encoder in text_encoders(pipe):
+        prompts = [text.tokenize(encoder.tokenizer, caption) for caption in captions]
+        moments.append(text.encode_rows(encoder, prompts)[0].double())
+    kept = torch.tensor([prompt.attention for prompt in prompts]).bool()
+    rows = torch.cat(moments, -1)[kept]
+    moment = rows.T @ rows / len(rows)
+    moment += 1e-3 * moment.diagonal().mean() * torch.eye(len(moment))
+    torch.testing.assert_close(metric.matrix, moment, rtol=1e-6, atol=1e-7)
+    together = train(pipe, [subject("alice", 1), subject("bob", 2)], metric)
+    alone = train(pipe, [subject("bob", 2)], metric)[0]
+    for concept in together:
+        assert len(concept.word_embeddings) == 2 and concept.base == BaseModel.of(pipe)
+        assert [len(vector) for vector in concept.word_embeddings] == [
+            encoder.model.config.hidden_size for encoder in text_encoders(pipe)
+        ]
+    assert far(together[1], alone) <= TOGETHER
+    still = train(pipe, [subject("bob", 2)], metric, dataclasses.replace(QUICK, embedding_rate=0.0))[0]
+    for learned, begun in zip(alone.word_embeddings, still.word_embeddings, strict=True):
+        assert not torch.equal(learned, begun)
+    drawn = kd.generate(kd.install(pipe), [kd.Request("<bob-cat> on blue", concepts=[alone], seed=1)], **SMALL)
+    assert np.isfinite(drawn[0]).all()
+
+
+def test_two_text_encoders_need_both_their_tokenizers(pipe, metric):
     pipe.text_encoder_2 = pipe.text_encoder
     pipe.text_encoder.register_forward_hook(lambda *_: pytest.fail("encoded"))
     for ask in (lambda: covariance(pipe, ["a cat"]), lambda: train(pipe, [subject()], metric)):
-        with pytest.raises(TypeError, match="one text encoder, got two: Stable Diffusion XL cannot be trained"):
+        with pytest.raises(TypeError, match="pipeline with its tokenizer_2, got StableDiffusionPipeline"):
             ask()
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "vae", "unet"])
 def test_a_pipeline_without_a_part_is_refused(pipe, metric, part):
     setattr(pipe, part, None)
-    with pytest.raises(TypeError, match=f"2.x pipeline with its {part}, got StableDiffusionPipeline"):
+    with pytest.raises(TypeError, match=f"XL pipeline with its {part}, got StableDiffusionPipeline"):
         train(pipe, [subject()], metric)
 
 
@@ -639,7 +670,7 @@ def test_what_cannot_train_is_refused(pipe, metric):
 )
 def test_a_wrong_setting_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        TrainingConfig(**changes)
+        PerfusionConfig(**changes)
 
 
 def test_the_covariance_is_the_second_moment_of_the_counted_positions(pipe, tmp_path):

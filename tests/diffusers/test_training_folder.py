@@ -15,12 +15,12 @@ from PIL import Image
 import keylock_diffusers as kd
 from keylock_diffusers import cli, files
 from keylock_diffusers.cli import common
-from keylock_diffusers.concepts import Concept
+from keylock_diffusers.concepts import AddedConcept, Concept
 from keylock_diffusers.training import (
+    PerfusionConfig,
     PictureFolder,
     Samples,
     Subject,
-    TrainingConfig,
     advice,
     checkpoint,
     train_concepts,
@@ -180,7 +180,7 @@ def test_a_lock_goes_with_what_it_was_held_for(tmp_path):
 def test_samples_show_the_super_class_and_the_concept_so_far_and_change_nothing(pipe, metric, tmp_path):  # noqa: F811
     kd.install(pipe)
     path = tmp_path / "samples.png"
-    config = TrainingConfig(steps=4, batch_size=2, values_rate=0.05, embedding_rate=0.05)
+    config = PerfusionConfig(steps=4, batch_size=2, values_rate=0.05, embedding_rate=0.05)
     samples = Samples(pipe, subject(), path, 2, seeds=(0, 1), num_inference_steps=2)
     options = {"metric": metric, "progress": False}
     (shown,) = train_concepts(pipe, [subject()], config, **options, on_step=samples)
@@ -197,7 +197,7 @@ def test_samples_show_the_super_class_and_the_concept_so_far_and_change_nothing(
 
 
 def test_samples_that_cannot_be_drawn_or_written_do_not_stop_training(pipe, metric, tmp_path, caplog):  # noqa: F811
-    config = TrainingConfig(steps=2, batch_size=2)
+    config = PerfusionConfig(steps=2, batch_size=2)
     samples = Samples(pipe, subject(), tmp_path / "none" / "samples.png", 1, num_inference_steps=1)
     (made,) = train_concepts(pipe, [subject()], config, metric=metric, progress=False, on_step=samples)
     assert isinstance(made, Concept) and caplog.text.count("samples: step") == 2
@@ -248,10 +248,10 @@ def test_quarters_are_means_and_their_standard_errors():
 def test_a_concept_keeps_the_course_of_its_losses_over_an_interruption(pipe, metric, tmp_path):  # noqa: F811
     path = tmp_path / "run.safetensors"
     options = {"metric": metric, "progress": False}
-    config = TrainingConfig(steps=42, batch_size=1)
+    config = PerfusionConfig(steps=42, batch_size=1)
     (whole,) = train_concepts(pipe, [subject()], config, **options)
     assert len(whole.training["loss_quarters"]) == len(whole.training["loss_errors"]) == 4
-    train_concepts(pipe, [subject()], TrainingConfig(steps=20, batch_size=1), **options, checkpoint_path=path)
+    train_concepts(pipe, [subject()], PerfusionConfig(steps=20, batch_size=1), **options, checkpoint_path=path)
     (resumed,) = train_concepts(pipe, [subject()], config, **options, checkpoint_path=path)
     assert resumed.training["loss_quarters"] == whole.training["loss_quarters"]
 
@@ -397,20 +397,9 @@ def test_what_went_wrong_in_training_is_one_line_and_leaves_no_checkpoint(quick,
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
 
 
-def test_stable_diffusion_xl_is_refused_by_train_at_once(quick, capsys, monkeypatch, tmp_path):
-    quick.text_encoder_2 = quick.text_encoder
-    quick.text_encoder.register_forward_hook(lambda *_: pytest.fail("encoded"))
-    assert "Stable Diffusion XL cannot be trained" in fail(capsys, monkeypatch, *command(tmp_path))
-
-
 @pytest.mark.parametrize(
     ("parts", "options", "message"),
     [
-        (
-            {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]},
-            [],
-            "Stable Diffusion XL cannot be",
-        ),
         ({}, ["--dtype", "float16"], "--dtype must be float32 or bfloat16"),
     ],
 )
@@ -423,6 +412,33 @@ def test_a_model_that_cannot_be_taught_is_refused_before_it_is_loaded(
     unloaded(monkeypatch)
     options = ["--model", tmp_path / "model", "--captions", tmp_path / "captions.txt", *options]
     assert message in fail(capsys, monkeypatch, *command(tmp_path, *options))
+
+
+def test_train_makes_an_added_concept_without_captions_for_a_metric(quick, monkeypatch, tmp_path):
+    monkeypatch.setattr("keylock_diffusers.training.covariance", lambda *_, **__: pytest.fail("made a metric"))
+    options = [
+        "--edit",
+        "added",
+        "--words",
+        2,
+        "--keys-rate",
+        0.01,
+        "--prior",
+        0.5,
+        "--start",
+        0.2,
+        "--samples-every",
+        1,
+    ]
+    said = run(*command(tmp_path, *options, names=("a.png", "a.txt", "a-mask.png")))
+    made = Concept.load(tmp_path / "cat.safetensors")
+    assert isinstance(made, AddedConcept) and (made.words, made.start, len(made.keys)) == (2, 0.2, 2)
+    assert made.training["keys_rate"] == 0.01 and made.training["prior"] == 0.5
+    assert "samples.png: samples" in said and f"version {made.version}" in said
+    bank = ["--bank", tmp_path / "bank"]
+    run("bank", "add", "alice/cat", tmp_path / "cat.safetensors", *bank)
+    shown = json.loads(run("bank", "show", "alice/cat", *bank))
+    assert (shown["edit"], shown["words"], shown["start"]) == ("added", 2, 0.2) and "covariance" not in shown
 
 
 def test_an_earlier_strip_of_samples_stays(quick, tmp_path):

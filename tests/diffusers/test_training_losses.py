@@ -20,8 +20,8 @@ from keylock_diffusers.training import (
     FusionExample,
     FusionSubject,
     Localization,
+    PerfusionConfig,
     Subject,
-    TrainingConfig,
     train_concepts,
     train_image_adapter,
     train_subject_fusion,
@@ -46,7 +46,7 @@ assert_as_accurate = functools.partial(accuracy.assert_as_accurate, largest=Fals
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 ROOT = random(WIDTH, 64, seed=3).double()
 METRIC = Covariance(ROOT @ ROOT.T / 64, {"captions": 0})
-STEP = TrainingConfig(steps=1, batch_size=3, max_grad_norm=None, target_decay=0.5)
+STEP = PerfusionConfig(steps=1, batch_size=3, max_grad_norm=None, target_decay=0.5)
 
 
 @pytest.fixture(name="optimizers")
@@ -181,7 +181,7 @@ def test_each_concepts_gradients_are_clipped_together(pipe, optimizers, limit):
 
 
 def test_steps_are_clipped_to_a_norm_of_one_unless_told_otherwise():
-    assert TrainingConfig().max_grad_norm == 1.0
+    assert PerfusionConfig().max_grad_norm == 1.0
 
 
 # Nothing moves, and i* is the average of the step at hand.

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import keylock_diffusers as kd
-from keylock_diffusers.training import Covariance, Subject, TrainingConfig, covariance, train_concepts
+from keylock_diffusers.training import Covariance, PerfusionConfig, Subject, covariance, train_concepts
 from tests.diffusers.compatibility import WIDTH
 from tests.hostile import world
 from tests.hostile.values import python_value, told
@@ -114,7 +114,7 @@ def _train(place: Path, **changed: Any) -> None:
     subjects = [Subject("<alice-cat>", "cat", pictures)]
     given = {
         "subjects": subjects,
-        "config": TrainingConfig(steps=1, batch_size=1),
+        "config": PerfusionConfig(steps=1, batch_size=1),
         "metric": Covariance(torch.eye(WIDTH, dtype=torch.float64), {}),
         "progress": False,
     }
@@ -202,11 +202,11 @@ FUNCTIONS: dict[str, Function] = {
             "seed": _NUMBER,
         },
     ),
-    "TrainingConfig": Function(
-        lambda place, **changed: TrainingConfig(**changed),
+    "PerfusionConfig": Function(
+        lambda place, **changed: PerfusionConfig(**changed),
         {
             name: _TEXT if one.type == "str" else (*_NUMBER, *_NONE) if "None" in one.type else _NUMBER
-            for name, one in TrainingConfig.__dataclass_fields__.items()
+            for name, one in PerfusionConfig.__dataclass_fields__.items()
         },
     ),
     "covariance": Function(

@@ -15,16 +15,25 @@ import torch
 
 from keylock_diffusers.concepts import Concept, ConceptBank, ConceptFileError
 from keylock_diffusers.concepts.files import _checksum, read_header, read_tensors
-from tests.diffusers.test_concept_file import make_concept
+from tests.diffusers.conftest import make_added
+from tests.diffusers.test_concept_file import BASE, make_concept
 from tests.hostile.values import json_value, told
 
 LONG = 80_000
 KINDS = ("bytes", "header", "fields, sealed", "tensors, sealed", "both, sealed")
-CONCEPT = make_concept()
-DATA = CONCEPT.to_bytes()
-_HEADER = read_header(DATA, "")
-_TENSORS = read_tensors(DATA, _HEADER, "")
-_BEGIN = _HEADER.payload_begin
+
+
+class Saved:
+    """A concept's file before anything was done to it."""
+
+    def __init__(self, concept: Concept) -> None:
+        self.digest, self.data = concept.digest, concept.to_bytes()
+        self.header = read_header(self.data, "")
+        self.tensors = read_tensors(self.data, self.header, "")
+        self.begin = self.header.payload_begin
+
+
+SAVED = (Saved(make_concept()), Saved(make_added(BASE, keys=1, start=0.25)))
 
 
 @dataclass(frozen=True)
@@ -37,12 +46,12 @@ class Case:
 
 
 def make(rng: Random) -> Case:
-    kind = rng.choice(KINDS)
+    kind, saved = rng.choice(KINDS), rng.choice(SAVED)
     if kind == "bytes":
-        return Case(kind, _damaged(rng, DATA), False)
+        return Case(kind, _damaged(rng, saved.data), False)
     if kind == "header":
-        return Case(kind, _with_header(rng), False)
-    fields, tensors = dict(_HEADER.fields), dict(_TENSORS)
+        return Case(kind, _with_header(rng, saved), False)
+    fields, tensors = dict(saved.header.fields), dict(saved.tensors)
     if kind != "tensors, sealed":
         for _ in range(rng.randint(1, 3)):
             _change(rng, fields)
@@ -67,11 +76,10 @@ def check(case: Case, place: Path) -> str:
     concept = outcomes[0]
     if isinstance(concept, str):
         return concept
-    if concept.digest == CONCEPT.digest:
+    if concept.digest in {saved.digest for saved in SAVED}:
         return "accepted, same content"
     assert case.sealed, "a damaged file was taken for another concept"
-    tensors = (concept.target_input, concept.direction, concept.super_class_encoding, concept.values)
-    assert all(t.isfinite().all() for t in (*tensors, *concept.word_embeddings)), "not finite"
+    assert all(tensor.isfinite().all() for tensor in concept.tensors.values()), "not finite"
     assert Concept.load(concept.to_bytes()).digest == concept.digest, "does not come back as it was saved"
     return "accepted, other content"
 
@@ -107,15 +115,16 @@ def _damaged(rng: Random, data: bytes) -> bytes:
     return bytes(changed)
 
 
-def _with_header(rng: Random) -> bytes:
+def _with_header(rng: Random, saved: Saved) -> bytes:
+    data, begin = saved.data, saved.begin
     if rng.randrange(6) == 0:  # the length alone
-        length = rng.choice((0, 1, _BEGIN - 9, _BEGIN - 7, len(DATA), 2**20, 2**31, 2**63, 2**64 - 1))
-        return struct.pack("<Q", length) + DATA[8:]
-    header = json.loads(DATA[8:_BEGIN])
+        length = rng.choice((0, 1, begin - 9, begin - 7, len(data), 2**20, 2**31, 2**63, 2**64 - 1))
+        return struct.pack("<Q", length) + data[8:]
+    header = json.loads(data[8:begin])
     for _ in range(rng.randint(1, 3)):
         _edit(rng, header)
     text = _text(rng, header)
-    return struct.pack("<Q", len(text)) + text + DATA[_BEGIN:]
+    return struct.pack("<Q", len(text)) + text + data[begin:]
 
 
 def _edit(rng: Random, header: dict[str, Any]) -> None:

@@ -64,20 +64,41 @@ def bank_remove(name: Annotated[str, typer.Argument(help="The id.")], bank: Bank
     ConceptBank(bank).remove(name)
 
 
+@app.command("words")
+def bank_words(
+    name: Annotated[str, typer.Argument(help="The id.")],
+    output: Annotated[Path, typer.Option(help="The file to write, for pipe.load_textual_inversion.")],
+    bank: Bank = "concepts",
+    overwrite: Annotated[bool, typer.Option(help="Replace the output, if it is there.")] = False,
+) -> None:
+    """Write a concept's own words as an embedding file; what it changes beside them stays behind."""
+    from keylock_diffusers.concepts import ConceptBank
+    from keylock_diffusers.files import require_place
+    from keylock_diffusers.loras import LearnedWord, write_word
+
+    if output.exists() and not output.is_dir() and not overwrite:
+        raise ValueError(f"--output: {output} exists already; --overwrite replaces it")
+    require_place(output, "--output")
+    concept = ConceptBank(bank)[name]
+    vectors = tuple(vector.float().view(concept.words, -1) for vector in concept.word_embeddings)
+    write_word(output, LearnedWord(concept.placeholder, vectors))
+    print(f"{output}: {output.stat().st_size} bytes, {concept.placeholder}")
+
+
 @app.command("show")
 def bank_show(name: Annotated[str, typer.Argument(help="The id.")], bank: Bank = "concepts") -> None:
     """Print what a concept holds."""
-    from keylock_diffusers import ConceptBank
+    from keylock_diffusers.concepts import ConceptBank, KeyLockedConcept
 
     concept = ConceptBank(bank)[name]
     facts: dict[str, Any] = {
         "placeholder": concept.placeholder,
         "super_class": concept.super_class,
         "version": concept.version,
-        "beta": concept.beta,
-        "tau": concept.tau,
+        "edit": concept.edit,
+        **concept.settings,
         "bytes": concept.nbytes,
-        "covariance": dict(concept.covariance),
+        **({"covariance": dict(concept.covariance)} if isinstance(concept, KeyLockedConcept) else {}),
         "training": dict(concept.training),
         "base": concept.base.to_json(),
     }

@@ -32,11 +32,16 @@ def train(
     ],
     super_class: Annotated[str, typer.Option(help="What it is, such as cat; beside plain words not needed.")] = "",
     method: Annotated[str, typer.Option(help="concept or lora")] = "concept",
+    edit: Annotated[
+        str | None,
+        typer.Option(help="Of a concept: perfusion (the default; key-locked) or added (at words of its own)."),
+    ] = None,
     model: Model = "embedded",
     steps: Annotated[int | None, typer.Option(min=1, help="Default 400, 500 for a LoRA; embedded model: 100.")] = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Default 16, 4 for a LoRA; 6 for a concept of the embedded model.")
     ] = None,
+    words: Annotated[int | None, typer.Option(min=1, help="Of an added concept; default 3.")] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Of a LoRA; default 4.")] = None,
     targets: Annotated[
         str | None,
@@ -51,8 +56,23 @@ def train(
     values_rate: Annotated[
         float | None, typer.Option(help="Learning rate of a concept's values, in units of their size.")
     ] = None,
+    keys_rate: Annotated[
+        float | None, typer.Option(help="Learning rate of an added concept's keys, in units of their size.")
+    ] = None,
     embedding_rate: Annotated[
         float | None, typer.Option(help="Learning rate of the word, in units of its size.")
+    ] = None,
+    prior: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="How much the model is to say, outside of masks, what it says without what is learned; default 1 for "
+            "an added concept, else 0.",
+        ),
+    ] = None,
+    start: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Share of the steps that are drawn before an added concept counts; default 0."),
     ] = None,
     seed: Annotated[int, typer.Option()] = 0,
     localize: Annotated[
@@ -78,6 +98,7 @@ def train(
     ] = None,
 ) -> None:
     """Learn a concept, or a LoRA, from a few pictures."""
+    from keylock_diffusers.checks import one_of
     from keylock_diffusers.cli import drawn
     from keylock_diffusers.concepts.concept import check_placeholder
     from keylock_diffusers.files import require_place
@@ -86,10 +107,26 @@ def train(
     from keylock_diffusers.training.config import is_word
     from keylock_diffusers.training.frozen import check_pipeline
 
-    of_both = {"steps": steps, "batch_size": batch_size, "mixed_precision": mixed_precision}
-    of_concepts = {"values_rate": values_rate, "localize": localize, "target_gradient": target_gradient}
-    of_loras = {"rank": rank, "targets": targets, "learning_rate": learning_rate}
-    is_lora = _is_lora(method, of_concepts | {"captions": captions, "samples_every": samples_every}, of_loras)
+    given: dict[str, dict[str, Any]] = {
+        "all": {
+            "steps": steps,
+            "batch_size": batch_size,
+            "mixed_precision": mixed_precision,
+            "embedding_rate": embedding_rate,
+            "prior": prior,
+        },
+        "a LoRA (--method lora)": {"rank": rank, "targets": targets, "learning_rate": learning_rate},
+        "a concept": {"values_rate": values_rate, "localize": localize},
+        "a key-locked concept (--edit perfusion)": {"target_gradient": target_gradient},
+        "an added concept (--edit added)": {"words": words, "keys_rate": keys_rate, "start": start},
+    }
+    is_lora = one_of(method, "--method", ("concept", "lora")) == "lora"
+    edits = one_of(edit or "perfusion", "--edit", ("perfusion", "added"))
+    others: dict[str, dict[str, Any]] = {
+        "a concept": {"edit": edit, "samples_every": samples_every},
+        "a key-locked concept (--edit perfusion)": {"captions": captions},
+    }
+    config = _config(model, "lora" if is_lora else edits, given, others)
     if not is_lora:
         check_placeholder(placeholder)
     files = [output, *([_word_file(output)] if is_lora and is_word(placeholder) else [])]
@@ -99,14 +136,15 @@ def train(
         require_place(file, "--output")
     folder = PictureFolder.read(pictures)
     subject = folder.subject(placeholder, super_class, seed)
-    config = _config(is_lora, model, of_both | of_concepts | of_loras | {"embedding_rate": embedding_rate})
     if localize and not folder.masks:
         raise ValueError(f"--localize needs masks, and {pictures} has none")
-    lines = [] if is_lora else _captions(model, captions)
-    _check_model(model, dtype, two=is_lora)
+    locked = not is_lora and edits == "perfusion"
+    lines = _captions(model, captions) if locked else []
+    if dtype == "float16":
+        raise ValueError("--dtype must be float32 or bfloat16 for training, since gradients vanish in float16")
     print(f"{pictures}: {folder}")
     pipe = common.load(model, dtype=dtype, device=device, variant=variant, scheduler=scheduler)
-    check_pipeline(pipe, "keylock train", two=is_lora)
+    check_pipeline(pipe, "keylock train", two=True)
     pipe.set_progress_bar_config(disable=True)  # of samples: it would tear training's own
     own = checkpoint or output.with_name(f".{output.name}.checkpoint")
     samples = None
@@ -118,7 +156,7 @@ def train(
         if is_lora:
             (learned,) = train_loras(pipe, [subject], config, checkpoint_path=own)
         else:
-            metric = covariance(pipe, lines, progress=True)
+            metric = covariance(pipe, lines, progress=True) if locked else None
             (learned,) = train_concepts(pipe, [subject], config, metric=metric, checkpoint_path=own, on_step=samples)
     if isinstance(learned, Exception):
         if checkpoint is None:
@@ -138,34 +176,48 @@ def train(
         print(line)
 
 
-def _is_lora(method: str, of_concepts: dict[str, Any], of_loras: dict[str, Any]) -> bool:
-    """Whether a LoRA is to be learned; options of the other method are refused."""
-    from keylock_diffusers.checks import one_of
+def _config(model: str, kind: str, given: dict[str, dict[str, Any]], others: dict[str, dict[str, Any]]) -> Any:
+    """How it is learned.
 
-    is_lora = one_of(method, "--method", ("concept", "lora")) == "lora"
-    for name, value in (of_concepts if is_lora else of_loras).items():
-        if value is not None:
-            belongs = "a concept" if is_lora else "a LoRA (--method lora)"
-            raise ValueError(f"--{name.replace('_', '-')} is an option of {belongs}, and --method is {method}")
-    return is_lora
+    Args:
+        model: what is trained.
+        kind: "lora", "perfusion" or "added".
+        given: options by what they belong to; None says nothing.
+        others: such that are no part of a configuration.
 
-
-def _config(is_lora: bool, model: str, given: dict[str, Any]) -> Any:
-    """How it is learned, where an option that is None says nothing."""
+    Raises:
+        ValueError: an option of another kind.
+    """
     from dataclasses import replace
 
-    from keylock_diffusers.demo.story import TRAINING
-    from keylock_diffusers.training import LoraTrainingConfig, TrainingConfig
+    from keylock_diffusers.demo.story import ADDED_TRAINING, TRAINING
+    from keylock_diffusers.training import AddedConfig, LoraTrainingConfig, PerfusionConfig
     from keylock_diffusers.training.config import TARGETS
 
-    named = given.pop("targets")
-    if named is not None:
-        given["targets"] = named if named in TARGETS else tuple(name.strip() for name in named.split(","))
-    begin: Any = TRAINING if model == "embedded" else TrainingConfig()
-    if is_lora:
+    own = {"all": True} | {name: ("lora" in name) == (kind == "lora") for name in given if name != "all"}
+    own |= {name: own[name] and kind in name for name in given if "--edit" in name}
+    taken: dict[str, Any] = {}
+    for name, belongs in own.items():
+        for option, value in (given[name] | others.get(name, {})).items():
+            if value is None:
+                continue
+            if not belongs:
+                method = "lora" if kind == "lora" else f"concept, --edit {kind}"
+                raise ValueError(f"--{option.replace('_', '-')} is an option of {name}, and --method is {method}")
+            if option in given[name]:
+                taken[option] = value
+    if "targets" in taken and taken["targets"] not in TARGETS:
+        taken["targets"] = tuple(name.strip() for name in taken["targets"].split(","))
+    embedded = model == "embedded"
+    begin: Any
+    if kind == "lora":
         begin = LoraTrainingConfig()
-        begin = replace(begin, steps=100, learning_rate=2e-3) if model == "embedded" else begin
-    return replace(begin, **{name: value for name, value in given.items() if value is not None})
+        begin = replace(begin, steps=100, learning_rate=2e-3) if embedded else begin
+    elif kind == "added":
+        begin = ADDED_TRAINING if embedded else AddedConfig()
+    else:
+        begin = TRAINING if embedded else PerfusionConfig()
+    return replace(begin, **taken)
 
 
 def _write(pipe: Any, learned: Any, files: list[Path], overwrite: bool) -> list[str]:
@@ -192,22 +244,6 @@ def _write(pipe: Any, learned: Any, files: list[Path], overwrite: bool) -> list[
 
 def _word_file(output: Path) -> Path:
     return output.with_name(f"{output.name.removesuffix('.safetensors')}.embedding.safetensors")
-
-
-def _check_model(model: str, dtype: str | None, two: bool) -> None:
-    """What can be told of a model before it is loaded; `check_pipeline` looks at all of it."""
-    if dtype == "float16":
-        raise ValueError("--dtype must be float32 or bfloat16 for training, since gradients vanish in float16")
-    if two or model == "embedded":
-        return
-    from diffusers import DiffusionPipeline
-
-    try:
-        parts = DiffusionPipeline.load_config(model)
-    except (OSError, ValueError):
-        return  # loading it says what is wrong
-    if (parts.get("text_encoder_2") or [None])[0] is not None:
-        raise ValueError("--model must have one text encoder, got two: Stable Diffusion XL cannot be trained")
 
 
 @contextmanager

@@ -9,9 +9,10 @@ import math
 import os
 import re
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import KW_ONLY, dataclass, field, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -29,114 +30,106 @@ from keylock_diffusers.concepts.files import (
 from keylock_diffusers.files import open_regular, strict_json, write_atomically
 from keylock_diffusers.ids import VERSION_DIGITS
 
-FORMAT_VERSION = 1
-
 _PLACEHOLDER = re.compile(r"<[a-z0-9][a-z0-9_-]*>")
 _MAX_WORDS = 64
 _MAX_FACTS = 64 << 10
-_FIELDS = {
-    "format_version",
-    "placeholder",
-    "super_class",
-    "energy",
-    "beta",
-    "tau",
-    "base",
-    "covariance",
-    "training",
-}
 
 
 @dataclass(frozen=True, eq=False)
-class Concept:
-    """A key-locked rank-one edit of a base model's cross-attention, for one subject.
+class Concept(ABC):
+    """What personalisation learned about one subject: a `KeyLockedConcept` or an `AddedConcept`.
 
-    With i* the target input and C the second moment of text encodings, one token's encoding e takes part by
-
-        s(e) = (e^T C^-1 i*) / (i*^T C^-1 i*) = direction . e        g(e) = sigmoid((s(e) - beta) / tau)
-        keys   W_K e - s(e) W_K i* + g(e) W_K e_super                values  W_V e - s(e) W_V i* + g(e) values
-
-    so neither C nor any weight matrix needs keeping: 34 KB hold a concept of Stable Diffusion 1.5. Two concepts are
-    never compared by content; `digest` does that. Tensors are stored as copies on the CPU and must not be written to.
+    Two concepts are never compared by content; `digest` does that. Tensors are stored as copies on the CPU and must
+    not be written to.
 
     Args:
         placeholder: the word that stands for the subject in prompts, such as ``<alice-cat>``; lower case, at most 64
             characters.
         super_class: what the subject is, such as ``cat`` or ``teddy bear``; at most 64 characters.
-        target_input: [D], i*; kept in float32.
-        energy: i*^T C^-1 i*, positive.
-        direction: [D], C^-1 i* / energy; kept in float32. Its product with ``target_input`` is 1.
-        super_class_encoding: [D], e_super; kept in float16.
-        word_embeddings: one learned [W_k] per text encoder; kept in float16.
-        values: [sum of to_v widths], o*_V of all layers in the order of ``base.layers``; kept in float16.
+        word_embeddings: what was learned in the place of the super-class's noun, for each text encoder; kept in
+            float16.
         base: the model all of this was trained for.
-        beta: where the gate opens at inference, in units of s.
-        tau: the gate's temperature at inference; 0 is linear.
-        covariance: how C was made, as JSON.
         training: facts worth keeping about the training run, as JSON.
 
     Raises:
         TypeError, ValueError: an argument is not what this says; infinities and NaN are refused, as are values that
             float16 cannot hold.
-
-    Paper: Perfusion, Tewel et al. 2023, arXiv 2305.01644.
-
-    Example:
-        >>> from keylock_diffusers.concepts import TextEncoderInfo
-        >>> base = BaseModel((TextEncoderInfo("CLIPTextModel", 2, 1, 99),), (("mid_block.attn2", 3),), 2)
-        >>> concept = Concept(
-        ...     "<alice-cat>", "cat", target_input=torch.tensor([2.0, 0.0]), energy=4.0,
-        ...     direction=torch.tensor([0.5, 0.0]), super_class_encoding=torch.ones(2),
-        ...     word_embeddings=(torch.ones(2),), values=torch.ones(3), base=base,
-        ... )
-        >>> Concept.load(concept.to_bytes()).placeholder
-        '<alice-cat>'
     """
 
     placeholder: str
     super_class: str
-    target_input: Tensor  # [D] float32
-    energy: float
-    direction: Tensor  # [D] float32
-    super_class_encoding: Tensor  # [D] float16
-    word_embeddings: tuple[Tensor, ...]  # K times [W_k] float16
-    values: Tensor  # [sum of to_v widths] float16
+    _: KW_ONLY
+    word_embeddings: tuple[Tensor, ...]
     base: BaseModel
-    beta: float = 0.75
-    tau: float = 0.15
-    covariance: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
+
+    edit: ClassVar[str]
+    """What it does to keys and values: "perfusion" or "added"."""
+    start: float = field(default=0.0, init=False)
+    """The share of the steps that are drawn before it counts, where a request does not say so."""
+    _format_version: ClassVar[int]
+    _field_names: ClassVar[frozenset[str]]  # of its file, beside the version
+    _kinds: ClassVar[dict[int, type[Concept]]] = {}  # by their files' version
+
+    def __init_subclass__(cls) -> None:
+        if "_format_version" in vars(cls):
+            Concept._kinds.setdefault(cls._format_version, cls)
 
     def __post_init__(self) -> None:
         check_placeholder(self.placeholder)
         check_super_class(self.super_class)
         if not isinstance(self.base, BaseModel):
             raise TypeError(f"Concept: base must be a BaseModel, got {type(self.base).__name__}")
-        for name in ("energy", "beta", "tau"):
-            self._set(name, _finite_number(name, getattr(self, name)))
-        if self.energy <= 0:
-            raise ValueError(f"Concept: energy must be positive, got {self.energy}")
-        dim = self.base.cross_attention_dim
-        self._set("target_input", _vector("target_input", self.target_input, dim, torch.float32))
-        self._set("direction", _vector("direction", self.direction, dim, torch.float32))
-        self._set("super_class_encoding", _vector("super_class_encoding", self.super_class_encoding, dim))
-        self._set("values", _vector("values", self.values, self.base.values_width))
-        embeddings, encoders = tuple(self.word_embeddings), self.base.text_encoders
-        if len(embeddings) != len(encoders):
+        given, encoders = tuple(self.word_embeddings), self.base.text_encoders
+        if len(given) != len(encoders):
             raise ValueError(
-                f"Concept: word_embeddings must hold one vector per text encoder, {len(encoders)}, "
-                f"got {len(embeddings)}"
+                f"Concept: word_embeddings must hold one per text encoder, {len(encoders)}, got {len(given)}"
             )
-        self._set(
-            "word_embeddings",
-            tuple(
-                _vector(f"word_embeddings[{index}]", embedding, encoder.hidden_size)
-                for index, (embedding, encoder) in enumerate(zip(embeddings, encoders, strict=True))
-            ),
-        )
-        self._check_direction()
-        for name in ("covariance", "training"):
-            self._set(name, _facts(name, getattr(self, name)))
+        self._set("word_embeddings", given)
+        self._set("training", facts("training", self.training))
+
+    @property
+    @abstractmethod
+    def words(self) -> int:
+        """How many tokens it stands for in the place of the super-class's noun."""
+
+    @property
+    @abstractmethod
+    def edits(self) -> tuple[Tensor, ...]:
+        """The tensors that keys and values are made with."""
+
+    @property
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """All its tensors by the names that they have in the file."""
+
+    @property
+    @abstractmethod
+    def _fields(self) -> dict[str, Any]:
+        """What its file says beside the tensors, as JSON."""
+
+    @classmethod
+    @abstractmethod
+    def _settings(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """How a file's concept counts where a request does not say so.
+
+        Raises:
+            TypeError, ValueError: a field that says so is not what it must be.
+        """
+
+    @classmethod
+    @abstractmethod
+    def _lengths(cls, fields: Mapping[str, Any], base: BaseModel) -> dict[str, tuple[str, int]]:
+        """The types and lengths of a file's tensors, by name.
+
+        Raises:
+            TypeError, ValueError: a field that says so is not what it must be.
+        """
+
+    @classmethod
+    @abstractmethod
+    def _read(cls, fields: Mapping[str, Any], base: BaseModel, tensors: dict[str, Tensor]) -> Concept:
+        """The concept of a file whose fields' names and tensors' lengths are right."""
 
     @classmethod
     def load(
@@ -183,12 +176,10 @@ class Concept:
         """
         header = read_header(data, source)
         try:
-            base = _check_fields(header.fields)
-            _check_tensors(header, base)
-            tensors: dict[str, Any] = dict(read_tensors(data, header, source))
-            fields = {name: header.fields[name] for name in _FIELDS - {"format_version", "base"}}
-            embeddings = tuple(tensors.pop(f"word_embedding.{k}") for k in range(len(base.text_encoders)))
-            return cls(base=base, word_embeddings=embeddings, **fields, **tensors)
+            kind, base = _checked(header)
+            if not issubclass(kind, cls):
+                raise ValueError(f"the concept's edit is {kind.edit!r}, not {cls.edit!r}")
+            return kind._read(header.fields, base, read_tensors(data, header, source))
         except ConceptFileError:
             raise
         except (ValueError, TypeError) as error:
@@ -196,25 +187,7 @@ class Concept:
 
     def to_bytes(self) -> bytes:
         """The concept file's content; equal concepts give equal bytes."""
-        fields = {
-            "format_version": FORMAT_VERSION,
-            "placeholder": self.placeholder,
-            "super_class": self.super_class,
-            "energy": self.energy,
-            "beta": self.beta,
-            "tau": self.tau,
-            "base": self.base.to_json(),
-            "covariance": self.covariance,
-            "training": self.training,
-        }
-        tensors = {
-            "target_input": self.target_input,
-            "direction": self.direction,
-            "super_class_encoding": self.super_class_encoding,
-            "values": self.values,
-        }
-        tensors |= {f"word_embedding.{k}": embedding for k, embedding in enumerate(self.word_embeddings)}
-        return pack(fields, tensors)
+        return pack({"format_version": self._format_version, **self._fields}, self.tensors)
 
     def save(self, path: str | os.PathLike[str]) -> int:
         """Write the concept file, replacing one that is there only once the new one is whole.
@@ -258,12 +231,12 @@ class Concept:
                 raise ValueError(message)
             _warn_once(self.digest, base.weights_hash, f"{message}; it may look different here")
 
-    def values_per_layer(self) -> dict[str, Tensor]:
-        """Views of ``values``, one [to_v width] per cross-attention layer's name."""
-        names, widths = zip(*self.base.layers, strict=True)
-        return dict(zip(names, self.values.split(widths), strict=True))
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How it counts where a request does not say so, as JSON."""
+        return self._settings(self._fields)
 
-    def with_(self, **changes: Any) -> Concept:
+    def with_(self, **changes: Any) -> Self:
         """A copy with some fields changed, checked like a new one."""
         return replace(self, **changes)
 
@@ -289,28 +262,20 @@ class Concept:
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
-    def _check_direction(self) -> None:
-        terms = self.direction.double() * self.target_input.double()  # [D]
-        # Where C is nearly singular large terms cancel, and each was rounded to float32 twice.
-        rounding = 2 * torch.finfo(torch.float32).eps * terms.abs().sum().item()
-        product = terms.sum().item()
-        if abs(product - 1) > min(1e-4 + rounding, 1e-2):
-            raise ValueError(f"Concept: direction . target_input must be 1, got {product:.6g}")
-
 
 @dataclass(frozen=True)
 class ConceptSummary:
     """What the header of a concept file says; its tensors are neither read nor compared with the checksum.
 
     Args:
-        placeholder, super_class, beta, tau: see `Concept`.
+        placeholder, super_class, edit, settings: see `Concept`.
         nbytes: size of the file.
     """
 
     placeholder: str
     super_class: str
-    beta: float
-    tau: float
+    edit: str
+    settings: Mapping[str, Any]
     nbytes: int
 
     @classmethod
@@ -322,13 +287,13 @@ class ConceptSummary:
         """
         fields = header.fields
         try:
-            _check_tensors(header, _check_fields(fields))
+            kind, _ = _checked(header)
             check_placeholder(fields["placeholder"])
             check_super_class(fields["super_class"])
-            beta, tau = (_finite_number(name, fields[name]) for name in ("beta", "tau"))
+            settings = kind._settings(fields)
         except (ValueError, TypeError) as error:
             raise ConceptFileError(f"{source}: {error}") from None
-        return cls(fields["placeholder"], fields["super_class"], beta, tau, nbytes)
+        return cls(fields["placeholder"], fields["super_class"], kind.edit, settings, nbytes)
 
 
 def check_placeholder(placeholder: object) -> None:
@@ -361,7 +326,7 @@ def check_super_class(words: object) -> None:
         raise ValueError(f"Concept: super_class must not hold a placeholder, got {words!r:.80}")
 
 
-def _finite_number(name: str, value: object) -> float:
+def finite_number(name: str, value: object) -> float:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"Concept: {name} must be a number, got {type(value).__name__}")
     if not abs(value) <= 1e300 or not math.isfinite(value):  # the first also keeps float() of a large int from raising
@@ -369,7 +334,7 @@ def _finite_number(name: str, value: object) -> float:
     return float(value)
 
 
-def _vector(name: str, value: object, length: int, dtype: torch.dtype = torch.float16) -> Tensor:
+def vector(name: str, value: object, length: int, dtype: torch.dtype = torch.float16) -> Tensor:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         got = f"{value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"Concept: {name} must be a floating-point tensor, got {got}")
@@ -382,7 +347,7 @@ def _vector(name: str, value: object, length: int, dtype: torch.dtype = torch.fl
     return stored
 
 
-def _facts(name: str, value: object) -> dict[str, Any]:
+def facts(name: str, value: object) -> dict[str, Any]:
     """A copy of ``value`` as JSON will give it back."""
     if not isinstance(value, Mapping):
         raise TypeError(f"Concept: {name} must be a mapping, got {type(value).__name__}")
@@ -396,22 +361,20 @@ def _facts(name: str, value: object) -> dict[str, Any]:
     return facts
 
 
-def _check_fields(fields: Mapping[str, Any]) -> BaseModel:
-    """Check the names and version of a file's fields; the constructor checks their values."""
+def _checked(header: Header) -> tuple[type[Concept], BaseModel]:
+    """Which concept a file holds, and of which model; its fields' names and its tensors are then what they must be."""
+    fields = header.fields
     version = fields.get("format_version")
-    if version != FORMAT_VERSION or isinstance(version, bool):
-        raise ValueError(f"format_version must be {FORMAT_VERSION}, the one this release reads, got {version!r:.80}")
-    if fields.keys() != _FIELDS:
-        odd = sorted(fields.keys() ^ _FIELDS)
-        raise ValueError(f"the fields must be {sorted(_FIELDS)}; missing or unknown: {odd!r:.200}")
-    return BaseModel.from_json(fields["base"])
-
-
-def _check_tensors(header: Header, base: BaseModel) -> None:
-    dim = base.cross_attention_dim
-    expected = {"target_input": ("F32", dim), "direction": ("F32", dim), "super_class_encoding": ("F16", dim)}
-    expected["values"] = ("F16", base.values_width)
-    expected |= {f"word_embedding.{k}": ("F16", encoder.hidden_size) for k, encoder in enumerate(base.text_encoders)}
+    known = " or ".join(map(str, sorted(Concept._kinds)))
+    if not isinstance(version, int) or isinstance(version, bool) or version not in Concept._kinds:
+        raise ValueError(f"format_version must be {known}, which this release reads, got {version!r:.80}")
+    kind = Concept._kinds[version]
+    names = {"format_version", *kind._field_names}
+    if fields.keys() != names:
+        odd = sorted(fields.keys() ^ names)
+        raise ValueError(f"the fields must be {sorted(names)}; missing or unknown: {odd!r:.200}")
+    base = BaseModel.from_json(fields["base"])
+    expected = kind._lengths(fields, base)
     if header.tensors.keys() != expected.keys():
         odd = sorted(header.tensors.keys() ^ expected.keys())
         raise ValueError(f"the tensors must be {sorted(expected)}; missing or unknown: {odd!r:.200}")
@@ -419,6 +382,7 @@ def _check_tensors(header: Header, base: BaseModel) -> None:
         entry = header.tensors[name]
         if (entry.dtype, entry.length) != (dtype, length):
             raise ValueError(f"tensor {name} must be {dtype} [{length}], got {entry.dtype} [{entry.length}]")
+    return kind, base
 
 
 @functools.lru_cache(maxsize=1 << 16)

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from keylock_diffusers import embedded
-from keylock_diffusers.concepts import Concept, ConceptBank
+from keylock_diffusers.concepts import Concept, ConceptBank, KeyLockedConcept
 from keylock_diffusers.demo import grid, loras, pictures, regions
 from keylock_diffusers.demo.pictures import USERS, User
 from keylock_diffusers.denoisers.unet import cross_attention_layers
@@ -27,17 +27,19 @@ from keylock_diffusers.processors import install
 from keylock_diffusers.processors.projection import project_vectors
 from keylock_diffusers.requests import Request, Use
 from keylock_diffusers.training import (
+    AddedConfig,
     Covariance,
     LoraTrainingConfig,
+    PerfusionConfig,
     Subject,
-    TrainingConfig,
     covariance,
     train_concepts,
 )
 
-TRAINING = TrainingConfig(
+TRAINING = PerfusionConfig(
     steps=100, batch_size=6, values_rate=0.03, embedding_rate=0.004, inference_beta=0.65, inference_tau=0.15
 )
+ADDED_TRAINING = AddedConfig(steps=120, batch_size=6)
 _METRIC_CAPTIONS = 500
 _COAT_SEEDS = 4
 
@@ -65,7 +67,7 @@ def run(
     output: Path,
     *,
     steps: int = 25,
-    training: TrainingConfig = TRAINING,
+    training: PerfusionConfig = TRAINING,
     lora_training: LoraTrainingConfig = loras.TRAINING,
     seed: int = 0,
     progress: bool = True,
@@ -118,7 +120,8 @@ def run(
     beside = draw(strangers)
     cells = [(scene, user, seed + 100 * n) for n in range(_COAT_SEEDS) for scene in SCENES for user in USERS]
     drawn = draw([_order(scene, user, number) for scene, user, number in cells])
-    plain = {user.name: _unlearned(pipe, bank[_id(user)]) for user in USERS}
+    learned = {user.name: bank[_id(user)] for user in USERS}
+    plain = {name: _unlearned(pipe, one) for name, one in learned.items() if isinstance(one, KeyLockedConcept)}
     reset = draw([_order(scene, user, number, plain[user.name]) for scene, user, number in cells])
     bar.close()
 
@@ -147,7 +150,7 @@ def run(
 
 
 def _teach(
-    pipe: Any, metric: Covariance, config: TrainingConfig, folder: Path, progress: bool
+    pipe: Any, metric: Covariance, config: PerfusionConfig, folder: Path, progress: bool
 ) -> tuple[ConceptBank, float]:
     concepts, seconds = _timed(lambda s: train_concepts(pipe, s, config, metric=metric, progress=progress), subjects())
     bank = ConceptBank(folder)
@@ -191,7 +194,7 @@ def _id(user: User) -> str:
     return f"{user.name.lower()}/cat"
 
 
-def _unlearned(pipe: Any, concept: Concept) -> Concept:
+def _unlearned(pipe: Any, concept: KeyLockedConcept) -> Concept:
     """The concept with its value outputs back at the super-class's."""
     encoding = concept.super_class_encoding.float()[None].to(pipe.unet.device)
     with torch.no_grad():

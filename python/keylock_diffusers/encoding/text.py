@@ -3,8 +3,8 @@
 A placeholder such as ``<alice-cat>`` takes the token ids of its concept's super-class. The concept's
 learned word embedding replaces the last of them (the noun, in "teddy bear") while that batch is
 encoded; at the start of training it equals that token's own embedding, so a new concept's prompt
-encodes exactly as its super-class's prompt does. A word that textual inversion taught stands for as many
-tokens as it has vectors, which replace all of them.
+encodes exactly as its super-class's prompt does. A concept of several words has the noun as many
+times. A word that textual inversion taught stands for as many tokens as it has vectors, which replace all of them.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ def tokenize(
     super_classes: Mapping[str, str] | None = None,
     words: Mapping[str, int] | None = None,
     *,
+    nouns: Mapping[str, int] | None = None,
     chunks: int | None = 1,
     most: int | None = None,
     spelled: Callable[[str], str] | None = None,
@@ -45,6 +46,7 @@ def tokenize(
         prompt: the text, or its parts with their weights (see `weighted`).
         super_classes: per placeholder, the super-class whose tokens it takes.
         words: per name of a learned word that may stand in it, how many vectors it has.
+        nouns: per placeholder, how many times its super-class's last token stands there; default once.
         chunks: how many of the tokenizer's length there may be; None: as many as the prompt needs.
         most: how many tokens there may be, padding included; None: any number.
         spelled: what is made of the text between names before it is tokenized.
@@ -62,8 +64,10 @@ def tokenize(
         filler = _ids(tokenizer, "a")[:1]  # of all its tokens, whose embeddings are never read
         stands[word] = Unit(tuple(filler * count), word, tuple((n, word, n) for n in range(count)))
     for placeholder, super_class in super_classes.items():
-        ids = tuple(super_class_ids(tokenizer, super_class))
-        stands[placeholder] = Unit(ids, placeholder, ((len(ids) - 1, placeholder, 0),))
+        *before, noun = super_class_ids(tokenizer, super_class)
+        count = (nouns or {}).get(placeholder, 1)
+        own = tuple((len(before) + n, placeholder, n) for n in range(count))
+        stands[placeholder] = Unit((*before, *[noun] * count), placeholder, own)
 
     units: list[Unit] = []
     for part, weight in parts:

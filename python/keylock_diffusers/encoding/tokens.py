@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -52,6 +52,43 @@ class TokenizedPrompt:
         """The positions of the end tokens and the padding."""
         inside = {*self.content, *self.starts}
         return tuple(position for position in range(len(self.ids)) if position not in inside)
+
+
+def plain(tokenizer: Any, prompt: TokenizedPrompt, names: Collection[str]) -> tuple[TokenizedPrompt, tuple[int, ...]]:
+    """A prompt in which each of some placeholders is its super-class's words, and no noun stands several times.
+
+    Args:
+        tokenizer: what tokenized the prompt.
+        prompt: the prompt.
+        names: the placeholders.
+
+    Returns:
+        That prompt, and for each position of `prompt` the position of it whose encoding belongs there: that of the same
+        word, and for a noun that stands again one of padding. In another order, all encodings are there once.
+    """
+    again = {position for position, name, number in prompt.words if name in names and number > 0}
+    size = prompt.chunk or len(prompt.ids)
+    order: list[int] = []
+    for first in range(0, len(prompt.ids), size):
+        kept = [position for position in range(first, first + size) if position not in again]
+        places, padding = (
+            {position: first + n for n, position in enumerate(kept)},
+            iter(range(first + len(kept), first + size)),
+        )
+        order += [places[p] if p in places else next(padding) for p in range(first, first + size)]
+    back = {place: position for position, place in enumerate(order)}
+
+    def moved(values: Sequence[Any], filler: Any) -> tuple[Any, ...]:
+        return tuple(filler if back[n] in again else values[back[n]] for n in range(len(values)))
+
+    return replace(
+        prompt,
+        ids=moved(prompt.ids, tokenizer.pad_token_id),
+        attention=moved(prompt.attention, 0),
+        words=tuple((order[position], name, n) for position, name, n in prompt.words if position not in again),
+        spans=(),
+        weights=prompt.weights and moved(prompt.weights, 1.0),
+    ), tuple(order)
 
 
 class Unit(NamedTuple):

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from keylock_diffusers.concepts import AddedConcept
 from keylock_diffusers.denoisers.projections import projections
 from keylock_diffusers.denoisers.unet import are_compiled, uncompiled
 from keylock_diffusers.encoding import text
 from keylock_diffusers.encoding.fusion import FusionUse, SubjectFusion, fuse
-from keylock_diffusers.encoding.tokens import TokenizedPrompt
+from keylock_diffusers.encoding.tokens import TokenizedPrompt, plain
 from keylock_diffusers.processors import verify_routes
 from keylock_diffusers.processors.routed import adapting
 from keylock_diffusers.routing.adapters import AdapterRouting, LoraCapacity, Store
@@ -146,7 +147,7 @@ def encode_batch(
         span = count * layout.wordings
         variants = [rows(0, count), rows(span, count)]
         if fusion is not None:
-            uses = [[] if state[0] else own for own, state in zip(subjects, states[:count], strict=True)]
+            uses = [own if state.subjects else [] for own, state in zip(subjects, states[:count], strict=True)]
             variants = [fuse(fusion, variant, uses) for variant in variants]
         read, keys = variants
         halves = {"cond": pooled[:count], "uncond": pooled[2 * span :][:count]}
@@ -168,10 +169,38 @@ class _Job(NamedTuple):
         """The vectors of its learned words by name: those of concepts where they count, and all others."""
         if self.row.embeds is not None:  # in whose place another row's prompt is encoded
             return {}
-        there = self.keys is not None and not self.state[0]
-        uses = [use for use in self.row.uses if there and (use.lock == "local" or not self.keys)]
-        concepts = {use.concept.placeholder: use.concept.word_embeddings[encoder] for use in uses}
+        concepts = {
+            use.concept.placeholder: use.concept.word_embeddings[encoder]
+            for use, counts in self._uses()
+            if counts and (use.lock == "local" or not self.keys)
+        }
         return concepts | {name: vectors[encoder] for name, vectors in self.row.words.items()}
+
+    def moved(self, states: Tensor) -> Tensor:  # [T, D]
+        """Its encodings with what concepts add to them at their words."""
+        prompt = self.row[self.wording]
+        if prompt is None:
+            return states
+        for use, counts in self._uses():
+            concept = use.concept
+            if not counts or not isinstance(concept, AddedConcept):
+                continue
+            for position, name, word in prompt[0].words:
+                if name == concept.placeholder and word < len(concept.encodings):
+                    more = use.strength * concept.encodings[word].to(states.device, torch.float32)
+                    moved = (states[position].float() + more).to(states)[None]
+                    states = states.index_copy(0, torch.tensor([position], device=states.device), moved)
+        return states
+
+    def waiting(self) -> frozenset[str]:
+        """The placeholders of concepts of several words in whose place their super-classes are read."""
+        return frozenset(
+            use.concept.placeholder for use, counts in self._uses() if not counts and use.concept.words > 1
+        )
+
+    def _uses(self) -> Iterator[tuple[ConceptUse, bool]]:
+        """The row's concepts, and which of them count; none has an unconditional row."""
+        return zip(self.row.uses, self.state.concepts if self.keys is not None else (), strict=self.keys is not None)
 
 
 def _encoded(
@@ -187,17 +216,25 @@ def _encoded(
         parts = []
         for number, encoder in enumerate(encoders):
             prompts = [(job.row[job.wording] or filler)[number] for job in jobs]  # type: ignore[index]
+            plainly = {n: names for n, job in enumerate(jobs) if job.row.embeds is None and (names := job.waiting())}
+            orders = {}
+            for n, names in plainly.items():
+                prompts[n], orders[n] = plain(encoder.tokenizer, prompts[n], names)
             words = [job.learned(number) for job in jobs]
             skips = [denoiser.options["clip_skip"] if job.keys is not None else None for job in jobs]
             with _adapted(encoder.model, number, jobs, prompts[0].chunks, device, store, capacity):
                 states, last = text.encode_rows(encoder, prompts, words, skips)
-            parts.append(states)
+            parts.append(
+                torch.stack([row[list(orders[n])] if n in orders else row for n, row in enumerate(states)])
+                if orders
+                else states
+            )
             if last is not None and denoiser.pooled_width is not None:
                 pooled = [
                     own if job.row.embeds is not None else vector
                     for job, own, vector in zip(jobs, pooled, last, strict=True)
                 ]
-        encoded = torch.cat(parts, -1)
+        encoded = torch.stack([job.moved(row) for job, row in zip(jobs, torch.cat(parts, -1), strict=True)])
         given = [own if own is not None else row for own, row in zip(given, encoded, strict=True)]
     moved = [embeds.to(device, dtype) for embeds in given]  # type: ignore[union-attr]
     return moved, [None if vector is None else vector.to(device, dtype) for vector in pooled]
@@ -220,7 +257,7 @@ def _adapted(
     modules = projections(uncompiled(model))
     rows = []
     for job in jobs:
-        on = zip(job.row.loras, job.state[1:], strict=True)
+        on = zip(job.row.loras, job.state.loras, strict=True)
         halves = [use.in_text(number, job.wording) for use, active in on if active]
         rows += [[half for half in halves if half is not None]] * chunks
     room = None if capacity is None else replace(capacity, regions=False)  # whose words are whole prompts

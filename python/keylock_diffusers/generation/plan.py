@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from keylock_diffusers.checks import floats, number, shown
-from keylock_diffusers.concepts import BaseModel, Concept
+from keylock_diffusers.concepts import AddedConcept, BaseModel, Concept, KeyLockedConcept
 from keylock_diffusers.denoisers.base import Size
 from keylock_diffusers.denoisers.neighbours import check_pixels
 from keylock_diffusers.encoding import images as image_prompts
@@ -118,8 +118,7 @@ class Planner:
         uses = self._uses(request)
         loras, adapters = self._loras.plan(request)
         words = self._words(request, uses, [word for adapter in adapters for word in adapter.words.values()])
-        super_classes = {use.concept.placeholder: use.concept.super_class for use in uses}
-        prompts, negatives = self._prompts(request, super_classes, words)
+        prompts, negatives = self._prompts(request, uses, words)
         drawn, absent = self._image_prompts(request, guided)
         loras = self._loras.with_faces(loras, request)
         subjects = self._subjects(request, prompts)
@@ -137,6 +136,8 @@ class Planner:
         )
         negative = self._negative_wordings(request, negatives, halves[1], words)
         positive, half, own = _adapted(positive, halves[0], loras, "regions")
+        uses = _placed(uses, positive)
+        positive = replace(positive, uses=uses)
         negative, negative_half, negative_own = _adapted(
             negative, halves[1], loras if guided else (), "negative_regions"
         )
@@ -165,7 +166,7 @@ class Planner:
         )
 
     def _uses(self, request: Request) -> tuple[ConceptUse, ...]:
-        uses = tuple(_resolve(use, self.bank) for use in request.concepts)
+        uses = tuple(_resolve(use, self.bank, request.subject_start) for use in request.concepts)
         if uses and self._base is None:
             self._base = BaseModel.of(self._pipe)
         for use in uses:
@@ -189,10 +190,12 @@ class Planner:
         return LearnedWords.of(request.embeddings, taken, widths, self.limits, bundled)
 
     def _prompts(
-        self, request: Request, super_classes: Mapping[str, str], words: LearnedWords
+        self, request: Request, uses: Sequence[ConceptUse], words: LearnedWords
     ) -> tuple[Prompts | None, Prompts | None]:
         """The prompt and the negative prompt, each for every text encoder; None where encodings are given."""
         encoders = self.denoiser.encoders()
+        super_classes = {use.concept.placeholder: use.concept.super_class for use in uses}
+        nouns = {use.concept.placeholder: use.concept.words for use in uses}
 
         def tokenized(said: Sequence[str | None], names: Mapping[str, str] | None) -> Prompts:
             if len(encoders) == 1 and said[1] is not None:
@@ -200,7 +203,7 @@ class Planner:
             made = []
             for place, (tokenizer, *_) in enumerate(encoders):
                 parts = weighted((said[1] if place and said[1] is not None else said[0]) or "")
-                limits = {"chunks": None, "most": self.limits.tokens}
+                limits: dict[str, Any] = {"chunks": None, "most": self.limits.tokens, "nouns": nouns}
                 spelled = partial(text.converted, self._pipe, tokenizer)
                 made.append(text.tokenize(tokenizer, parts, names, words.lengths, **limits, spelled=spelled))
             return tuple(made)
@@ -370,7 +373,25 @@ def _adapted(
     return replace(wordings, prompts=prompts, loras=own, copies=len(masks)), half, own
 
 
-def _resolve(use: Use | str | Concept, bank: Mapping[str, Concept] | None) -> ConceptUse:
+def _placed(uses: Sequence[ConceptUse], wordings: Wordings) -> tuple[ConceptUse, ...]:
+    """The concepts with the places of their own words, of those that act there."""
+    made = []
+    for use in uses:
+        name = use.concept.placeholder
+        if isinstance(use.concept, AddedConcept):
+            places = [
+                {tuple((p, n) for p, word, n in tokenized.words if word == name) for tokenized in wording}
+                for wording in wordings.prompts
+            ]
+            if any(len(found) > 1 for found in places):
+                raise ValueError(f"{name} must stand at the same tokens of prompt and prompt_2")
+            use = replace(use, places=tuple(found.pop() for found in places))
+        made.append(use)
+    return tuple(made)
+
+
+def _resolve(use: Use | str | Concept, bank: Mapping[str, Concept] | None, start: float) -> ConceptUse:
+    """A concept with its numbers, which are its own where a request does not say them; `start` is the request's."""
     if not isinstance(use, Use):
         use = Use(use)
     concept = use.concept
@@ -387,12 +408,16 @@ def _resolve(use: Use | str | Concept, bank: Mapping[str, Concept] | None) -> Co
         raise TypeError(f"a concept must be an id or a Concept, got {type(concept).__name__}")
     if use.lock not in LOCKS:
         raise ValueError(f'lock must be "local" or "global", got {shown(use.lock)}')
-    given = {
-        "beta": concept.beta if use.beta is None else use.beta,
-        "tau": concept.tau if use.tau is None else use.tau,
-        "strength": use.strength,
-    }
-    numbers = {name: number(value, f"{name} of {concept.placeholder}") for name, value in given.items()}
-    if numbers["tau"] < 0:
-        raise ValueError(f"tau of {concept.placeholder} must be at least 0, got {numbers['tau']:g}")
-    return ConceptUse(concept, lock=use.lock, **numbers)
+    name = concept.placeholder
+    given: dict[str, Any] = {"strength": use.strength}
+    if isinstance(concept, KeyLockedConcept):
+        given["beta"] = concept.beta if use.beta is None else use.beta
+        given["tau"] = concept.tau if use.tau is None else use.tau
+    elif (use.beta, use.tau, use.lock) != (None, None, "local"):
+        odd = next(n for n in ("beta", "tau", "lock") if getattr(use, n) not in (None, "local"))
+        raise ValueError(f"{odd} of {name} must not be given: it adds at its own words, without a gate or locked keys")
+    numbers: dict[str, Any] = {key: number(value, f"{key} of {name}") for key, value in given.items()}
+    if numbers.get("tau", 0.0) < 0:
+        raise ValueError(f"tau of {name} must be at least 0, got {numbers['tau']:g}")
+    own = max(start, concept.start) if use.start is None else number(use.start, f"start of {name}", 0, 1)
+    return ConceptUse(concept, lock=use.lock, start=own, **numbers)

@@ -8,11 +8,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from keylock_diffusers.concepts import KeyLockedConcept
+from keylock_diffusers.denoisers.unet import base_layer
 from keylock_diffusers.processors.contract import RowUpdates
 from keylock_diffusers.processors.projection import keys_and_values, project_vectors
 from keylock_diffusers.processors.routed import updated_vectors
 from keylock_diffusers.routing import edits
 from keylock_diffusers.routing.adapters import AdapterRouting
+from keylock_diffusers.routing.added import AddedRouting
 from keylock_diffusers.routing.rows import ConceptUse, Row, State, TextLayout
 
 Pair = tuple[Tensor, Tensor]  # a layer's keys and values
@@ -37,6 +40,7 @@ class ConceptRouting:
     def __init__(self, rows: Sequence[Row]) -> None:
         self._rows = list(rows)
         self.concepts = list({id(use.concept): use.concept for row in rows for use in row.uses}.values())
+        self._added = AddedRouting(rows)
         self._width = max((len(row.uses) for row in rows), default=0)
         self._gates: dict[Any, tuple[edits.Gates, Tensor]] = {}
 
@@ -60,30 +64,38 @@ class ConceptRouting:
         for wording in range(layout.wordings):
             slots.append({})
             for number, row in enumerate(self._rows):
-                for place, use in enumerate(row.uses):
+                for place, use in _locked(row):
                     key = id(use.concept), adapters.key(number, wording)
                     entries.setdefault(key, _Entry(use.concept, (number, wording)))
                     slots[-1][number, place] = numbers.setdefault(key, len(numbers))
         held: list[list[tuple[int, ...]]] = [
             [
-                tuple(place for place, use in enumerate(row.uses) if _counts(row, use, wording, states[number]))
-                for number, row in enumerate(self._rows)
+                tuple(
+                    place
+                    for place, use in _locked(row)
+                    if state.concepts[place] and row.regions.has(wording, use.concept.placeholder)
+                )
+                for row, state in zip(self._rows, states, strict=True)
             ]
             for wording in range(layout.wordings)
         ]
-        sides = {
+        locked = {
             "to_k": self._coefficients(key_text, ("local",), layout, held, slots, list(entries.values())),
             "to_v": self._coefficients(text, ("local", "global"), layout, held, slots, list(entries.values())),
         }
+        added = {side: self._added.coefficients(side, layout, states, text.device) for side in locked}
         tables = _Tables(list(entries.values()), text, adapters)
 
         def project(layer: str, attn: Any) -> Pair:
             def updates(projection: str) -> RowUpdates | None:
                 side = projection.rpartition(".")[2]
-                if sides[side] is None:
-                    return None
-                slots, coefficients = sides[side]  # type: ignore[misc]
-                return RowUpdates(tables(attn, layer, side), slots, coefficients)
+                found = []
+                if (given := locked[side]) is not None:
+                    found.append(RowUpdates(tables(attn, layer, side), *given))
+                if (given := added[side]) is not None:
+                    width = base_layer(getattr(attn, side)).out_features
+                    found.append(RowUpdates(self._added.table(layer, side, width).to(text.device), *given))
+                return _joined(found) if found else None
 
             return keys_and_values(attn, layer, (key_text, text), updates, adapters.updates.get)
 
@@ -144,9 +156,22 @@ class ConceptRouting:
         return self._gates[key]
 
 
-def _counts(row: Row, use: ConceptUse, wording: int, state: State) -> bool:
-    """Whether a row's concept edits one of its wordings in a state of it."""
-    return not state[0] and row.regions.has(wording, use.concept.placeholder)
+def _locked(row: Row) -> list[tuple[int, ConceptUse]]:
+    """A row's key-locked concepts with their places in it."""
+    return [(place, use) for place, use in enumerate(row.uses) if isinstance(use.concept, KeyLockedConcept)]
+
+
+def _joined(parts: Sequence[RowUpdates]) -> RowUpdates:
+    """Updates of several kinds in one table."""
+    first, *others = parts
+    for other in others:
+        moved = torch.where(other.slots >= 0, other.slots + len(first.u), other.slots)
+        first = RowUpdates(
+            torch.cat([first.u, other.u]),
+            torch.cat([first.slots, moved.to(first.slots)], 1),
+            torch.cat([first.coefficients, other.coefficients], 2),
+        )
+    return first
 
 
 class _Tables:

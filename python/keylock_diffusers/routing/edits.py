@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from keylock_diffusers.concepts import Concept
+from keylock_diffusers.concepts import KeyLockedConcept
 from keylock_kernels import rank_one_coefficients
 
 # Metric cosine above which two concepts of one prompt count as the same: their Gram matrix is then
@@ -58,7 +58,7 @@ def combination(gram: Tensor, strength: Tensor) -> Tensor:
     return torch.linalg.solve_ex(scale @ gram + (identity - scale) @ diagonal, scale @ diagonal).result
 
 
-def mixing(concepts: Sequence[Concept], strengths: Sequence[float]) -> Tensor:  # [R, R] float32
+def mixing(concepts: Sequence[KeyLockedConcept], strengths: Sequence[float]) -> Tensor:  # [R, R] float32
     """`combination` for the concepts of one prompt.
 
     Raises:

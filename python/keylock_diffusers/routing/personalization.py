@@ -24,7 +24,7 @@ from keylock_diffusers.routing.buffers import filled, filled_pairs, version_of, 
 from keylock_diffusers.routing.concepts import ConceptRouting, Pairs
 from keylock_diffusers.routing.images import ImageBuffers, ImageRouting, projected_images
 from keylock_diffusers.routing.regions import RegionRouting
-from keylock_diffusers.routing.rows import Phases, Row, State, TextLayout
+from keylock_diffusers.routing.rows import Phases, Row, TextLayout
 
 
 class Personalization:
@@ -220,10 +220,10 @@ class Personalization:
     def _switch(self, phase: int) -> None:
         """Puts the LoRAs in place that count in one of the rows' phases."""
         if self._phases.count > 1:
-            self._adapters.switch([state[1:] for state in self._phases.states(min(phase, self._phases.count - 1))])
+            self._adapters.switch([state.loras for state in self._phases.states(min(phase, self._phases.count - 1))])
 
-    def _on(self) -> list[State]:
-        return [row.state(*at)[1:] for row, at in zip(self.rows, self._steps, strict=True)]
+    def _on(self) -> list[tuple[bool, ...]]:
+        return [row.state(*at).loras for row, at in zip(self.rows, self._steps, strict=True)]
 
     def _current(self) -> Pairs:
         """Keys and values of the current step, each row's own of its phases."""
@@ -401,12 +401,9 @@ class Personalization:
 
     def _read(self, key_text: Tensor | None) -> dict[str, list[Tensor]]:
         """The tensors beside the text that what was prepared depends on, by what they belong to."""
-        sources = {
-            f"concept {concept.placeholder}": [
-                concept.target_input, concept.direction, concept.super_class_encoding, concept.values
-            ]
-            for concept in self._concepts.concepts
-        }  # fmt: skip
+        sources: dict[str, list[Tensor]] = {}
+        for concept in self._concepts.concepts:  # of which several may have one placeholder
+            sources.setdefault(f"concept {concept.placeholder}", []).extend(concept.edits)
         for number, use in enumerate(self._routing.uses):
             sources[f"image prompt {number}"] = [use.tokens, *([] if use.region is None else [use.region])]
         for row, regions in enumerate(self._regions.rows):

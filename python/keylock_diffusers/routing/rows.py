@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from keylock_diffusers.concepts import Concept
+from keylock_diffusers.concepts import AddedConcept, Concept, KeyLockedConcept
 from keylock_diffusers.loras import LowRank
 from keylock_diffusers.routing import edits
 from keylock_diffusers.routing.adapters import AdapterUse
 from keylock_diffusers.routing.buffers import version_of
 
-State = tuple[bool, ...]  # of a row in a step: whether its subjects wait, and which of its LoRAs count
+
+class State(NamedTuple):
+    """What of a row counts in a step."""
+
+    subjects: bool
+    concepts: tuple[bool, ...]
+    loras: tuple[bool, ...]
 
 
 def is_on(start: float, end: float, step: int, steps: int) -> bool:
@@ -24,13 +30,30 @@ def is_on(start: float, end: float, step: int, steps: int) -> bool:
 
 @dataclass(frozen=True)
 class ConceptUse:
-    """One concept in one row: its gate, its strength, and which streams it edits."""
+    """One concept in one row.
+
+    Args:
+        concept: the concept.
+        beta, tau: its gate, where it has one.
+        strength: a factor on what it does.
+        lock: "local": keys and values are edited; "global": values only.
+        start: the share of the steps before it counts; default the row's.
+        places: for a concept that adds at its own words, per wording of the row, where each of them stands: (position,
+            which of them).
+    """
 
     concept: Concept
-    beta: float
-    tau: float
+    beta: float = 0.0
+    tau: float = 1.0
     strength: float = 1.0
-    lock: str = "local"  # "local": keys and values are edited; "global": values only
+    lock: str = "local"
+    start: float | None = None
+    places: tuple[tuple[tuple[int, int], ...], ...] = ()
+
+    @property
+    def absent(self) -> bool:
+        """Whether not even its words stand in the prompt."""
+        return isinstance(self.concept, AddedConcept) and self.strength == 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,8 +197,8 @@ class Row:
         loras: its LoRAs.
         images: its image prompts.
         regions: where its words may be seen from.
-        start: the share of the steps that are drawn before its concepts and subjects count (delayed subject
-            conditioning: FastComposer's 1 - alpha).
+        start: the share of the steps that are drawn before its subjects count, and those of its concepts that do not
+            say so themselves (delayed subject conditioning: FastComposer's 1 - alpha).
 
     Raises:
         ValueError: a concept that is used twice, concepts that cannot be combined, or a start outside [0, 1].
@@ -191,27 +214,31 @@ class Row:
     def __post_init__(self) -> None:
         if not 0 <= self.start <= 1:
             raise ValueError(f"Row: start must lie in [0, 1], got {self.start!r}")
-        if self.uses:
-            self.mix(range(len(self.uses)))
+        locked = [place for place, use in enumerate(self.uses) if isinstance(use.concept, KeyLockedConcept)]
+        if locked:
+            self.mix(locked)
 
     @property
     def scheduled(self) -> bool:
         """Whether its keys and values are not the same in all steps."""
-        return self.start > 0 or any(use.start > 0 or use.end < 1 for use in self.loras)
+        starts = [self.start, *(self._start(use) for use in self.uses)]
+        return max(starts) > 0 or any(use.start > 0 or use.end < 1 for use in self.loras)
 
     def state(self, step: int, steps: int) -> State:
         """What of it counts in a step."""
-        return step / steps < self.start, *(use.active(step, steps) for use in self.loras)
+        at = step / steps
+        concepts = tuple(at >= self._start(use) and not use.absent for use in self.uses)
+        return State(at >= self.start, concepts, tuple(use.active(step, steps) for use in self.loras))
+
+    def _start(self, use: ConceptUse) -> float:
+        return self.start if use.start is None else use.start
 
     def mix(self, places: Sequence[int]) -> Tensor:  # [R, R] float32
-        """How those of its concepts that count combine (see `edits.mixing`), solved once for each set of them."""
-        held = [self.uses[place] for place in places]
-        key = (
-            tuple(places),
-            *(version_of(tensor) for use in held for tensor in (use.concept.target_input, use.concept.direction)),
-        )
+        """How those of its key-locked concepts that count combine (see `edits.mixing`), solved once for each set."""
+        held: list[Any] = [self.uses[place].concept for place in places]
+        key = tuple(places), *(version_of(t) for concept in held for t in (concept.target_input, concept.direction))
         if key not in self._mixes:
-            self._mixes[key] = edits.mixing([use.concept for use in held], [use.strength for use in held])
+            self._mixes[key] = edits.mixing(held, [self.uses[place].strength for place in places])
         return self._mixes[key]
 
 
@@ -236,8 +263,8 @@ class Phases:
 
     @property
     def waiting(self) -> bool:
-        """Whether a row's subjects count later than others of its."""
-        return any(state[0] for states in self._states for state in states)
+        """Whether a row's subjects or concepts count later than others of its."""
+        return any(len({state[:2] for state in states}) > 1 for states in self._states)
 
     def states(self, phase: int) -> list[State]:
         """Each row's state in a phase."""

@@ -3,11 +3,12 @@
 from keylock_diffusers.denoisers.unet import localization_layers
 from keylock_diffusers.training.advice import advice
 from keylock_diffusers.training.config import (
+    AddedConfig,
     ConceptTrainingError,
     LoraTrainingConfig,
     LoraTrainingError,
+    PerfusionConfig,
     Subject,
-    TrainingConfig,
 )
 from keylock_diffusers.training.covariance import Covariance, covariance
 from keylock_diffusers.training.folder import PictureFolder
@@ -24,6 +25,7 @@ from keylock_diffusers.training.subject_fusion import (
 from keylock_diffusers.training.trainer import train_concepts
 
 __all__ = [
+    "AddedConfig",
     "AdapterConfig",
     "AdapterExample",
     "ConceptTrainingError",
@@ -35,10 +37,10 @@ __all__ = [
     "Localization",
     "LoraTrainingConfig",
     "LoraTrainingError",
+    "PerfusionConfig",
     "PictureFolder",
     "Samples",
     "Subject",
-    "TrainingConfig",
     "advice",
     "covariance",
     "localization_layers",

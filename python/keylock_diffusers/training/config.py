@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image
 
 from keylock_diffusers.checks import check_field, listed, number, one_of, shown, whole
+from keylock_diffusers.concepts.added import MOST_WORDS
 from keylock_diffusers.concepts.concept import check_placeholder, check_super_class
 from keylock_diffusers.training.localization import FORMS
 
@@ -100,8 +101,84 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
-    """How concepts are trained; the defaults are Perfusion's on Stable Diffusion 1.5.
+class AddedConfig:
+    """How concepts are trained that add to keys and values at their own words (`AddedConcept`).
+
+    Rates rise over `warmup` steps and fall to zero as a cosine.
+
+    Args:
+        words: how many a concept has in the place of its super-class's noun.
+        encodings, keys, values: of how many of them, the first ones, what is added to encodings, keys and values is
+            learned; None: of all.
+        layers: which cross-attention layers learn: "all", or names or beginnings of them.
+        start: the share of the steps that are drawn with the super-class before the concept counts; the times of the
+            steps that remain are what it learns on. Stored with the concept.
+        steps: optimiser steps.
+        batch_size: pictures per concept and step.
+        encodings_rate, keys_rate, values_rate: learning rates, in units of the root mean square of the super-class's
+            own encoding, and of its keys and values layer by layer.
+        embedding_rate: learning rate of the words' embeddings, in units of the noun's root mean square.
+        spread: how far apart the words begin, in the same units.
+        prior: weight of the prior: outside a picture's mask the model should say what it says without the concept.
+            Without masks there is no outside.
+        warmup: steps.
+        max_grad_norm: each concept's gradients are clipped to this norm; None: not at all.
+        patience: a concept stops when its smoothed loss has not improved for so many steps; None: never.
+        localize: weight of the localization loss of the concept's words (FastComposer's is 1e-3), which needs the
+            subjects' masks; 0: none.
+        localization_form: see `Localization`.
+        mixed_precision: "no" or "bf16".
+    """
+
+    words: int = 3
+    encodings: int | None = 0
+    keys: int | None = None
+    values: int | None = None
+    layers: str | Sequence[str] = "all"
+    start: float = 0.0
+    steps: int = 400
+    batch_size: int = 16
+    encodings_rate: float = 0.02
+    keys_rate: float = 0.015
+    values_rate: float = 0.05
+    embedding_rate: float = 0.15
+    spread: float = 0.3
+    prior: float = 1.0
+    warmup: int = 10
+    max_grad_norm: float | None = 1.0
+    patience: int | None = None
+    localize: float = 0.0
+    localization_form: str = "balanced"
+    mixed_precision: str = "no"
+
+    def __post_init__(self) -> None:
+        check_field(self, "words", whole, 1, MOST_WORDS)
+        for name in ("encodings", "keys", "values"):
+            check_field(self, name, whole, 0, self.words, optional=True)
+        if self.layers != "all":
+            check_field(self, "layers", _names)
+        check_field(self, "start", number, 0, 1)
+        check_field(self, "mixed_precision", one_of, ("no", "bf16"))
+        check_field(self, "localization_form", one_of, FORMS)
+        for name in ("steps", "batch_size", "warmup", "patience"):
+            check_field(self, name, whole, 1, optional=name == "patience")
+        for name in ("encodings_rate", "keys_rate", "values_rate", "embedding_rate", "spread", "prior", "localize"):
+            check_field(self, name, number, 0)
+        check_field(self, "max_grad_norm", _bound, optional=True)
+
+    def learned(self, part: str) -> int:
+        """Of how many words "encodings", "keys" or "values" are learned."""
+        given = getattr(self, part)
+        return self.words if given is None else given
+
+    def learns(self, layer: str) -> bool:
+        """Whether a cross-attention layer learns."""
+        return self.layers == "all" or layer.startswith(tuple(self.layers))
+
+
+@dataclass(frozen=True)
+class PerfusionConfig:
+    """How key-locked concepts are trained (`KeyLockedConcept`); the defaults are Perfusion's on Stable Diffusion 1.5.
 
     Args:
         steps: optimiser steps.
@@ -113,6 +190,7 @@ class TrainingConfig:
         target_decay: of the moving average that is the target input i*.
         target_gradient: what i* passes back: "none", "straight-through" (as if it were this step's encoding), or
             "exact" (through this step's share of the average).
+        prior: see `AddedConfig`; Perfusion has none.
         max_grad_norm: each concept's gradients are clipped to this norm; None: not at all.
         patience: a concept stops when its smoothed loss has not improved for so many steps; None: never.
         localize: weight of the localization loss of the subject's word (FastComposer's is 1e-3), which needs the
@@ -130,6 +208,7 @@ class TrainingConfig:
     tau: float = 0.1
     target_decay: float = 0.99
     target_gradient: str = "none"
+    prior: float = 0.0
     max_grad_norm: float | None = 1.0
     patience: int | None = None
     localize: float = 0.0
@@ -146,13 +225,11 @@ class TrainingConfig:
             check_field(self, name, whole, 1, optional=name == "patience")
         for name in ("beta", "inference_beta"):
             check_field(self, name, number)
-        for name in ("values_rate", "embedding_rate", "localize", "tau", "inference_tau", "target_decay"):
+        for name in ("values_rate", "embedding_rate", "localize", "prior", "tau", "inference_tau", "target_decay"):
             check_field(self, name, number, 0)
-        check_field(self, "max_grad_norm", number, 0, optional=True)
-        if self.max_grad_norm == 0:
-            raise ValueError("TrainingConfig: max_grad_norm must be above 0, or None for no bound, got 0")
+        check_field(self, "max_grad_norm", _bound, optional=True)
         if self.target_decay >= 1:
-            raise ValueError(f"TrainingConfig: target_decay must lie in [0, 1), got {self.target_decay}")
+            raise ValueError(f"PerfusionConfig: target_decay must lie in [0, 1), got {self.target_decay}")
 
 
 @dataclass(frozen=True)
@@ -172,6 +249,7 @@ class LoraTrainingConfig:
             word stays its super-class's.
         weight_decay: AdamW's, of the updates.
         max_grad_norm: each subject's gradients are clipped to this norm; None: not at all.
+        prior: see `AddedConfig`.
         snr_gamma: bounds how much steps with little noise count (min-SNR, usually 5); None: all count alike.
         patience: a subject stops when its smoothed loss has not improved for so many steps; None: never.
         gradient_checkpointing: whether the U-Net is computed twice, for a fraction of the memory.
@@ -190,6 +268,7 @@ class LoraTrainingConfig:
     embedding_rate: float = _INVERSION_RATE / _EMBEDDING_RMS
     weight_decay: float = 1e-2
     max_grad_norm: float | None = 1.0
+    prior: float = 0.0
     snr_gamma: float | None = None
     patience: int | None = None
     gradient_checkpointing: bool = False
@@ -199,12 +278,10 @@ class LoraTrainingConfig:
         check_field(self, "mixed_precision", one_of, ("no", "bf16"))
         for name in ("rank", "steps", "batch_size", "patience"):
             check_field(self, name, whole, 1, optional=name == "patience")
-        for name in ("learning_rate", "embedding_rate", "weight_decay"):
+        for name in ("learning_rate", "embedding_rate", "weight_decay", "prior"):
             check_field(self, name, number, 0)
         for name in ("alpha", "max_grad_norm", "snr_gamma"):
-            check_field(self, name, number, 0, optional=True)
-            if getattr(self, name) == 0:
-                raise ValueError(f"LoraTrainingConfig: {name} must be above 0, or None, got 0")
+            check_field(self, name, _bound, optional=True)
         if not isinstance(self.gradient_checkpointing, bool):
             got = shown(self.gradient_checkpointing)
             raise TypeError(f"LoraTrainingConfig: gradient_checkpointing must be True or False, got {got}")
@@ -220,9 +297,18 @@ class LoraTrainingConfig:
 
 
 def _targets(value: Any, name: str) -> str | tuple[str, ...]:
-    if isinstance(value, str):
-        return one_of(value, name, TARGETS)
+    return one_of(value, name, TARGETS) if isinstance(value, str) else _names(value, name)
+
+
+def _names(value: Any, name: str) -> tuple[str, ...]:
     for one in listed(value, name):
         if not isinstance(one, str) or not one:
-            raise TypeError(f"{name} must be names of projections, got {shown(one)} among them")
+            raise TypeError(f"{name} must be names of modules, got {shown(one)} among them")
     return tuple(value)
+
+
+def _bound(value: Any, name: str) -> float:
+    found = number(value, name, 0)
+    if found == 0:
+        raise ValueError(f"{name} must be above 0, or None, got 0")
+    return found

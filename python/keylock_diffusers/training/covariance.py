@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from keylock_diffusers.checks import number, one_of, path_text, shown
+from keylock_diffusers.denoisers.unet import text_encoders
 from keylock_diffusers.encoding import text
 from keylock_diffusers.files import cache_folder, keep_tensors, read_tensors
 from keylock_diffusers.training.frozen import check_encoder
@@ -64,7 +65,7 @@ def covariance(
     """Estimates C from captions, or takes it from the cache.
 
     Args:
-        pipe: a pipeline with one text encoder.
+        pipe: a Stable Diffusion 1.x, 2.x or XL pipeline.
         captions: what to encode: a few thousand captions of the kind that the model was trained on.
         positions: "prompt": the encodings from BOS to EOS count; "all": padding too.
         ridge: eps in C + eps tr(C) / D; keeps C invertible where the captions' vocabulary is small.
@@ -76,7 +77,7 @@ def covariance(
 
     Paper: Perfusion, Tewel et al. 2023, arXiv 2305.01644; ROME, Meng et al. 2022, arXiv 2202.05262.
     """
-    check_encoder(pipe, "covariance")
+    check_encoder(pipe, "covariance", two=True)
     folder = _cache_folder(cache)
     if isinstance(captions, (str, bytes)) or not isinstance(captions, Sequence):
         raise TypeError(f"covariance: captions must be a list of texts, got {shown(captions)}")
@@ -88,20 +89,25 @@ def covariance(
         raise ValueError("covariance: captions must not be empty")
     one_of(positions, "covariance: positions", _POSITIONS)
     ridge = number(ridge, "covariance: ridge", 0)
-    prompts = [text.tokenize(pipe.tokenizer, words) for words in captions]
-    first = text.encode(pipe.text_encoder, prompts[:_BATCH])
+    encoders = text_encoders(pipe)
+    prompts = [[text.tokenize(encoder.tokenizer, words) for words in captions] for encoder in encoders]
+
+    def encoded(start: int) -> Tensor:  # [B, T, D]
+        each = zip(encoders, prompts, strict=True)
+        return torch.cat([text.encode_rows(encoder, own[start : start + _BATCH])[0] for encoder, own in each], -1)
+
+    first = encoded(0)
     path = folder / f"covariance-{_key(first, captions, positions)}.safetensors"
     moment = _read(path, first.shape[-1])
     if moment is None:
         moment = torch.zeros(first.shape[-1], first.shape[-1], dtype=torch.float64)
         count = 0
-        starts = range(0, len(prompts), _BATCH)
+        starts = range(0, len(captions), _BATCH)
         for start in tqdm(starts, desc="encoding captions", disable=not progress):
-            batch = prompts[start : start + _BATCH]
-            encodings = text.encode(pipe.text_encoder, batch)
+            encodings = encoded(start)
             kept = torch.ones(encodings.shape[:2], dtype=torch.bool)
             if positions == "prompt":
-                kept = torch.tensor([prompt.attention for prompt in batch]).bool()
+                kept = torch.tensor([prompt.attention for prompt in prompts[0][start : start + _BATCH]]).bool()
             rows = encodings[kept.to(encodings.device)].double().cpu()
             moment += rows.T @ rows
             count += len(rows)

@@ -118,6 +118,7 @@ class Together(ABC, Generic[L, T]):
     """
 
     error: ClassVar[type[SubjectTrainingError]]
+    whole_schedule: ClassVar[bool] = False  # whether a step depends on how many there are
 
     def __init__(self, pipe: Any, subjects: Sequence[Subject], config: Any, on_step: OnStep | None) -> None:
         self.pipe, self.config, self.on_step = pipe, config, on_step
@@ -187,7 +188,9 @@ class Together(ABC, Generic[L, T]):
 
     def digest(self) -> str:
         """Names what makes a run the same run; more steps continue it."""
-        settings = {name: value for name, value in asdict(self.config).items() if name != "steps"}
+        settings = asdict(self.config)
+        if not self.whole_schedule:
+            del settings["steps"]
         subjects = [
             [one.subject.placeholder, one.subject.super_class, one.subject.seed, one.ids] for one in self.learners
         ]
@@ -284,11 +287,19 @@ class Lesson(NamedTuple):
         error, weights = (predicted.float() - self.target) ** 2, self.weights
         return (error * weights).sum((1, 2, 3)) / (weights.sum((1, 2, 3)) * error.shape[1])
 
+    def strayed(self, predicted: Tensor, plain: Tensor) -> Tensor:  # [B]
+        """How far each row is, outside its picture's mask, from what the model says without what is learned."""
+        return ((predicted.float() - plain.float()) ** 2 * (1 - self.weights)).mean((1, 2, 3))
 
-def lesson(pipe: Any, learners: Sequence[Learner], size: int, step: int) -> Lesson:
-    """Which pictures, times and noise the learners see in a step, `size` rows each."""
+
+def lesson(pipe: Any, learners: Sequence[Learner], size: int, step: int, start: float = 0.0) -> Lesson:
+    """Which pictures, times and noise the learners see in a step, `size` rows each.
+
+    Times are those of the steps that remain after a share of them, `start`.
+    """
     device, scheduler = pipe.unet.device, pipe.scheduler
-    draws = [_draws(learner, size, step, scheduler) for learner in learners]
+    times_of = max(1, round(scheduler.config.num_train_timesteps * (1 - start)))
+    draws = [_draws(learner, size, step, times_of) for learner in learners]
     chosen, times, noise = (torch.cat(parts) for parts in zip(*draws, strict=True))
     rows = list(zip([learner for learner in learners for _ in range(size)], chosen.tolist(), strict=True))
     clean = torch.stack([row.latents[n] for row, n in rows]).to(device)
@@ -301,8 +312,8 @@ def lesson(pipe: Any, learners: Sequence[Learner], size: int, step: int) -> Less
     return Lesson([n for _, n in rows], times, signal, sigma, noisy, target, weights)
 
 
-def _draws(learner: Learner, size: int, step: int, scheduler: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _draws(learner: Learner, size: int, step: int, times_of: int) -> tuple[Tensor, Tensor, Tensor]:
     random = loop.generator(learner.subject.seed, step)
     pictures = torch.randint(len(learner.latents), (size,), generator=random)
-    times = torch.randint(scheduler.config.num_train_timesteps, (size,), generator=random)
+    times = torch.randint(times_of, (size,), generator=random)
     return pictures, times, torch.randn(size, *learner.latents.shape[1:], generator=random, dtype=torch.float32)

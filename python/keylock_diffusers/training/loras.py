@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,17 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from keylock_diffusers.checks import shown, whole
-from keylock_diffusers.denoisers.base import RowLayout
-from keylock_diffusers.denoisers.families import denoiser_of
 from keylock_diffusers.denoisers.unet import uncompiled
 from keylock_diffusers.encoding import text
 from keylock_diffusers.loras.adapter import Adapter, LearnedWord, component_name
 from keylock_diffusers.loras.facts import facts_of
-from keylock_diffusers.pictures import turned
 from keylock_diffusers.processors import verify_routes
 from keylock_diffusers.processors.routed import handed_out
 from keylock_diffusers.requests import Request
 from keylock_diffusers.training import checkpoint, loop
+from keylock_diffusers.training.captions import Captions, Prompts
 from keylock_diffusers.training.config import LoraTrainingConfig, LoraTrainingError, Subject, is_word
 from keylock_diffusers.training.factors import Factors
 from keylock_diffusers.training.frozen import check_pipeline, frozen
@@ -42,15 +39,15 @@ from keylock_diffusers.training.learners import (
 from keylock_kernels.ops.precision import accumulate_dtype
 
 _FACT = "keylock_"  # begins the names of facts in a file's header
-_ROWS = RowLayout(("cond",))
 
 
 @dataclass(kw_only=True)
 class _Learner(Learner):
     """One adapter while it is learned."""
 
-    prompts: list[tuple[text.TokenizedPrompt, ...]]  # per picture, for each text encoder
-    orders: list[Request]  # per picture, its sizes
+    prompts: list[Prompts]  # per picture
+    orders: list[Request]  # per picture
+    plain: list[Prompts]  # per picture, without what is learned
     factors: nn.Parameter  # as `Factors` has them
     words: tuple[nn.Parameter, ...]  # [n, W] per text encoder; none beside plain words
 
@@ -134,11 +131,8 @@ class _Training(Together[_Learner, Adapter]):
     def __init__(
         self, pipe: Any, subjects: Sequence[Subject], config: LoraTrainingConfig, on_step: OnStep | None
     ) -> None:
-        self.denoiser = denoiser_of(copy.copy(pipe), {})
-        if self.denoiser.distilled:
-            raise ValueError("train_loras: pipe must have no distilled model, which reads guidance as an input")
-        self.encoders = self.denoiser.encoders()
-        self.factors = Factors(self.denoiser, config)
+        self.captions = Captions(pipe, "train_loras")
+        self.factors = Factors(self.captions.denoiser, config)
         for modules in self.factors.modules:
             verify_routes(modules, modules)
         super().__init__(pipe, subjects, config, on_step)
@@ -160,23 +154,37 @@ class _Training(Together[_Learner, Adapter]):
             weights=weights,
             optimizer=torch.optim.AdamW(groups),
             prompts=[self._tokenized(subject, caption, words) for caption in captions_of(subject)],
-            orders=[self._order(subject, number) for number in range(len(latents))],
+            orders=self.captions.orders(subject),
+            plain=[] if not config.prior else self._plain(subject),
             factors=factors,
             words=words,
         )
 
     def learn(self, learners: Sequence[_Learner], step: int) -> Tensor:  # [S]
-        config = self.config
+        config, captions = self.config, self.captions
         given = lesson(self.pipe, learners, config.batch_size, step)
+        shown = list(zip([one for one in learners for _ in range(config.batch_size)], given.pictures, strict=True))
+        orders = [row.orders[n] for row, n in shown]
+        precision = partial(
+            torch.autocast, self.pipe.unet.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"
+        )
+        without = None
+        if config.prior:
+            with torch.no_grad(), precision():
+                without = captions.predicted(given, captions.read([row.plain[n] for row, n in shown]), orders)
         updates = self.factors.updates([learner.factors for learner in learners], config.batch_size)
         with ExitStack() as held:
             for modules, own in zip(self.factors.modules, updates, strict=True):
                 held.enter_context(handed_out(modules, own))  # for the backward pass, which may compute it again
-            with torch.autocast(self.pipe.unet.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
-                predicted = self._predicted(learners, given)
+            with precision():
+                words = [{row.subject.placeholder: row.words} if row.words else {} for row, _ in shown]
+                read = captions.read([row.prompts[n] for row, n in shown], words)
+                predicted = captions.predicted(given, read, orders)
             rows = given.losses(predicted)
             if config.snr_gamma is not None:
                 rows = rows * snr_weights(given, config.snr_gamma, self.pipe.scheduler.config.prediction_type)
+            if without is not None:
+                rows = rows + config.prior * given.strayed(predicted, without)
             losses = rows.view(len(learners), -1).mean(1)
             losses.sum().backward()
         return losses.detach()
@@ -202,7 +210,7 @@ class _Training(Together[_Learner, Adapter]):
     def _words(self, subject: Subject) -> tuple[nn.Parameter, ...]:  # [n, W]
         """A vector for each token of the super-class, in each text encoder."""
         found = []
-        for encoder in self.encoders:
+        for encoder in self.captions.encoders:
             ids = text.super_class_ids(encoder.tokenizer, subject.super_class)
             table = encoder.model.get_input_embeddings().weight
             vectors = table.detach()[ids].to(accumulate_dtype(table.dtype), copy=True)
@@ -211,37 +219,17 @@ class _Training(Together[_Learner, Adapter]):
             raise ValueError(f"super_class must be as many tokens of each tokenizer, got {[len(w) for w in found]}")
         return tuple(found)
 
-    def _tokenized(self, subject: Subject, caption: str, words: Sequence[Tensor]) -> tuple[text.TokenizedPrompt, ...]:
-        names = {subject.placeholder: len(words[0])} if words else {}
-        found = tuple(
-            text.tokenize(tokenizer, caption, None, names, spelled=partial(text.converted, self.pipe, tokenizer))
-            for tokenizer, *_ in self.encoders
-        )
+    def _tokenized(self, subject: Subject, caption: str, words: Sequence[Tensor]) -> Prompts:
+        found = self.captions.tokenized(caption, words={subject.placeholder: len(words[0])} if words else {})
         if words and not all(prompt.words for prompt in found):
             raise ValueError(f"prompt {shown(caption)}: the word {subject.placeholder} is not in the prompt")
         return found
 
-    def _order(self, subject: Subject, number: int) -> Request:
-        """A picture's size before its middle square is taken, and where that lies, as Stable Diffusion XL is told."""
-        width, height = turned(subject.images[number]).size
-        side = self.denoiser.size(None, None)[0]
-        top, left = (round((length * side / min(width, height) - side) / 2) for length in (height, width))
-        return Request("", original_size=(height, width), crops_coords_top_left=(top, left))
-
-    def _predicted(self, learners: Sequence[_Learner], given: Lesson) -> Tensor:  # [B, c, h, w]
-        rows = [learner for learner in learners for _ in range(self.config.batch_size)]
-        chosen = list(zip(rows, given.pictures, strict=True))
-        states, pooled = [], None
-        for number, encoder in enumerate(self.encoders):
-            prompts = [row.prompts[picture][number] for row, picture in chosen]
-            words = [{row.subject.placeholder: row.words[number]} if row.words else {} for row in rows]
-            encoded, pooled = text.encode_rows(encoder, prompts, words)
-            states.append(encoded)
-        dtype = self.pipe.unet.dtype
-        orders = [row.orders[picture] for row, picture in chosen]
-        size = self.denoiser.size(None, None)
-        keywords = self.denoiser.conditions(orders, size, _ROWS, {} if pooled is None else {"cond": pooled.to(dtype)})
-        return self.denoiser.predict(given.noisy, given.times, torch.cat(states, -1).to(dtype), keywords)
+    def _plain(self, subject: Subject) -> list[Prompts]:
+        """The captions without what is learned: the super-class in the place of a word, plain words as they are."""
+        if is_word(subject.placeholder):
+            return self.captions.of(subject)
+        return [self.captions.tokenized(caption) for caption in captions_of(subject)]
 
 
 def snr_weights(given: Lesson, gamma: float, prediction: str) -> Tensor:  # [B]

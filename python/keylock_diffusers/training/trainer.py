@@ -12,45 +12,51 @@ import torch
 from torch import Tensor, nn
 
 from keylock_diffusers.checks import shown, whole
-from keylock_diffusers.concepts import BaseModel, Concept
+from keylock_diffusers.concepts import BaseModel, Concept, KeyLockedConcept
 from keylock_diffusers.denoisers.unet import cross_attention_layers
-from keylock_diffusers.encoding import text
 from keylock_diffusers.processors import RowUpdates
 from keylock_diffusers.processors.projection import project_vectors
+from keylock_diffusers.requests import Request
 from keylock_diffusers.routing import edits
 from keylock_diffusers.training import checkpoint, loop
-from keylock_diffusers.training.config import ConceptTrainingError, Subject, TrainingConfig, is_word
+from keylock_diffusers.training.added import AddedTraining
+from keylock_diffusers.training.captions import Captions, Prompts, Read, joined, word_encodings
+from keylock_diffusers.training.config import AddedConfig, ConceptTrainingError, PerfusionConfig, Subject, is_word
 from keylock_diffusers.training.covariance import Covariance
 from keylock_diffusers.training.frozen import check_pipeline, frozen
 from keylock_diffusers.training.learners import (
     Learner,
     OnStep,
     Together,
-    captions_of,
     check_subjects,
     lesson,
     lessons_of,
 )
 from keylock_diffusers.training.localization import Localization, localization_loss
 
+_DEFAULT = PerfusionConfig()
+
 
 @dataclass(kw_only=True)
 class _Learner(Learner):
     """One concept while it is learned."""
 
-    prompts: list[text.TokenizedPrompt]  # per picture
+    prompts: list[Prompts]  # per picture
+    orders: list[Request]  # per picture
+    plain: Read  # of the captions with the super-class in the placeholder's place
     super_encoding: Tensor  # [D]
-    embedding: nn.Parameter  # [W]
+    embeddings: tuple[nn.Parameter, ...]  # [W] per text encoder
     values: nn.Parameter  # [sum O]
     target: Tensor  # [D]
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        return {"embedding": self.embedding, "values": self.values, "target": self.target}
+        words = {f"embedding{n or ''}": embedding for n, embedding in enumerate(self.embeddings)}
+        return {**words, "values": self.values, "target": self.target}
 
     @property
     def ids(self) -> list[Any]:
-        return [prompt.ids for prompt in self.prompts]
+        return [[prompt.ids for prompt in prompts] for prompts in self.prompts]
 
 
 @torch.inference_mode(False)
@@ -58,9 +64,9 @@ class _Learner(Learner):
 def train_concepts(
     pipe: Any,
     subjects: Sequence[Subject],
-    config: TrainingConfig = TrainingConfig(),
+    config: PerfusionConfig | AddedConfig = _DEFAULT,
     *,
-    metric: Covariance,
+    metric: Covariance | None = None,
     checkpoint_path: str | Path | None = None,
     checkpoint_every: int = 50,
     progress: bool = True,
@@ -72,10 +78,10 @@ def train_concepts(
     uninterrupted one does, and a subject learns what it would have learned alone.
 
     Args:
-        pipe: a Stable Diffusion 1.x or 2.x pipeline; its weights, flags and processors are as before afterwards.
+        pipe: a Stable Diffusion 1.x, 2.x or XL pipeline; its weights, flags and processors are as before afterwards.
         subjects: what to learn.
-        config: how.
-        metric: C: see `covariance`.
+        config: how, and which edit: an `AddedConfig` gives `AddedConcept`s, a `PerfusionConfig` `KeyLockedConcept`s.
+        metric: C, of key-locked concepts: see `covariance`.
         checkpoint_path: a safetensors file to resume from and to write; it is written on Ctrl-C, too.
         checkpoint_every: steps between two writes of it; there is one every two minutes besides.
         progress: whether to show a progress bar.
@@ -87,52 +93,59 @@ def train_concepts(
         that was not finite.
 
     Raises:
-        ValueError: no subjects, a pipeline in float16 or with an IP-Adapter, or a checkpoint of another run.
-        TypeError: an argument is of another kind, or the pipeline has two text encoders.
+        ValueError: no subjects, a checkpoint of another run, or a pipeline in float16, with an IP-Adapter, of a
+            distilled model or one that reads more than noisy latents.
+        TypeError: an argument is of another kind.
 
     Paper: Perfusion, Tewel et al. 2023, arXiv 2305.01644.
     """
-    for name, value, kind in (("config", config, TrainingConfig), ("metric", metric, Covariance)):
-        if not isinstance(value, kind):
-            raise TypeError(f"train_concepts: {name} must be a {kind.__name__}, got {shown(value)}")
+    if not isinstance(config, (PerfusionConfig, AddedConfig)):
+        raise TypeError(f"train_concepts: config must be a PerfusionConfig or an AddedConfig, got {shown(config)}")
+    wanted = "a Covariance" if isinstance(config, PerfusionConfig) else "None beside an AddedConfig"
+    if not isinstance(metric, Covariance if isinstance(config, PerfusionConfig) else type(None)):
+        raise TypeError(f"train_concepts: metric must be {wanted}, got {shown(metric)}")
     whole(checkpoint_every, "train_concepts: checkpoint_every", 1)
     checkpoint.check_path(checkpoint_path)
     check_subjects(subjects, "train_concepts")
     plain = [subject.placeholder for subject in subjects if not is_word(subject.placeholder)]
     if plain:
         raise ValueError(f"train_concepts: subjects must have a placeholder such as <alice-cat>, got {plain[0]!r}")
-    check_pipeline(pipe, "train_concepts")
+    check_pipeline(pipe, "train_concepts", two=True)
     width = pipe.unet.config.cross_attention_dim
-    if len(metric.matrix) != width:
+    if metric is not None and len(metric.matrix) != width:
         shape = list(metric.matrix.shape)
         raise ValueError(f"train_concepts: metric must be of this pipeline, [{width}, {width}], got {shape}")
+    trained: Together[Any, Any]
     with frozen(pipe):
-        trained = _Training(pipe, subjects, config, on_step, metric)
+        if isinstance(config, AddedConfig):
+            trained = AddedTraining(pipe, subjects, config, on_step)
+        else:
+            trained = _Training(pipe, subjects, config, on_step, metric)
         run = loop.Run(config.steps, checkpoint_path, trained.digest(), checkpoint_every, "training concepts", progress)
         return trained.run(run)
 
 
-class _Training(Together[_Learner, Concept]):
+class _Training(Together[_Learner, KeyLockedConcept]):
     error = ConceptTrainingError
 
     def __init__(
         self,
         pipe: Any,
         subjects: Sequence[Subject],
-        config: TrainingConfig,
+        config: PerfusionConfig,
         on_step: OnStep | None,
-        metric: Covariance,
+        metric: Any,
     ) -> None:
-        self.metric = metric
+        self.metric, self.captions = metric, Captions(pipe, "train_concepts")
         super().__init__(pipe, subjects, config, on_step)
 
     def begin(self, subject: Subject) -> _Learner:
-        return _begin(self.pipe, subject, self.config)
+        return _begin(self.pipe, self.captions, subject, self.config)
 
     def learn(self, learners: Sequence[_Learner], step: int) -> Tensor:  # [S]
-        return _learn(self.pipe, learners, self.config, self.metric, step)
+        return _learn(self.pipe, self.captions, learners, self.config, self.metric, step)
 
-    def result(self, learner: _Learner, seconds: float) -> Concept:
+    def result(self, learner: _Learner, seconds: float) -> KeyLockedConcept:
         return _concept(learner, self.base, self.config, self.metric, seconds)
 
     @property
@@ -141,15 +154,21 @@ class _Training(Together[_Learner, Concept]):
 
 
 def _learn(
-    pipe: Any, learners: Sequence[_Learner], config: TrainingConfig, metric: Covariance, step: int
+    pipe: Any,
+    captions: Captions,
+    learners: Sequence[_Learner],
+    config: PerfusionConfig,
+    metric: Covariance,
+    step: int,
 ) -> Tensor:  # [S]
     device, size = pipe.unet.device, config.batch_size
     shown = lesson(pipe, learners, size, step)
     rows = [learner for learner in learners for _ in range(size)]
+    orders = [row.orders[n] for row, n in zip(rows, shown.pictures, strict=True)]
     with torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
         prompts = [row.prompts[n] for row, n in zip(rows, shown.pictures, strict=True)]
-        words = [{row.subject.placeholder: row.embedding} for row in rows]
-        encodings = text.encode(pipe.text_encoder, prompts, words).to(pipe.unet.dtype)
+        read = captions.read(prompts, [{row.subject.placeholder: row.embeddings} for row in rows])
+        encodings = read.states
         targets = []
         for number, learner in enumerate(learners):
             mine = slice(number * size, (number + 1) * size)
@@ -164,11 +183,17 @@ def _learn(
         inputs = _Inputs(pipe, learners, torch.stack(targets), encodings, config, metric)
         options: dict[str, Any] = {"personalization": inputs}
         if config.localize:
-            tokens = torch.tensor([[prompt.words[0][0]] for prompt in prompts], device=device)
+            tokens = torch.tensor([[prompt[0].words[0][0]] for prompt in prompts], device=device)
             grid = (shown.noisy.shape[2], shown.noisy.shape[3])
             options["readout"] = Localization(pipe.unet, tokens, shown.weights, grid, form=config.localization_form)
-        predicted = pipe.unet(shown.noisy, shown.times, encodings, cross_attention_kwargs=options).sample
-    losses = shown.losses(predicted).view(len(learners), size).mean(1)
+        predicted = captions.predicted(shown, read, orders, **options)
+        losses = shown.losses(predicted)
+        if config.prior:
+            with torch.no_grad():
+                plain = joined([row.plain.rows([n]) for row, n in zip(rows, shown.pictures, strict=True)])
+                without = captions.predicted(shown, plain, orders)
+            losses = losses + config.prior * shown.strayed(predicted, without)
+    losses = losses.view(len(learners), size).mean(1)
     total = losses.sum()
     if config.localize:
         total = total + config.localize * localization_loss(options["readout"], per_row=True).sum() / size
@@ -194,7 +219,7 @@ class _Inputs:
         learners: Sequence[_Learner],
         targets: Tensor,
         encodings: Tensor,
-        config: TrainingConfig,
+        config: PerfusionConfig,
         metric: Covariance,
     ) -> None:
         numbers = torch.arange(len(learners), dtype=torch.int32, device=encodings.device)
@@ -228,30 +253,21 @@ class _Inputs:
         return None
 
 
-def word_encodings(encodings: Tensor, prompts: Sequence[text.TokenizedPrompt]) -> Tensor:
-    """The encodings [n, D] of the prompts' placeholders, among encodings [B, T, D]."""
-    places = [(row, position) for row, prompt in enumerate(prompts) for position, *_ in prompt.words]
-    rows, positions = (torch.tensor(side, device=encodings.device) for side in zip(*places, strict=True))
-    return encodings[rows, positions]
-
-
-def _begin(pipe: Any, subject: Subject, config: TrainingConfig) -> _Learner:
+def _begin(pipe: Any, captions: Captions, subject: Subject, config: PerfusionConfig) -> _Learner:
     if config.localize and subject.masks is None:
         raise ValueError("localize needs masks, and the subject has none")
-    super_ids = text.super_class_ids(pipe.tokenizer, subject.super_class)
-    prompts = [
-        text.tokenize(pipe.tokenizer, c, {subject.placeholder: subject.super_class}) for c in captions_of(subject)
-    ]
+    prompts = captions.of(subject)
     device = pipe.unet.device
     with torch.no_grad():
-        super_encoding = word_encodings(text.encode(pipe.text_encoder, prompts), prompts).mean(0).float()
-        embedding = pipe.text_encoder.get_input_embeddings().weight[super_ids[-1]].float()
+        plain = captions.read(prompts)
+        super_encoding = word_encodings(plain.states, prompts).mean(0).float()
+        embeddings = [captions.noun(encoder, subject) for encoder in captions.encoders]
         values = torch.cat(
             [project_vectors(attn.to_v, super_encoding[None])[0] for attn in cross_attention_layers(pipe.unet).values()]
         )
     latents, weights = lessons_of(pipe, subject)
-    learned = nn.Parameter(embedding.clone().to(device)), nn.Parameter(values.clone().to(device))
-    rates = (config.embedding_rate, config.values_rate)
+    learned = [nn.Parameter(start.clone().to(device)) for start in (*embeddings, values)]
+    rates = [*[config.embedding_rate] * len(embeddings), config.values_rate]
     optimizer = torch.optim.AdamW(
         [
             {"params": [parameter], "lr": rate * float(parameter.detach().square().mean().sqrt())}
@@ -264,25 +280,29 @@ def _begin(pipe: Any, subject: Subject, config: TrainingConfig) -> _Learner:
         latents=latents,
         weights=weights,
         prompts=prompts,
+        orders=captions.orders(subject),
+        plain=plain,
         super_encoding=super_encoding.to(device),
-        embedding=learned[0],
-        values=learned[1],
+        embeddings=tuple(learned[:-1]),
+        values=learned[-1],
         target=super_encoding.clone().to(device),
         optimizer=optimizer,
     )
 
 
-def _concept(learner: _Learner, base: BaseModel, config: TrainingConfig, metric: Covariance, seconds: float) -> Concept:
+def _concept(
+    learner: _Learner, base: BaseModel, config: PerfusionConfig, metric: Covariance, seconds: float
+) -> KeyLockedConcept:
     direction, energy = metric.direction(learner.target)
     recipe = {key: value for key, value in asdict(config).items() if not key.startswith("inference")}
-    return Concept(
+    return KeyLockedConcept(
         placeholder=learner.subject.placeholder,
         super_class=learner.subject.super_class,
         target_input=learner.target,
         energy=float(energy),
         direction=direction,
         super_class_encoding=learner.super_encoding,
-        word_embeddings=(learner.embedding.detach(),),
+        word_embeddings=tuple(embedding.detach() for embedding in learner.embeddings),
         values=learner.values.detach(),
         base=base,
         beta=config.inference_beta,

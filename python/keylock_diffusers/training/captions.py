@@ -1,0 +1,121 @@
+"""How captions are read while something is learned: by all text encoders of a pipeline, with each row's own words."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from keylock_diffusers.denoisers.base import RowLayout
+from keylock_diffusers.denoisers.families import denoiser_of
+from keylock_diffusers.denoisers.unet import TextEncoder
+from keylock_diffusers.encoding import text
+from keylock_diffusers.pictures import turned
+from keylock_diffusers.requests import Request
+from keylock_diffusers.training.config import Subject
+from keylock_diffusers.training.learners import Lesson, captions_of
+
+Prompts = tuple[text.TokenizedPrompt, ...]  # one per text encoder
+Words = Mapping[str, Sequence[Tensor]]  # per name, vectors [W] or [n, W] for each text encoder
+_ROWS = RowLayout(("cond",))
+
+
+class Read(NamedTuple):
+    """What text encoders make of a batch's captions."""
+
+    states: Tensor  # [B, T, D]
+    pooled: Tensor | None  # [B, P]
+
+    def rows(self, chosen: Sequence[int]) -> Read:
+        """Some of them."""
+        return Read(self.states[chosen], None if self.pooled is None else self.pooled[chosen])
+
+
+def joined(parts: Sequence[Read]) -> Read:
+    """Several batches' in one."""
+    pooled = [part.pooled for part in parts if part.pooled is not None]
+    return Read(torch.cat([part.states for part in parts]), torch.cat(pooled) if pooled else None)
+
+
+def word_encodings(states: Tensor, prompts: Sequence[Prompts]) -> Tensor:  # [n, D]
+    """The encodings of the captions' placeholders, among encodings [B, T, D]."""
+    places = [(row, position) for row, prompt in enumerate(prompts) for position, *_ in prompt[0].words]
+    rows, positions = (torch.tensor(side, device=states.device) for side in zip(*places, strict=True))
+    return states[rows, positions]
+
+
+class Captions:
+    """The text side of a pipeline while something is learned.
+
+    Args:
+        pipe: a Stable Diffusion 1.x, 2.x or XL pipeline.
+        name: of who learns, for errors.
+
+    Raises:
+        ValueError: its model is distilled.
+    """
+
+    def __init__(self, pipe: Any, name: str) -> None:
+        self.denoiser = denoiser_of(copy.copy(pipe), {})
+        if self.denoiser.distilled:
+            raise ValueError(f"{name}: pipe must have no distilled model, which reads guidance as an input")
+        self.encoders = self.denoiser.encoders()
+
+    def tokenized(self, caption: str, super_classes: Mapping[str, str] | None = None, **names: Any) -> Prompts:
+        """A caption for each text encoder; the rest as for `text.tokenize`."""
+        return tuple(
+            text.tokenize(
+                tokenizer,
+                caption,
+                super_classes,
+                spelled=partial(text.converted, self.denoiser.pipe, tokenizer),
+                **names,
+            )
+            for tokenizer, *_ in self.encoders
+        )
+
+    def of(self, subject: Subject, nouns: int = 1) -> list[Prompts]:
+        """A subject's captions, in which its placeholder stands for a concept of so many words."""
+        name = subject.placeholder
+        return [
+            self.tokenized(caption, {name: subject.super_class}, nouns={name: nouns})
+            for caption in captions_of(subject)
+        ]
+
+    def read(self, prompts: Sequence[Prompts], words: Sequence[Words] | None = None) -> Read:
+        """Encodings in the U-Net's dtype, differentiable in the rows' own words."""
+        states, pooled = [], None
+        for number, encoder in enumerate(self.encoders):
+            own = None if words is None else [{name: each[number] for name, each in row.items()} for row in words]
+            encoded, pooled = text.encode_rows(encoder, [row[number] for row in prompts], own)
+            states.append(encoded)
+        dtype = self.denoiser.unet.dtype
+        return Read(torch.cat(states, -1).to(dtype), None if pooled is None else pooled.to(dtype))
+
+    def noun(self, encoder: TextEncoder, subject: Subject) -> Tensor:  # [W]
+        """A text encoder's embedding of the last token of a subject's super-class, in float32."""
+        number = text.super_class_ids(encoder.tokenizer, subject.super_class)[-1]
+        return encoder.model.get_input_embeddings().weight.detach()[number].float()
+
+    def orders(self, subject: Subject) -> list[Request]:
+        """Each picture's size before its middle square is taken, and where that lies, as SDXL is told."""
+        side = self.denoiser.size(None, None)[0]
+        made = []
+        for image in subject.images:
+            width, height = turned(image).size
+            top, left = (round((length * side / min(width, height) - side) / 2) for length in (height, width))
+            made.append(Request("", original_size=(height, width), crops_coords_top_left=(top, left)))
+        return made
+
+    def predicted(self, given: Lesson, read: Read, orders: Sequence[Request], **attention: Any) -> Tensor:
+        """What the U-Net says [B, c, h, w]; `attention` is passed to its attention layers."""
+        size = self.denoiser.size(None, None)
+        pooled = {} if read.pooled is None else {"cond": read.pooled}
+        keywords = self.denoiser.conditions(orders, size, _ROWS, pooled)
+        if attention:
+            keywords["cross_attention_kwargs"] = attention
+        return self.denoiser.predict(given.noisy, given.times, read.states, keywords)
