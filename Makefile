@@ -39,6 +39,8 @@ help:
 	@echo "make lint      ruff, mypy, clang-format"
 	@echo "make bench     the benchmarks; SHARD=2/4 runs every fourth, BENCH=--write-data keeps the numbers"
 	@echo "make localization  what regions, image prompts and maps do on the embedded model, into docs/localization.md"
+	@echo "make quality   do concepts show their subjects? methods learned, drawn and judged on the embedded model, into"
+	@echo "               outputs/quality, where it goes on; QUICK=1 is five users, QUALITY=... options; needs the emoji font"
 	@echo "make fuzz      hostile pictures, requests, files, folders and calls by the thousand, into docs/security.md;"
 	@echo "               FUZZ=pictures,requests takes some kinds, COUNT=500 so many cases from FIRST=0 and writes nothing"
 	@echo "make report    what the Triton kernels compile to for four GPUs"
@@ -115,6 +117,10 @@ bench: $(if $(filter $(BIN)/python,$(RUN)),$(VENV)/installed-test,native-in-plac
 .PHONY: localization
 localization: $(VENV)/installed-test
 	PYTHONPATH=.:python $(RUN) -m benchmarks.localization
+
+.PHONY: quality
+quality: $(VENV)/installed-test
+	PYTHONPATH=.:python $(RUN) -m benchmarks.quality outputs/quality $(if $(QUICK),--quick) $(QUALITY)
 
 # Each kind in a process of its own, bounded in memory and time: about ten minutes on one core.
 .PHONY: fuzz

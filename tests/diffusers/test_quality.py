@@ -1,0 +1,130 @@
+"""The benchmark of quality: nobody is judged by what they showed, and right answers score as right answers."""
+
+import dataclasses
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.quality import report
+from benchmarks.quality.coats import coated
+from benchmarks.quality.judges import GLYPHS, CoatEncoder, half
+from benchmarks.quality.methods import BATCH, METHODS, ROWS, steps_of
+from benchmarks.quality.users import DECOYS, TEST, TUNE, Order
+from keylock_diffusers.embedded import render
+from keylock_diffusers.embedded.glyphs import INDEX
+
+needs_font = pytest.mark.skipif(not render.FONT.exists(), reason="the package fonts-noto-color-emoji is not installed")
+
+
+def test_users_of_the_test_are_not_those_that_settings_are_chosen_on():
+    assert (len(TEST), len(TUNE), len(DECOYS)) == (24, 10, 40)
+    coats = [user.coat for user in (*TEST, *TUNE)] + list(DECOYS)
+    assert len(set(coats)) == len(coats)
+    assert len({user.name for user in (*TEST, *TUNE)}) == 34
+    of_cats = [{words for user in group if user.kind == "cat" for words in user.asked} for group in (TEST, TUNE)]
+    assert not of_cats[0] & of_cats[1]
+
+
+@pytest.mark.parametrize("user", [*TEST, *TUNE], ids=lambda user: user.name)
+def test_what_is_asked_is_known_to_the_judges_and_was_not_shown(user):
+    assert len(user.orders) == 12
+    for order in user.orders:
+        assert [part.own for part in order.parts].count(True) == 1
+        for part in order.parts:
+            assert part.glyph in INDEX
+            assert not part.own or part.glyph in GLYPHS[user.kind]
+    if user.kind in ("cat", "face"):
+        asked = {part.glyph for order in user.orders for part in order.parts if part.own}
+        shown = {"cat": {"cat", "grinning cat", "crying cat", "smirking cat"}}.get(
+            user.kind, {"grinning face", "winking face", "crying face", "thinking face"}
+        )
+        assert len(asked - shown) >= 3
+
+
+def test_coats_are_drawn_in_their_two_colours():
+    for coat in (user.coat for user in TEST):
+        seen = coat.paint(64)
+        assert seen.shape == (64, 64, 3) and seen.min() >= 0 and seen.max() <= 255
+        if coat.pattern not in ("fade", "strands"):
+            assert {tuple(pixel) for pixel in seen.reshape(-1, 3).astype(int)} <= set(coat.colours)
+
+
+def test_an_order_says_what_stands_where():
+    order = Order.of("a fox next to a kissing {} on pink", "cat")
+    assert [tuple(part) for part in order.parts] == [("fox", False), ("kissing cat", True)]
+    assert order.background == "pink"
+
+
+def test_half_of_a_picture_is_judged_without_the_other():
+    image = np.full((64, 64, 3), 200, np.uint8)
+    image[20:40, 4:28] = 10
+    image[20:40, 36:60] = 90
+    left, right = half(image, False), half(image, True)
+    assert {*np.unique(left)} == {10, 200} and {*np.unique(right)} == {90, 200}
+    assert np.array_equal(left[:, 16:48], image[:, :32]) and np.array_equal(right[:, 16:48], image[:, 32:])
+
+
+def test_a_budget_pays_for_what_a_step_costs():
+    assert steps_of(ROWS[30], 0.0) == ROWS[30] // (3 * BATCH) > steps_of(ROWS[30], 1.0) == ROWS[30] // (4 * BATCH)
+    for method in METHODS.values():
+        assert not method.trains or len(method.tried) >= 11  # and the one that it begins with
+
+
+def test_the_bootstrap_goes_over_users_and_in_pairs():
+    def facts(values):
+        pictures = [{"user": f"u{n}", "who": v} for n, v in enumerate(values) for _ in range(3)]
+        return {
+            "method": "m",
+            "settings": {},
+            "changes": {},
+            "rows": 0,
+            "bytes": 1,
+            "seconds": 0.0,
+            "both": [],
+            "pictures": pictures,
+        }
+
+    one, other = facts([0.9, 0.8, 0.7, 0.6]), facts([0.7, 0.6, 0.5, 0.4])
+    mean, low, high = report.difference(one, other, "who")
+    assert mean == pytest.approx(0.2) and low == pytest.approx(0.2) and high == pytest.approx(0.2)
+    mean, low, high = report.difference(facts([1.0, 0.0, 1.0, 0.0]), facts([0.0] * 4), "who")
+    assert mean == 0.5 and low < 0.25 and high > 0.75
+    assert json.loads(json.dumps(report.means(one)))["who"] == pytest.approx(0.75)
+    assert report.table([one]).count("\n") == 2 and "who 0.75" in report.line(one)
+
+
+def test_the_coat_encoder_gives_unit_vectors():
+    torch.manual_seed(0)
+    found = CoatEncoder()(torch.randn(3, 3, 64, 64))
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(3))
+
+
+@needs_font
+def test_a_right_answer_is_a_right_answer_and_the_plain_one_is_none():
+    from benchmarks.quality.scores import Scores, right_answer
+    from keylock_diffusers import embedded
+
+    scores = Scores(embedded.load().vae, TUNE)
+    found = []
+    for user, number in itertools.product(TUNE[:3], (0, 6)):
+        order = user.orders[number]
+        for coat in (user.coat, None):
+            image = right_answer(dataclasses.replace(user, coat=coat), order)
+            found.append((coat is not None, scores.of(image, user, order), len(order.parts)))
+    right = [scored for wears, scored, _ in found if wears]
+    wrong = [scored for wears, scored, _ in found if not wears]
+    assert np.mean([scored["who"] for scored in right]) >= 0.8 > 0.2 >= np.mean([scored["who"] for scored in wrong])
+    assert max(scored["error"] for scored in right) < 1 < 15 < min(scored["error"] for scored in wrong)
+    assert np.mean([scored["named"] for scored in right]) >= 0.8 and all(scored["background"] for scored in right)
+    for _, scored, parts in found:
+        assert (parts == 2) == ("other" in scored)
+        assert scored.get("other", 0.0) < 1 and not scored.get("leak")
+    swapped = render.compose(
+        [(coated(TUNE[1].coat, "cat"), 2, 20, 28), (coated(TUNE[0].coat, "cat"), 33, 20, 28)], "white"
+    )[0]
+    order = Order.of("a {} and a cat on white", "cat")
+    assert scores.both(swapped, order, (TUNE[0].coat, TUNE[1].coat)) == {"in place": 0.0, "swapped": 1.0}
+    assert scores.both(swapped, order, (TUNE[1].coat, TUNE[0].coat)) == {"in place": 1.0, "swapped": 0.0}
