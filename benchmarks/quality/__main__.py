@@ -57,7 +57,7 @@ def main() -> None:
         tried: Sequence[dict[str, Any]] = ({}, *method.tried) if given.tuning else ({},)
         for changes in tried:
             run.measure(method, {**method.settings, **changes}, ROWS[seconds], changes)
-    report.write(run.folder)
+    report.write(run.folder, [user.name for user in users], list(METHODS))
 
 
 class Run:
@@ -72,7 +72,6 @@ class Run:
     def __init__(self, folder: Path, users: Sequence[User], quick: bool) -> None:
         self.folder, self.users, self.seeds = folder, users, SEEDS[:1] if quick else SEEDS
         self.pipe = kd.install(embedded.load())
-        self.pipe.set_progress_bar_config(disable=True)
         self.scores = Scores(self.pipe.vae, users)
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -93,8 +92,9 @@ class Run:
             for order in user.orders
             for seed in self.seeds
         ]
+        pipe = kd.install(embedded.load_adapter(embedded.load())) if method.adapter else self.pipe
         if method.draws:
-            images = self._drawn([one.request(order, seed) for _, one, order, seed in cells])
+            images = _drawn(pipe, [one.request(order, seed) for _, one, order, seed in cells])
         elif method.name == "right answers":
             images = self._through_the_autoencoder([right_answer(user, order) for user, _, order, _ in cells])
         else:
@@ -102,7 +102,7 @@ class Run:
         found = []
         for (user, _, order, seed), image in zip(cells, images, strict=True):
             scored = self.scores.of(image, user, order)
-            if method.draws and not method.trains:
+            if method.name == "no personalisation":
                 scored |= self.scores.nothing(image, user, order)
             found.append({"user": user.name, "kind": user.kind, "prompt": order.prompt, "seed": seed, **scored})
         facts = {
@@ -113,32 +113,24 @@ class Run:
             "bytes": max(one.nbytes for one in learned),
             "seconds": round(trained / len(self.users), 2),
             "pictures": found,
-            "both": self._both(learned) if method.draws else [],
+            "both": self._both(pipe, learned) if method.draws else [],
         }
         self._sheet(images, len(cells) // len(self.users)).save(path.with_suffix(".png"))
         path.write_text(json.dumps(facts) + "\n")
         print(report.line(facts), flush=True)
-
-    def _drawn(self, requests: list[kd.Request]) -> list[np.ndarray]:
-        drawn: list[np.ndarray] = []
-        for first in range(0, len(requests), _BATCH):
-            part = requests[first : first + _BATCH]
-            made = kd.generate(self.pipe, part, num_inference_steps=STEPS, output_type="np", max_batch=_BATCH)
-            drawn += [(image * 255).round().astype(np.uint8) for image in made]
-        return drawn
 
     @torch.no_grad()
     def _through_the_autoencoder(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
         seen = decoded(self.pipe.vae, autoencoder.pixels(list(images))).permute(0, 2, 3, 1)
         return list(((seen / 2 + 0.5) * 255).round().byte().numpy())
 
-    def _both(self, learned: Sequence[Learned]) -> list[dict[str, float]]:
-        """Two users' cats in one picture, each with its own word."""
+    def _both(self, pipe: Any, learned: Sequence[Learned]) -> list[dict[str, float]]:
+        """Two users' cats in one picture, each with its own word; nothing where no word tells them apart."""
         cats = [(user, one) for user, one in zip(self.users, learned, strict=True) if user.kind == "cat"]
         cells, requests = [], []
         for (user, one), (other, another) in zip(cats[::2], cats[1::2], strict=False):
             for prompt in _BOTH:
-                if one.placeholder == another.placeholder and one.use:  # plain words name both alike
+                if one.placeholder == another.placeholder:
                     return []
                 order = Order.of(prompt.format("{}", "cat"), "cat")
                 merged = {
@@ -148,7 +140,7 @@ class Run:
                     words = prompt.format(one.placeholder, another.placeholder)
                     requests.append(kd.Request(words, seed=seed, guidance_scale=4.0, **merged))
                     cells.append((order, (user.coat, other.coat)))
-        images = self._drawn(requests)
+        images = _drawn(pipe, requests)
         return [self.scores.both(image, *cell) for image, cell in zip(images, cells, strict=True)]
 
     @staticmethod
@@ -158,6 +150,15 @@ class Run:
         for number, image in enumerate(images):
             made.paste(Image.fromarray(image), (number % columns * side, number // columns * side))
         return made
+
+
+def _drawn(pipe: Any, requests: list[kd.Request]) -> list[np.ndarray]:
+    drawn: list[np.ndarray] = []
+    for first in range(0, len(requests), _BATCH):
+        part = requests[first : first + _BATCH]
+        made = kd.generate(pipe, part, num_inference_steps=STEPS, output_type="np", max_batch=_BATCH)
+        drawn += [(image * 255).round().astype(np.uint8) for image in made]
+    return drawn
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ class Method:
         tried: what tuning chooses from: other values of them.
         trains: whether it learns at all.
         draws: whether the model draws what is judged: else it is a picture that the users gave, or the right answer.
+        adapter: whether it draws with the image prompt adapter.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Method:
     tried: tuple[dict[str, Any], ...] = ()
     trains: bool = True
     draws: bool = True
+    adapter: bool = False
 
 
 def steps_of(rows: int, prior: float) -> int:
@@ -126,6 +128,16 @@ def _lora(pipe: Any, users: Sequence[User], settings: dict[str, Any], rows: int)
         numbers += sum(vector.numel() for one in adapter.words.values() for vector in one.vectors)
         named = user.placeholder if word else plain.format(user.kind)
         made.append(Learned(named, 2 * numbers, {"loras": [kd.Lora(adapter, strength)]}))
+    return made
+
+
+def _image_prompt(pipe: Any, users: Sequence[User], settings: dict[str, Any], rows: int) -> list[Learned]:
+    made = []
+    for user in users:
+        subject = user.subject()
+        prompts = [kd.ImagePrompt(subject.images[0], scale=settings["scale"], end=settings.get("end", 1.0))]
+        tokens = 4 * pipe.unet.config.cross_attention_dim
+        made.append(Learned(user.kind, 2 * tokens, {"image_prompts": prompts}))
     return made
 
 
@@ -195,8 +207,28 @@ METHODS = {
             {"values_rate": 0.03, "embedding_rate": 0.004, "lock": "global", "inference_beta": 0.5},
             _PERFUSION_TRIED,
         ),
+        Method(
+            "image prompt",
+            _image_prompt,
+            {"scale": 0.7},
+            _grid(scale=(0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 0.9, 1.0), end=(0.4, 0.6, 0.8)),
+            trains=False,
+            adapter=True,
+        ),
         _word(1),
         _word(4),
+        Method(
+            "keys and values at rank 128 (after Custom Diffusion)",
+            _lora,
+            {
+                "rank": 128,
+                "word": True,
+                "targets": ("attn2.to_k", "attn2.to_v"),
+                "learning_rate": 1e-3,
+                "embedding_rate": 0.15,
+            },
+            _LORA_TRIED,
+        ),
         _lora_of(1, True),
         _lora_of(4, True),
         _lora_of(16, True),

@@ -78,7 +78,7 @@ class Scores:
 
 def right_answer(user: User, order: Order) -> np.ndarray:  # [64, 64, 3]
     """One picture of what a user asks for."""
-    places = [(6, 5, 52)] if len(order.parts) == 1 else [(2, 20, 29), (33, 18, 29)]
+    places = [(6, 6, 52)] if len(order.parts) == 1 else [(2, 20, 29), (33, 18, 29)]
     sprites = [coated(user.coat if part.own else None, part.glyph) for part in order.parts]
     drawn = [(sprite, *place) for sprite, place in zip(sprites, places, strict=True)]
     return render.compose(drawn, order.background)[0]

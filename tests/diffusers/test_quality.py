@@ -96,6 +96,25 @@ def test_the_bootstrap_goes_over_users_and_in_pairs():
     assert report.table([one]).count("\n") == 2 and "who 0.75" in report.line(one)
 
 
+def test_a_folder_of_scores_becomes_a_table_a_plot_and_a_contact_sheet(tmp_path):
+    from PIL import Image
+
+    names = ["no personalisation", "LoRA rank 4, with a word", "added, three words"]
+    for place, (name, who) in enumerate(zip(names, (0.0, 0.5, 1.0), strict=True)):
+        pictures = [{"user": user, "who": who, "named": 0.5} for user in ("u0", "u1") for _ in range(3)]
+        facts = {"method": name, "settings": {}, "changes": {}, "rows": 7, "bytes": 1000 * place, "seconds": 1.0}
+        (tmp_path / f"{place}.json").write_text(json.dumps({**facts, "pictures": pictures, "both": []}))
+        Image.new("RGB", (3 * 66, 2 * 66), (80 * place, 0, 0)).save(tmp_path / f"{place}.png")
+    report.write(tmp_path, ["u0", "u1"], list(METHODS))
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == names
+    assert "+0.50 (+0.50 to +0.50)" in lines[4] and "| 1.00 |" in lines[4] and "nan" not in lines[2]
+    assert (tmp_path / "bytes.svg").read_text().count("<circle") == 4
+    sheet = Image.open(tmp_path / "contact-sheet.png")
+    assert sheet.getpixel((sheet.width - 2, 2 * 66 + 5)) == (160, 0, 0)
+    assert sheet.getpixel((sheet.width - 2, 3 * 66 + 8 + 5)) == (0, 0, 0)
+
+
 def test_the_coat_encoder_gives_unit_vectors():
     torch.manual_seed(0)
     found = CoatEncoder()(torch.randn(3, 3, 64, 64))
