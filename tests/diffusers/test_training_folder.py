@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 import keylock_diffusers as kd
 from keylock_diffusers import cli, files
@@ -439,6 +440,81 @@ def test_train_makes_an_added_concept_without_captions_for_a_metric(quick, monke
     run("bank", "add", "alice/cat", tmp_path / "cat.safetensors", *bank)
     shown = json.loads(run("bank", "show", "alice/cat", *bank))
     assert (shown["edit"], shown["words"], shown["start"]) == ("added", 2, 0.2) and "covariance" not in shown
+
+
+def of_users(tmp_path, *more, output="learned"):
+    place = tmp_path / "users"
+    place.mkdir(exist_ok=True)
+    for name in ("alice", "carol"):
+        fill(place / name, "a.png", "b.png")
+    return [
+        *(
+            "train",
+            place,
+            "--users",
+            "--placeholder",
+            "<{}-pet>",
+            "--super-class",
+            "cat",
+            "--output",
+            tmp_path / output,
+        ),
+        *("--steps", 2, "--batch-size", 1, *more),
+    ]
+
+
+@pytest.mark.parametrize("options", [["--edit", "added"], ["--edit", "perfusion"], ["--method", "lora"]])
+def test_many_users_learn_in_one_run_and_one_ones_folder_costs_the_others_nothing(quick, tmp_path, options):
+    whole = of_users(tmp_path, *options)
+    fill(tmp_path / "users" / "bob", "a.png")
+    broken(tmp_path / "users" / "bob", "a.png")
+    (tmp_path / "users" / "dave").mkdir()
+    (tmp_path / "users" / "carol" / "super-class.txt").write_text("dog\n")
+    result = CliRunner().invoke(cli.app, [*map(str, whole)])
+    assert result.exit_code == 1, result.output
+    lines = result.output.splitlines()
+    assert any("alice: 2 pictures, 2 steps, finished" in line for line in lines)
+    assert any(line.startswith("bob: not learned: ") and "a.png" in line for line in lines)
+    assert any(line.startswith("dave: not learned: ") and "holds no pictures" in line for line in lines)
+    assert "2 of 4 users' subjects were not learned" in result.stderr and "super-class.txt" not in result.output
+    made = {file.name for file in (tmp_path / "learned").iterdir()}
+    words = {"alice.embedding.safetensors", "carol.embedding.safetensors"} if "lora" in options else set()
+    assert made == {"alice.safetensors", "carol.safetensors", *words}
+    if "lora" in options:
+        return
+    carol = Concept.load(tmp_path / "learned" / "carol.safetensors")
+    assert (carol.placeholder, carol.super_class) == ("<carol-pet>", "dog")
+    alone = [
+        "--placeholder",
+        "<carol-pet>",
+        "--super-class",
+        "dog",
+        "--output",
+        tmp_path / "one.safetensors",
+        "--seed",
+        2,
+    ]
+    run("train", tmp_path / "users" / "carol", *alone, "--steps", 2, "--batch-size", 1, *options)
+    one = Concept.load(tmp_path / "one.safetensors")
+    for name, tensor in carol.tensors.items():
+        torch.testing.assert_close(tensor.float(), one.tensors[name].float(), rtol=1e-2, atol=1e-3)
+
+
+def test_users_whose_files_are_there_are_refused_before_the_work(quick, capsys, monkeypatch, tmp_path):
+    run(*of_users(tmp_path))
+    before = (tmp_path / "learned" / "alice.safetensors").read_bytes()
+    unloaded(monkeypatch)
+    assert "alice.safetensors exists already" in fail(capsys, monkeypatch, *of_users(tmp_path))
+    assert (tmp_path / "learned" / "alice.safetensors").read_bytes() == before
+    for options, message in (
+        (["--samples-every", 1], "it cannot be given with --users"),
+        (["--placeholder", "<a-cat>"], "--placeholder must hold {} for a user's name"),
+        (["--localize", 0.1], "--localize needs masks"),
+    ):
+        assert message in fail(capsys, monkeypatch, *of_users(tmp_path, *options, output="other"))
+    (tmp_path / "none").mkdir()
+    empty = ["train", tmp_path / "none", "--users", "--placeholder", "<{}>", "--output", tmp_path / "o"]
+    assert "holds no users' folders" in fail(capsys, monkeypatch, *empty)
 
 
 def test_an_earlier_strip_of_samples_stays(quick, tmp_path):

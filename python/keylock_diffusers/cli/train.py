@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,8 @@ import typer
 
 from keylock_diffusers.cli import common
 from keylock_diffusers.cli.common import Device, Dtype, Model, Scheduler, Variant
+
+_SUPER_CLASS = "super-class.txt"  # in a user's folder
 
 
 def train(
@@ -25,12 +28,32 @@ def train(
         ),
     ],
     placeholder: Annotated[
-        str, typer.Option(help="The word for it in prompts, such as <alice-cat>; for a LoRA also plain words.")
+        str,
+        typer.Option(
+            help="The word for it in prompts, such as <alice-cat>; for a LoRA also plain words. With --users, {} in it "
+            "is a user's name."
+        ),
     ],
     output: Annotated[
-        Path, typer.Option(help="The file to write; a LoRA's word becomes NAME.embedding.safetensors beside it.")
+        Path,
+        typer.Option(
+            help="The file to write; a LoRA's word becomes NAME.embedding.safetensors beside it. With --users, a "
+            "folder of them."
+        ),
     ],
-    super_class: Annotated[str, typer.Option(help="What it is, such as cat; beside plain words not needed.")] = "",
+    super_class: Annotated[
+        str,
+        typer.Option(
+            help="What it is, such as cat; beside plain words not needed. With --users, what super-class.txt in a "
+            "user's folder does not say."
+        ),
+    ] = "",
+    users: Annotated[
+        bool,
+        typer.Option(
+            "--users", help="PICTURES holds a folder of pictures for each user: all learn in one run, each as if alone."
+        ),
+    ] = False,
     method: Annotated[str, typer.Option(help="concept or lora")] = "concept",
     edit: Annotated[
         str | None,
@@ -97,14 +120,11 @@ def train(
         typer.Option(min=1, help="Steps after which pictures are drawn, into OUTPUT.samples.png beside the output."),
     ] = None,
 ) -> None:
-    """Learn a concept, or a LoRA, from a few pictures."""
+    """Learn a concept, or a LoRA, from a few pictures; or many users' in one run."""
     from keylock_diffusers.checks import one_of
     from keylock_diffusers.cli import drawn
-    from keylock_diffusers.concepts.concept import check_placeholder
-    from keylock_diffusers.files import require_place
-    from keylock_diffusers.training import PictureFolder, Samples, advice, covariance, train_concepts, train_loras
+    from keylock_diffusers.training import Samples, advice, covariance, train_concepts, train_loras
     from keylock_diffusers.training import training_facts as facts_of
-    from keylock_diffusers.training.config import is_word
     from keylock_diffusers.training.frozen import check_pipeline
 
     given: dict[str, dict[str, Any]] = {
@@ -127,53 +147,156 @@ def train(
         "a key-locked concept (--edit perfusion)": {"captions": captions},
     }
     config = _config(model, "lora" if is_lora else edits, given, others)
-    if not is_lora:
-        check_placeholder(placeholder)
-    files = [output, *([_word_file(output)] if is_lora and is_word(placeholder) else [])]
-    for file in files:
-        if file.exists() and not file.is_dir() and not overwrite:
-            raise ValueError(f"--output: {file} exists already; --overwrite replaces it")
-        require_place(file, "--output")
-    folder = PictureFolder.read(pictures)
-    subject = folder.subject(placeholder, super_class, seed)
-    if localize and not folder.masks:
-        raise ValueError(f"--localize needs masks, and {pictures} has none")
+    if users and samples_every:
+        raise ValueError("--samples-every draws one subject's samples: it cannot be given with --users")
+    orders = [
+        _Order.of(place, word, file, super_class, seed + number, is_lora, overwrite, alone=not users)
+        for number, (place, word, file) in enumerate(_places(pictures, placeholder, output, users))
+    ]
+    for order in orders:
+        if localize and order.subject is not None and order.subject.masks is None:
+            raise ValueError(f"--localize needs masks, and {order.place} has none")
     locked = not is_lora and edits == "perfusion"
     lines = _captions(model, captions) if locked else []
     if dtype == "float16":
         raise ValueError("--dtype must be float32 or bfloat16 for training, since gradients vanish in float16")
-    print(f"{pictures}: {folder}")
+    for order in orders:
+        print(f"{order.place}: {order.said}")
     pipe = common.load(model, dtype=dtype, device=device, variant=variant, scheduler=scheduler)
     check_pipeline(pipe, "keylock train", two=True)
     pipe.set_progress_bar_config(disable=True)  # of samples: it would tear training's own
     own = checkpoint or output.with_name(f".{output.name}.checkpoint")
+    subjects = [order.subject for order in orders if order.subject is not None]
     samples = None
     if samples_every:
         strip = drawn.free(output.with_name(f"{output.name}.samples.png"))
-        samples = Samples(pipe, subject, strip, samples_every)
-    learned: Any
+        samples = Samples(pipe, subjects[0], strip, samples_every)
+    learned: list[Any] = []
     with _stoppable():
-        if is_lora:
-            (learned,) = train_loras(pipe, [subject], config, checkpoint_path=own)
-        else:
+        if is_lora and subjects:
+            learned = [*train_loras(pipe, subjects, config, checkpoint_path=own)]
+        elif subjects:
             metric = covariance(pipe, lines, progress=True) if locked else None
-            (learned,) = train_concepts(pipe, [subject], config, metric=metric, checkpoint_path=own, on_step=samples)
-    if isinstance(learned, Exception):
-        if checkpoint is None:
-            own.unlink(missing_ok=True)
-        raise ValueError(str(learned)) from learned
-    try:
-        written = _write(pipe, learned, files, overwrite)
-    except OSError as error:
-        kept = f"what was learned is in {own}: the same command goes on from there" if own.exists() else "it is lost"
-        raise OSError(f"{error}; {kept}") from error
+            learned = [*train_concepts(pipe, subjects, config, metric=metric, checkpoint_path=own, on_step=samples)]
+    results = iter(learned)
+    failed = 0
+    for order in orders:
+        result = order.failure if order.subject is None else next(results)
+        written: list[str] = []
+        if not isinstance(result, Exception):
+            try:
+                written = _write(pipe, result, order.files, overwrite)
+            except OSError as error:
+                on = f"what was learned is in {own}: the same command goes on from there"
+                raise OSError(f"{error}; {on if own.exists() else 'it is lost'}") from error
+        elif not users:
+            if checkpoint is None:
+                own.unlink(missing_ok=True)
+            raise ValueError(str(result)) from result
+        if users:
+            failed += isinstance(result, Exception)
+            print(f"{order.place.name}: {_line(result, is_lora)}")
+        else:
+            if samples is not None and samples.path.exists():
+                print(f"{samples.path}: samples, beside the super-class {super_class}")
+            print(advice(facts_of(result) if is_lora else result.training))
+        for line in written:
+            print(line)
     if checkpoint is None:
         own.unlink(missing_ok=True)
-    if samples is not None and samples.path.exists():
-        print(f"{samples.path}: samples, beside the super-class {super_class}")
-    print(advice(facts_of(learned) if is_lora else learned.training))
-    for line in written:
-        print(line)
+    if failed:
+        print(f"keylock: {failed} of {len(orders)} users' subjects were not learned", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+@dataclass(frozen=True)
+class _Order:
+    """One user's share of the work: what is learned, and the files it becomes; or why it cannot be.
+
+    Args:
+        place: the folder of pictures.
+        said: what was taken of it.
+        subject: what is learned; None beside a failure.
+        files: that are written.
+        failure: what is wrong with the folder.
+    """
+
+    place: Path
+    said: str
+    subject: Any
+    files: list[Path]
+    failure: Exception | None = None
+
+    @classmethod
+    def of(
+        cls,
+        place: Path,
+        placeholder: str,
+        output: Path,
+        super_class: str,
+        seed: int,
+        is_lora: bool,
+        overwrite: bool,
+        alone: bool,
+    ) -> _Order:
+        """Reads a folder; what is wrong with its pictures or words is raised if it is the only one.
+
+        Raises:
+            ValueError: that, or a file to be written is there already.
+        """
+        from keylock_diffusers.checks import reason_of
+        from keylock_diffusers.concepts.concept import check_placeholder
+        from keylock_diffusers.files import read_text, require_place
+        from keylock_diffusers.training import PictureFolder
+        from keylock_diffusers.training.config import is_word
+
+        if not is_lora:
+            check_placeholder(placeholder)
+        files = [output, *([_word_file(output)] if is_lora and is_word(placeholder) else [])]
+        for file in files:
+            if file.exists() and not file.is_dir() and not overwrite:
+                raise ValueError(f"--output: {file} exists already; --overwrite replaces it")
+            require_place(file, "--output")
+        try:
+            folder, own = PictureFolder.read(place), place / _SUPER_CLASS
+            kind = super_class
+            if not alone and own.is_file():
+                kind = read_text(own).strip()
+                folder = replace(folder, left_out=[file for file in folder.left_out if file != own])
+            return cls(place, str(folder), folder.subject(placeholder, kind, seed), files)
+        except (ValueError, TypeError, OSError) as error:
+            if alone:
+                raise
+            return cls(place, f"cannot be used: {reason_of(error)}", None, files, error)
+
+
+def _places(pictures: Path, placeholder: str, output: Path, users: bool) -> list[tuple[Path, str, Path]]:
+    """Each folder of pictures, with its placeholder and the file that it becomes."""
+    if not users:
+        return [(pictures, placeholder, output)]
+    from keylock_diffusers.ids import SUFFIX
+
+    if not pictures.is_dir():
+        raise ValueError(f"{pictures} is not a folder of users' folders")
+    folders = sorted(place for place in pictures.iterdir() if place.is_dir() and not place.name.startswith("."))
+    if not folders:
+        raise ValueError(f"{pictures} holds no users' folders")
+    if "{}" not in placeholder:
+        raise ValueError(f"--placeholder must hold {{}} for a user's name with --users, got {placeholder!r:.80}")
+    output.mkdir(parents=True, exist_ok=True)
+    return [(place, placeholder.replace("{}", place.name), output / f"{place.name}{SUFFIX}") for place in folders]
+
+
+def _line(result: Any, is_lora: bool) -> str:
+    """What became of one user's subject."""
+    if isinstance(result, Exception):
+        return f"not learned: {result}"
+    from keylock_diffusers.training import training_facts as facts_of
+
+    facts = facts_of(result) if is_lora else result.training
+    course = facts.get("loss_quarters")
+    fell = f", loss {course[0]:.4g} to {course[-1]:.4g}" if course else ""
+    return f"{facts['pictures']} pictures, {facts['steps']} steps, {facts['stopped']}{fell}"
 
 
 def _config(model: str, kind: str, given: dict[str, dict[str, Any]], others: dict[str, dict[str, Any]]) -> Any:
@@ -188,8 +311,6 @@ def _config(model: str, kind: str, given: dict[str, dict[str, Any]], others: dic
     Raises:
         ValueError: an option of another kind.
     """
-    from dataclasses import replace
-
     from keylock_diffusers.demo.story import ADDED_TRAINING, TRAINING
     from keylock_diffusers.training import AddedConfig, LoraTrainingConfig, PerfusionConfig
     from keylock_diffusers.training.config import TARGETS
@@ -222,8 +343,6 @@ def _config(model: str, kind: str, given: dict[str, dict[str, Any]], others: dic
 
 def _write(pipe: Any, learned: Any, files: list[Path], overwrite: bool) -> list[str]:
     """What was learned, in its file; and a LoRA's word in one of its own. What is to be said of them, a line each."""
-    from dataclasses import replace
-
     from keylock_diffusers.concepts import Concept
     from keylock_diffusers.files import write_atomically
     from keylock_diffusers.loras import ModelShapes, write_adapter, write_word
