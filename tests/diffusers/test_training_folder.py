@@ -500,6 +500,23 @@ def test_many_users_learn_in_one_run_and_one_ones_folder_costs_the_others_nothin
         torch.testing.assert_close(tensor.float(), one.tensors[name].float(), rtol=1e-2, atol=1e-3)
 
 
+def test_masks_can_be_made_where_there_are_none(quick, capsys, monkeypatch, tmp_path):
+    options = ["--edit", "added", "--auto-masks", "attention"]
+    learned = []
+    for name, more in (("bare", []), ("made", options[2:]), ("given", options[2:])):
+        names = ("a.png", "a.txt") if name != "given" else ("a.png", "a.txt", "a-mask.png")
+        place = tmp_path / name
+        place.mkdir()
+        run(*command(place, *options[:2], *more, names=names))
+        learned.append(Concept.load(place / "cat.safetensors"))
+    assert not torch.equal(learned[0].values, learned[1].values)
+    assert torch.equal(learned[0].values, learned[2].values)  # whose mask is white everywhere
+    result = CliRunner().invoke(cli.app, [*map(str, of_users(tmp_path, *options, "--localize", 0.1))])
+    assert result.exit_code == 0 and "alice: 2 pictures, 2 steps, finished" in result.output, result.output
+    (tmp_path / "x").mkdir()
+    assert "is no CLIPSeg model" in fail(capsys, monkeypatch, *command(tmp_path / "x", "--auto-masks", tmp_path / "x"))
+
+
 def test_users_whose_files_are_there_are_refused_before_the_work(quick, capsys, monkeypatch, tmp_path):
     run(*of_users(tmp_path))
     before = (tmp_path / "learned" / "alice.safetensors").read_bytes()

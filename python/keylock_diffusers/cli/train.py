@@ -102,6 +102,13 @@ def train(
         float | None,
         typer.Option(min=0, help="Weight of the localization loss of a concept, such as 1e-3; needs masks."),
     ] = None,
+    auto_masks: Annotated[
+        str | None,
+        typer.Option(
+            help="Make masks where there are none: attention (where the model sees the super-class's word), or the "
+            "folder of a CLIPSeg model."
+        ),
+    ] = None,
     mixed_precision: Annotated[str, typer.Option(help="no or bf16")] = "no",
     target_gradient: Annotated[
         str | None, typer.Option(help="Of a concept's target input: none (the default), straight-through or exact.")
@@ -154,7 +161,7 @@ def train(
         for number, (place, word, file) in enumerate(_places(pictures, placeholder, output, users))
     ]
     for order in orders:
-        if localize and order.subject is not None and order.subject.masks is None:
+        if localize and not auto_masks and order.subject is not None and order.subject.masks is None:
             raise ValueError(f"--localize needs masks, and {order.place} has none")
     locked = not is_lora and edits == "perfusion"
     lines = _captions(model, captions) if locked else []
@@ -166,6 +173,8 @@ def train(
     check_pipeline(pipe, "keylock train", two=True)
     pipe.set_progress_bar_config(disable=True)  # of samples: it would tear training's own
     own = checkpoint or output.with_name(f".{output.name}.checkpoint")
+    if auto_masks:
+        orders = [order.masked(pipe, auto_masks, alone=not users) for order in orders]
     subjects = [order.subject for order in orders if order.subject is not None]
     samples = None
     if samples_every:
@@ -181,7 +190,7 @@ def train(
     results = iter(learned)
     failed = 0
     for order in orders:
-        result = order.failure if order.subject is None else next(results)
+        result: Any = order.failure if order.subject is None else next(results)
         written: list[str] = []
         if not isinstance(result, Exception):
             try:
@@ -268,6 +277,21 @@ class _Order:
             if alone:
                 raise
             return cls(place, f"cannot be used: {reason_of(error)}", None, files, error)
+
+    def masked(self, pipe: Any, by: str, alone: bool) -> _Order:
+        """With masks, made where there are none; what is wrong is raised if it is the only one."""
+        from keylock_diffusers.checks import reason_of
+        from keylock_diffusers.training import attention_masks, clipseg_masks
+
+        if self.subject is None or self.subject.masks is not None:
+            return self
+        try:
+            made = attention_masks(pipe, self.subject) if by == "attention" else clipseg_masks(by, self.subject)
+            return replace(self, subject=replace(self.subject, masks=made))
+        except (ValueError, TypeError, OSError) as error:
+            if alone:
+                raise
+            return replace(self, said=f"cannot be used: {reason_of(error)}", subject=None, failure=error)
 
 
 def _places(pictures: Path, placeholder: str, output: Path, users: bool) -> list[tuple[Path, str, Path]]:

@@ -2,6 +2,7 @@
 
 from keylock_diffusers.denoisers.unet import localization_layers
 from keylock_diffusers.training.advice import advice
+from keylock_diffusers.training.automatic_masks import attention_masks, clipseg_masks
 from keylock_diffusers.training.config import (
     AddedConfig,
     ConceptTrainingError,
@@ -42,6 +43,8 @@ __all__ = [
     "Samples",
     "Subject",
     "advice",
+    "attention_masks",
+    "clipseg_masks",
     "covariance",
     "localization_layers",
     "localization_loss",

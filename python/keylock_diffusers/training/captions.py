@@ -112,10 +112,21 @@ class Captions:
         return made
 
     def predicted(self, given: Lesson, read: Read, orders: Sequence[Request], **attention: Any) -> Tensor:
-        """What the U-Net says [B, c, h, w]; `attention` is passed to its attention layers."""
+        """What the U-Net says of a lesson [B, c, h, w]; `attention` is passed to its attention layers."""
+        return self.denoised(given.noisy, given.times, read, orders, **attention)
+
+    def denoised(
+        self,
+        noisy: Tensor,  # [B, c, h, w]
+        times: Tensor,  # [B]
+        read: Read,
+        orders: Sequence[Request],
+        **attention: Any,
+    ) -> Tensor:  # [B, c, h, w]
+        """The same of any noisy latents."""
         size = self.denoiser.size(None, None)
         pooled = {} if read.pooled is None else {"cond": read.pooled}
         keywords = self.denoiser.conditions(orders, size, _ROWS, pooled)
         if attention:
             keywords["cross_attention_kwargs"] = attention
-        return self.denoiser.predict(given.noisy, given.times, read.states, keywords)
+        return self.denoiser.predict(noisy, times, read.states, keywords)
