@@ -180,7 +180,10 @@ FUNCTIONS: dict[str, Function] = {
     "ConceptBank": Function(_bank, {"path_or_url": _PLACE, "cache_size": _NUMBER}),
     "ConceptBank.add": Function(_add, {"concept_id": _TEXT, "concept": ()}, {"concept_id": ("id", "concept")}),
     "Concept.load": Function(
-        lambda place, path_or_bytes: kd.Concept.load(path_or_bytes),
+        # The path is the caller's own word: of names that lead out of the folder, none is asked for.
+        lambda place, path_or_bytes: kd.Concept.load(
+            "elsewhere" if isinstance(path_or_bytes, str) and ".." in path_or_bytes else path_or_bytes
+        ),
         {"path_or_bytes": ()},
         {"path_or_bytes": ("path", "file")},
     ),

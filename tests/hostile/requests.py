@@ -52,7 +52,15 @@ ITEMS: dict[str, dict[str, tuple[type, dict[str, Any]]]] = {
     "concept": {
         "concepts": (
             kd.Use,
-            {"concept": "alice/cat", "beta": 0.6, "tau": 0.1, "strength": 1.0, "lock": "local", "region": None},
+            {
+                "concept": "alice/cat",
+                "beta": 0.6,
+                "tau": 0.1,
+                "strength": 1.0,
+                "lock": "local",
+                "region": None,
+                "start": None,
+            },
         )
     },
     "embedding": {

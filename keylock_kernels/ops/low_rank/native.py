@@ -31,7 +31,8 @@ def linear(
     updates = updates.checked("linear")
     with exact_products(x.device):
         wide = reference.base_product(x, weight)
-    y = _updated(wide, x.to(wide.dtype), updates, wide, None)  # new memory would cost more than the update
+    # New memory would cost more than the update; a product of padded matrices is a part of its own.
+    y = _updated(wide, x.to(wide.dtype), updates, wide if wide.is_contiguous() else None, None)
     return reference.finished(y, bias, output_scale).to(x.dtype)
 
 

@@ -130,8 +130,7 @@ def train(
     """Learn a concept, or a LoRA, from a few pictures; or many users' in one run."""
     from keylock_diffusers.checks import one_of
     from keylock_diffusers.cli import drawn
-    from keylock_diffusers.training import Samples, advice, covariance, train_concepts, train_loras
-    from keylock_diffusers.training import training_facts as facts_of
+    from keylock_diffusers.training import Samples, covariance, train_concepts, train_loras
     from keylock_diffusers.training.frozen import check_pipeline
 
     given: dict[str, dict[str, Any]] = {
@@ -187,35 +186,47 @@ def train(
         elif subjects:
             metric = covariance(pipe, lines, progress=True) if locked else None
             learned = [*train_concepts(pipe, subjects, config, metric=metric, checkpoint_path=own, on_step=samples)]
-    results = iter(learned)
-    failed = 0
+    failed = _finish(pipe, orders, learned, own, is_lora, overwrite, alone=not users)
+    if checkpoint is None:
+        own.unlink(missing_ok=True)
+    if samples is not None and samples.path.exists():
+        print(f"{samples.path}: samples, beside the super-class {super_class}")
+    if failed and not users:
+        raise ValueError(str(failed[0])) from failed[0]
+    if failed:
+        print(f"keylock: {len(failed)} of {len(orders)} users' subjects were not learned", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def _finish(
+    pipe: Any, orders: list[_Order], learned: list[Any], checkpoint: Path, is_lora: bool, overwrite: bool, alone: bool
+) -> list[Exception]:
+    """Writes what was learned and says what became of each; those that came to nothing.
+
+    Raises:
+        OSError: a file cannot be written; what was learned stays in the checkpoint.
+    """
+    from keylock_diffusers.training import advice
+    from keylock_diffusers.training import training_facts as facts_of
+
+    results, failed = iter(learned), []
     for order in orders:
         result: Any = order.failure if order.subject is None else next(results)
-        written: list[str] = []
-        if not isinstance(result, Exception):
-            try:
-                written = _write(pipe, result, order.files, overwrite)
-            except OSError as error:
-                on = f"what was learned is in {own}: the same command goes on from there"
-                raise OSError(f"{error}; {on if own.exists() else 'it is lost'}") from error
-        elif not users:
-            if checkpoint is None:
-                own.unlink(missing_ok=True)
-            raise ValueError(str(result)) from result
-        if users:
-            failed += isinstance(result, Exception)
+        if not alone:
             print(f"{order.place.name}: {_line(result, is_lora)}")
-        else:
-            if samples is not None and samples.path.exists():
-                print(f"{samples.path}: samples, beside the super-class {super_class}")
+        if isinstance(result, Exception):
+            failed.append(result)
+            continue
+        try:
+            written = _write(pipe, result, order.files, overwrite)
+        except OSError as error:
+            on = f"what was learned is in {checkpoint}: the same command goes on from there"
+            raise OSError(f"{error}; {on if checkpoint.exists() else 'it is lost'}") from error
+        if alone:
             print(advice(facts_of(result) if is_lora else result.training))
         for line in written:
             print(line)
-    if checkpoint is None:
-        own.unlink(missing_ok=True)
-    if failed:
-        print(f"keylock: {failed} of {len(orders)} users' subjects were not learned", file=sys.stderr)
-        raise typer.Exit(1)
+    return failed
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,15 @@ REQUESTS: list[dict[str, Any]] = [
         "id": "a concept in its place, and one in two pictures",
         "prompt": f"{USER.placeholder} next to a house on pink",
         "concepts": [
-            {"concept": CONCEPT, "beta": 0.6, "tau": 0.15, "strength": 1.0, "lock": "local", "region": "left.png"}
+            {
+                "concept": CONCEPT,
+                "beta": 0.6,
+                "tau": 0.15,
+                "strength": 1.0,
+                "lock": "local",
+                "region": "left.png",
+                "start": 0.0,
+            }
         ],
         "guidance_scale": 4.0,
         "num_images": 2,

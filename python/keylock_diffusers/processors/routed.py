@@ -59,7 +59,10 @@ def forward(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if len(updates.slots) != len(x):
         updates = _of_rows(updates, len(x), module._keylock_route.name)
     if updates.kernels is not None:
-        return _updated_convolution(module, x, _plain(module, x), updates)
+        # Before a scale the bias would have to be taken off again, which loses digits where it is large.
+        bare = updates.output_scale is not None and module._keylock_route.original is None and has_plain_weight(module)
+        base = module._conv_forward(x, module.weight, None) if bare else _plain(module, x)
+        return _updated_convolution(module, x, base, updates, bare)
     base = None
     if module._keylock_route.original is not None or not has_plain_weight(module):  # hooks on it are called around us
         base = _plain(module, x, *args, **kwargs)
@@ -125,8 +128,11 @@ def updated_vectors(base: Tensor, vectors: Tensor, updates: AdapterUpdates) -> T
     return made if scale is None else made * scale.to(made.dtype)
 
 
-def _updated_convolution(conv: nn.Conv2d, x: Tensor, base: Tensor, updates: AdapterUpdates) -> Tensor:
-    """A convolution's output with its rows' adapters: every row's A is a group of one convolution, B an update."""
+def _updated_convolution(conv: nn.Conv2d, x: Tensor, base: Tensor, updates: AdapterUpdates, bare: bool) -> Tensor:
+    """A convolution's output with its rows' adapters: every row's A is a group of one convolution, B an update.
+
+    `bare` says that the base is without the bias.
+    """
     kernels = updates.kernels
     assert kernels is not None
     rows, ranks = kernels.shape[:2]
@@ -149,7 +155,7 @@ def _updated_convolution(conv: nn.Conv2d, x: Tensor, base: Tensor, updates: Adap
     made = rank_one_update(tokens, updates.up, updates.slots, coefficients.transpose(1, 2).contiguous())
     made = made.transpose(1, 2).view(base.shape)
     if updates.output_scale is not None:
-        made = _scaled(made, updates.output_scale, _bias_of(conv), dim=1)
+        made = _scaled(made, updates.output_scale, _bias_of(conv), dim=1, bare=bare)
     return _laid_out_as(made, base)
 
 
@@ -169,8 +175,8 @@ def _bias_of(module: Any) -> Tensor | None:  # [O]
     return out.reshape(len(bias), -1)[:, 0]  # type: ignore[no-any-return]
 
 
-def _scaled(made: Tensor, scale: Tensor, bias: Tensor | None, dim: int) -> Tensor:
-    """Outputs times their scale [B, O] without the bias that they have."""
+def _scaled(made: Tensor, scale: Tensor, bias: Tensor | None, dim: int, bare: bool = False) -> Tensor:
+    """Outputs times their scale [B, O], and the bias, which is not scaled: they have it already, or are `bare`."""
 
     def placed(tensor: Tensor) -> Tensor:  # [..., O], with the outputs in their dimension
         shape = [1] * made.ndim
@@ -180,7 +186,8 @@ def _scaled(made: Tensor, scale: Tensor, bias: Tensor | None, dim: int) -> Tenso
     wide = made.to(accumulate_dtype(made.dtype))
     if bias is None:
         return (wide * placed(scale)).to(made.dtype)
-    return ((wide - placed(bias)) * placed(scale) + placed(bias)).to(made.dtype)
+    wide = wide if bare else wide - placed(bias)
+    return (wide * placed(scale) + placed(bias)).to(made.dtype)
 
 
 def _of_rows(updates: AdapterUpdates, rows: int, name: str) -> AdapterUpdates:
