@@ -174,6 +174,9 @@ def test_attention_of_all_its_words_can_be_localized(pipe, form):
     localized = dataclasses.replace(QUICK, localize=0.5, localization_form=form)
     (concept,), (plain,) = train(pipe, [masked()], localized), train(pipe, [masked()])
     assert not same(concept, plain)
+    twice = masked("bob", 2, captions=["<bob-cat> on blue", "<bob-cat> and a <bob-cat>"])
+    (beside, bob) = train(pipe, [masked(), twice], dataclasses.replace(localized, batch_size=4))
+    assert isinstance(beside, AddedConcept) and isinstance(bob, AddedConcept)
     (failure,) = train(pipe, [subject()], localized)
     assert isinstance(failure, ConceptTrainingError) and "localize needs masks" in str(failure)
 

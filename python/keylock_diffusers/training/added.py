@@ -116,7 +116,8 @@ class AddedTraining(Together[_Learner, AddedConcept]):
             read = read._replace(states=_moved(read.states, [row for row, _ in rows], prompts))
             options: dict[str, Any] = {"personalization": _Inputs(self.layers, learners, prompts, config.batch_size)}
             if config.localize:
-                places = [[place for place, *_ in prompt[0].words] for prompt in prompts]
+                # Of a word that stands several times, where it stands first: captions differ in how often it does.
+                places = [[place for place, *_ in prompt[0].words[: config.words]] for prompt in prompts]
                 tokens = torch.tensor(places, device=given.noisy.device)
                 masks = given.weights.expand(-1, tokens.shape[1], -1, -1)
                 grid = (given.noisy.shape[2], given.noisy.shape[3])
