@@ -121,7 +121,7 @@ def pipeline(adapter: bool = False) -> Any:
 def measure_two_concepts(pipe: Any) -> dict[str, Any]:
     """Two users' cats in one picture, in every order and both ways round: whose is where, and is it a cat?"""
     metric = covariance(pipe, default_captions(500))
-    learned = train_concepts(pipe, story.subjects(), story.TRAINING, metric=metric)
+    learned = train_concepts(pipe, story.subjects(), story.PERFUSION_TRAINING, metric=metric)
     concepts = {user.name: _checked(concept) for user, concept in zip(USERS, learned, strict=True)}
     judge = classifier.load()
     cells = [

@@ -117,7 +117,7 @@ def _added(pipe: Any, users: Sequence[User], settings: dict[str, Any], rows: int
 def _lora(pipe: Any, users: Sequence[User], settings: dict[str, Any], rows: int) -> list[Learned]:
     settings = dict(settings)
     word = settings.pop("word")
-    strength = settings.pop("strength", 1.0)
+    strength, bound = settings.pop("strength", 1.0), settings.pop("bound", False)
     config, _ = _chosen(LoraTrainingConfig(), settings, rows)
     plain = "sks {}"
     subjects = [user.subject(number, None if word else plain.format(user.kind)) for number, user in enumerate(users)]
@@ -127,7 +127,8 @@ def _lora(pipe: Any, users: Sequence[User], settings: dict[str, Any], rows: int)
         numbers = sum(u.up.numel() + u.down.numel() for u in adapter.denoiser.values())
         numbers += sum(vector.numel() for one in adapter.words.values() for vector in one.vectors)
         named = user.placeholder if word else plain.format(user.kind)
-        made.append(Learned(named, 2 * numbers, {"loras": [kd.Lora(adapter, strength)]}))
+        where = kd.Attention(named) if bound else None
+        made.append(Learned(named, 2 * numbers, {"loras": [kd.Lora(adapter, strength, region=where)]}))
     return made
 
 
@@ -158,12 +159,12 @@ _PERFUSION_TRIED = _grid(
     prior=(0.3, 1.0),
 )
 _ADDED_TRIED = _grid(
-    values_rate=(0.015, 0.1, 0.3),
-    encodings_rate=(0.007, 0.06),
-    keys_rate=(0.005, 0.05, 0.15),
-    embedding_rate=(0.05, 0.4),
-    prior=(0.0, 0.3, 3.0),
-    spread=(0.1,),
+    values_rate=(0.015, 0.1),
+    encodings_rate=(0.02, 0.1),
+    keys_rate=(0.005, 0.05),
+    prior=(0.3, 3.0),
+    spread=(0.1, 0.4),
+    strength=(0.9, 1.1),
 )
 _WORD_TRIED = _grid(embedding_rate=(0.03, 0.06, 0.12, 0.7, 1.4), prior=(0.3, 1.0, 3.0), spread=(0.0, 0.1, 0.6))
 _LORA_TRIED = _grid(
@@ -175,7 +176,8 @@ _LORA_TRIED = _grid(
 
 
 def _word(words: int) -> Method:
-    begin = {"words": words, "keys": 0, "values": 0, "prior": 0.0, "embedding_rate": 0.35}
+    begin = {"words": words, "embeddings": True, "spread": 0.3, "encodings": 0, "keys": 0, "values": 0}
+    begin |= {"prior": 0.0, "embedding_rate": 0.35}
     named = "one vector" if words == 1 else f"{words} vectors"
     return Method(f"textual inversion, {named}", _added, begin, _WORD_TRIED)
 
@@ -233,13 +235,11 @@ METHODS = {
         _lora_of(4, True),
         _lora_of(16, True),
         _lora_of(4, False),
-        _own("added, one word, values", words=1, keys=0),
+        _own("added, small", words=4, keys=0, values=1),
+        _own("added"),
+        _own("added, large", words=8, keys=2, values=3),
         _own("added, one word", words=1),
-        _own("added, three words, values", words=3, keys=0),
-        _own("added, five words, encodings", words=5, encodings=None, keys=0, values=0),
-        _own("added, five words, two keys and values", words=5, encodings=None, keys=1, values=2),
-        _own("added, three words", words=3),
-        _own("added, five words", words=5),
-        _own("added, five words, delayed", words=5, start=0.24),
+        _own("added, five words, all keys and values", keys=None, values=None),
+        _own("added, words of its own", words=3, embeddings=True, encodings=0, keys=None, values=None, spread=0.3),
     )
 }

@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from keylock_diffusers.generation.maps import AttentionMaps
     from keylock_diffusers.generation.recording import record_attention
     from keylock_diffusers.generation.sweep import Sweep, sweep
+    from keylock_diffusers.limits import RequestLimits
     from keylock_diffusers.loras import LoraBank
     from keylock_diffusers.pictures import PictureLimits
     from keylock_diffusers.processors import install, uninstall
     from keylock_diffusers.requests import (
+        Attention,
         Control,
         Embedding,
         FusedSubject,
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
         Region,
         Request,
         RequestError,
-        RequestLimits,
         Use,
     )
     from keylock_diffusers.routing.adapters import LoraCapacity
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 # Where each public name lives; the module itself where the two have one name.
 _HOME = {
+    "Attention": "requests",
     "AttentionMaps": "generation.maps",
     "Concept": "concepts",
     "ConceptBank": "concepts",
@@ -55,7 +57,7 @@ _HOME = {
     "Region": "requests",
     "Request": "requests",
     "RequestError": "requests",
-    "RequestLimits": "requests",
+    "RequestLimits": "limits",
     "Row": "routing.rows",
     "SubjectFusion": "encoding.fusion",
     "Sweep": "generation.sweep",
@@ -69,6 +71,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Attention",
     "AttentionMaps",
     "Concept",
     "ConceptBank",

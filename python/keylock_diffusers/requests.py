@@ -14,7 +14,8 @@ from torch import Tensor
 
 from keylock_diffusers.checks import listed, reason_of, shown
 from keylock_diffusers.files import open_regular
-from keylock_diffusers.pictures import PictureLimits, open_picture
+from keylock_diffusers.limits import RequestLimits
+from keylock_diffusers.pictures import open_picture
 
 ENDINGS = ("own", "everywhere", "outside", "hidden")
 LOCKS = ("local", "global")
@@ -113,6 +114,24 @@ class Use:
     start: float | None = None
 
 
+@dataclass(frozen=True)
+class Attention:
+    """A region that nobody draws: where the pixels attend to a word, as a `Lora`'s.
+
+    The word's map is read out in each step, in the same pass, and is the region of the step that follows; in the first
+    one nothing lies in it. A map is the mean over layers and heads, over its largest value.
+
+    Args:
+        word: a word of the prompt as it stands there, placeholders included.
+        threshold: the value of the map at which a pixel is half inside.
+
+    Papers: maps of words, Tang et al., DAAM, arXiv 2210.04885; localized attention, Xiao et al., arXiv 2305.10431.
+    """
+
+    word: str
+    threshold: float = 0.4
+
+
 @dataclass(frozen=True, eq=False)
 class Lora:
     """One low-rank adapter of a request.
@@ -122,7 +141,8 @@ class Lora:
             id), or an Adapter that was read.
         strength: 1 is the adapter as trained, 0 exactly its absence, below 0 its opposite (sliders).
         text_strength: of its half in the text encoders; default `strength`.
-        region: where it counts, as an `ImagePrompt`'s; words that it taught are read inside of it alone.
+        region: where it counts, as an `ImagePrompt`'s; words that it taught are read inside of it alone. Or an
+            `Attention`: of the text it then counts at the word's own tokens, and of the picture where that is seen.
         start: the share of the steps before it is switched on; a step counts where it starts.
         end: the share of the steps by whose end it is switched off.
         blocks: further factors per block of the U-Net, in the form of diffusers' `set_adapters`:
@@ -177,35 +197,6 @@ class Control:
     scale: float = 1.0
     start: float = 0.0
     end: float = 1.0
-
-
-@dataclass(frozen=True)
-class RequestLimits:
-    """How much one request may ask for; checked before anything is allocated for it.
-
-    Args:
-        num_images: of one request.
-        pictures: that it holds altogether, and masks: image prompts, subjects, controls, regions, what it begins from.
-        pixels: of all of them together; numbers, of those that are given encoded.
-        concepts: that it uses.
-        loras: that it uses.
-        embeddings: learned words that it brings, those within its LoRA files among them.
-        text: letters of each of its prompts.
-        tokens: of each of its prompts, and of given encodings.
-        drawn: pixels of what is drawn where the request's own picture gives the size.
-        picture: what each of its pictures may be.
-    """
-
-    num_images: int = 64
-    pictures: int = 64
-    pixels: int = 128_000_000
-    concepts: int = 64
-    loras: int = 8
-    embeddings: int = 64
-    text: int = 10_000
-    tokens: int = 1_024
-    drawn: int = 2_048 * 2_048
-    picture: PictureLimits = PictureLimits()
 
 
 @dataclass(frozen=True)
@@ -405,6 +396,8 @@ class _Reader:
                 value = [self._item(LISTS[name], item, f"{name}[{number}]") for number, item in items]
             elif name in _PAIRS and value is not None:
                 value = tuple(listed(value, name))
+            elif kind is Lora and name == "region" and isinstance(value, Mapping):
+                value = self.made(Attention, value, "region of a Lora")
             elif name in PICTURES and value is not None:
                 several = isinstance(value, list)
                 value = [self._picture(one, name) for one in value] if several else self._picture(value, name)

@@ -9,7 +9,18 @@ from inspect import cleandoc
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from keylock_diffusers.requests import ENDINGS, LISTS, LOCKS, NAMED, PICTURES, TENSORS, ImagePrompt, Request
+from keylock_diffusers.requests import (
+    ENDINGS,
+    LISTS,
+    LOCKS,
+    NAMED,
+    PICTURES,
+    TENSORS,
+    Attention,
+    ImagePrompt,
+    Lora,
+    Request,
+)
 
 _SCALARS = {str: "string", int: "integer", float: "number", NoneType: "null"}
 _CHOICES = {"endings": ENDINGS, "lock": LOCKS}
@@ -17,7 +28,7 @@ _CHOICES = {"endings": ENDINGS, "lock": LOCKS}
 
 def schema() -> dict[str, Any]:
     """What `Request.from_json` reads, as JSON Schema (draft 2020-12) of a list of it."""
-    kinds = (Request, *dict.fromkeys(LISTS.values()))
+    kinds = (Request, *dict.fromkeys(LISTS.values()), Attention)
     picture = {"type": "string", "description": "A picture's file, named from the folder of the file of requests."}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -59,7 +70,8 @@ def _value(kind: type, name: str, hint: Any) -> dict[str, Any]:
     if name in PICTURES:
         picture = {"$ref": "#/$defs/Picture"}
         several = [{"type": "array", "items": picture}] if kind is ImagePrompt and name == "image" else []
-        return {"anyOf": [picture, *several]}
+        seen = [_reference(Attention)] if kind is Lora and name == "region" else []
+        return {"anyOf": [picture, *several, *seen]}
     if name in _CHOICES:
         return {"enum": list(_CHOICES[name])}
     return {"type": "string"} if hint is Any else _typed(hint)  # the former: a concept's id

@@ -156,8 +156,8 @@ def test_what_is_no_concept_is_refused(added_for, change, message):
             for layers in ([], [0, 0, 1], [2, 1, 0], [0, 1, 3], [[0]], ["0"], "0", None)
         ],
         ({"start": "now"}, r"start must lie in \[0, 1\], got 'now'"),
-        ({"format_version": 3}, "format_version must be 1 or 2, which this release reads, got 3"),
-        ({"format_version": [2]}, r"format_version must be 1 or 2, which this release reads, got \[2\]"),
+        ({"format_version": 4}, "format_version must be 1 or 2 or 3, which this release reads, got 4"),
+        ({"format_version": [2]}, r"format_version must be 1 or 2 or 3, which this release reads, got \[2\]"),
         ({"beta": 1.0}, "missing or unknown: .'beta'."),
     ],
 )

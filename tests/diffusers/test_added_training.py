@@ -25,7 +25,18 @@ from tests.diffusers.compatibility import SIZE, make
 from tests.diffusers.test_training import TOGETHER, pictures, subject
 
 QUICK = AddedConfig(
-    encodings=2, steps=4, batch_size=2, encodings_rate=0.05, keys_rate=0.05, values_rate=0.05, embedding_rate=0.05
+    words=3,
+    embeddings=True,
+    encodings=2,
+    keys=None,
+    values=None,
+    spread=0.3,
+    steps=4,
+    batch_size=2,
+    encodings_rate=0.05,
+    keys_rate=0.05,
+    values_rate=0.05,
+    embedding_rate=0.05,
 )
 ROUNDED = 1e-5  # a loss as training notes it, to six places
 HALF = Image.fromarray(np.repeat(np.array([[200] * 8 + [0] * 8], np.uint8), 16, 0))
@@ -222,8 +233,9 @@ def test_the_prior_is_offered_to_every_method(pipe):
     ("changes", "message"),
     [
         ({"words": 0}, "words must be a whole number from 1 to 16, got 0"),
-        ({"words": 2, "keys": 3}, "keys must be a whole number from 0 to 2, got 3"),
-        ({"values": -1}, "values must be a whole number from 0 to 3, got -1"),
+        ({"keys": 17}, "keys must be a whole number from 0 to 16, got 17"),
+        ({"values": -1}, "values must be a whole number from 0 to 16, got -1"),
+        ({"embeddings": 1}, "embeddings must be True or False, got 1"),
         ({"layers": "some"}, "layers must be a list, got str"),
         ({"layers": [3]}, "layers must be names of modules, got 3"),
         ({"start": 1.1}, r"start must lie in \[0, 1\], got 1.1"),

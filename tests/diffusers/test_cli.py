@@ -65,7 +65,7 @@ def test_pictures_become_a_concept_a_bank_and_a_drawing(tiny_model, tmp_path):
     assert "<alice-cat>" in run("bank", "list", "--bank", bank)
     assert json.loads(run("bank", "show", "alice/cat", "--bank", bank))["super_class"] == "cat"
     orders = [
-        {"prompt": "<alice-cat> on blue", "concepts": [{"concept": "alice/cat", "beta": 0.6}], "seed": 1},
+        {"prompt": "<alice-cat> on blue", "concepts": [{"concept": "alice/cat", "strength": 0.9}], "seed": 1},
         {"prompt": "a house", "seed": 2, "num_images": 2},
     ]
     (tmp_path / "orders.json").write_text(json.dumps(orders))

@@ -309,7 +309,7 @@ def test_non_finite_tensors(name, value):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"format_version": 3}, "format_version must be 1 or 2, which this release reads, got 3"),
+        ({"format_version": 4}, "format_version must be 1 or 2 or 3, which this release reads, got 4"),
         ({"format_version": 2}, "the fields must be .*missing or unknown: "),
         ({"format_version": True}, "format_version must be 1"),
         ({"format_version": None}, "format_version must be 1"),

@@ -96,7 +96,7 @@ def test_a_mosaic_shows_four():
 
 def test_coats_and_expressions_are_counted_for_every_scene(report):
     _, measured = report
-    for key in ("coats", "coats_without_learned_values", "expressions"):
+    for key in ("coats", "coats_without_concepts", "expressions"):
         assert list(measured[key]) == [scene.label for scene in story.SCENES]
         assert all("of 12" in found for found in measured[key].values())
 

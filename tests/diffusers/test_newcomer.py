@@ -22,7 +22,7 @@ from keylock_diffusers.requests import LISTS, Request, Use
 from keylock_diffusers.requests_schema import schema
 from tests.diffusers.test_cli import ROOT, fail, run
 
-KINDS = {kind.__name__: kind for kind in (Request, *LISTS.values())}
+KINDS = {kind.__name__: kind for kind in (Request, *LISTS.values(), kd.Attention)}
 TYPES = {"string": str, "integer": int, "number": (int, float), "null": type(None), "object": dict, "array": list}
 
 
@@ -57,6 +57,8 @@ def test_the_schema_is_that_of_the_fields_that_json_may_name():
             given = holds | {field: None}
             if kind is Request:
                 refused = refusal(given)
+            elif kind is kd.Attention:
+                refused = refusal({"prompt": "a", "loras": [{"lora": "alice/style", "region": given}]})
             else:
                 (place,) = [place for place, inner in LISTS.items() if inner is kind][:1]
                 refused = refusal({"prompt": "a", place: [given]})
@@ -86,6 +88,9 @@ def refusal(order):
         ({"prompt": "a", "regions": [{"mask": "a.png", "tokens": [1, 2]}]}, True),
         ({"prompt": "a", "embeddings": [{"source": "a.safetensors"}, {"source": "b", "name": "<b>"}]}, True),
         ({"prompt": "a", "embeddings": [{"name": "<b>"}]}, False),
+        ({"prompt": "a", "loras": [{"lora": "a/b", "region": {"word": "cat", "threshold": 0.5}}]}, True),
+        ({"prompt": "a", "loras": [{"lora": "a/b", "region": {"threshold": 0.5}}]}, False),
+        ({"prompt": "a", "image_prompts": [{"image": "a.png", "region": {"word": "cat"}}]}, False),
         ({"prompt": "a", "embeddings": ["a.safetensors"]}, False),
         ({"prompt": "a", "latents": [1.0]}, False),
         ({"prompt": 7}, False),
@@ -110,9 +115,10 @@ def test_the_example_is_read_drawn_and_valid(tmp_path, monkeypatch, pipe, concep
     # All of a request but what needs models that the package does not ship, SDXL's own, and endings.
     assert held >= {"id", "prompt", "negative_prompt", "concepts", "image_prompts", "regions", "image", "mask"}
     assert held >= {"strength", "guidance_scale", "seed", "num_images"}
+    of_key_locked = {"beta", "tau", "lock"}
     assert {name for order in orders for use in order.get("concepts", []) if isinstance(use, dict) for name in use} == {
         field.name for field in dataclasses.fields(Use)
-    }
+    } - of_key_locked
     model = kd.install(embedded.load_adapter(embedded.load()))
     images = kd.generate(model, requests, bank={"alice/cat": concept_for(model)}, num_inference_steps=2)
     assert [len(image) if isinstance(image, list) else image.size for image in images] == [(64, 64), 2] + 5 * [(64, 64)]

@@ -50,7 +50,7 @@ def test_every_line_of_the_ten_minutes_is_a_command_that_works(ten_minutes):
     assert "alice/cat" in said["bank"]
     drawn = {path.name for path in (folder / "outputs").iterdir()}
     assert {"000.png", "001-0.png", "001-1.png", "006.png", "attention.png"} <= drawn
-    assert Image.open(folder / "sweep.png").size == Image.open(ROOT / "docs" / "beta.png").size
+    assert Image.open(folder / "sweep.png").size == Image.open(ROOT / "docs" / "strength.png").size
 
 
 def test_every_line_of_the_documents_is_a_command_that_stands_alone():
@@ -180,10 +180,10 @@ def test_the_demos_figures_are_those_of_the_committed_report():
     assert report["largest_difference_beside_others"] == 0
 
 
-def test_every_coat_is_its_users_own_and_comes_from_the_learned_values():
+def test_every_coat_is_its_users_own_and_comes_from_the_concepts():
     report = json.loads((ROOT / "docs" / "demo-report.json").read_text())
     assert all(int(found.split()[0]) >= 11 for found in report["coats"].values())
-    assert all(int(found.split()[0]) <= 5 for found in report["coats_without_learned_values"].values())
+    assert all(int(found.split()[0]) <= 5 for found in report["coats_without_concepts"].values())
     assert report["training_seconds"] < 90
 
 

@@ -530,9 +530,11 @@ def test_arguments_of_other_kinds_are_named(pipe, metric, tmp_path):
         ((pipe, [subject()], {"steps": 1}), "config must be a PerfusionConfig or an AddedConfig, got {'steps': 1}"),
     ):
         with pytest.raises(TypeError, match=f"^train_concepts: {message}"):
-            train_concepts(*arguments, metric=metric)
+            train_concepts(*arguments)
     with pytest.raises(TypeError, match="^train_concepts: metric must be a Covariance, got None"):
-        train_concepts(pipe, [subject()], metric=None)
+        train_concepts(pipe, [subject()], PerfusionConfig(), metric=None)
+    with pytest.raises(TypeError, match="^train_concepts: metric must be None beside an AddedConfig, got Covariance"):
+        train_concepts(pipe, [subject()], metric=metric)
     for path in (3, "", "x" * 999, tmp_path):
         with pytest.raises((TypeError, ValueError), match="checkpoint_path must be a"):
             train(pipe, [subject()], metric, checkpoint_path=path)

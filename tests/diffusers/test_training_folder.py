@@ -14,6 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import keylock_diffusers as kd
+import keylock_diffusers.cli.drawn  # noqa: F401 (bound before what it writes with is replaced)
 from keylock_diffusers import cli, files
 from keylock_diffusers.cli import common
 from keylock_diffusers.concepts import AddedConcept, Concept
@@ -26,6 +27,7 @@ from keylock_diffusers.training import (
     checkpoint,
     train_concepts,
 )
+from keylock_diffusers.training.added import AddedTraining
 from keylock_diffusers.training.advice import quarters
 from tests.diffusers.test_cli import fail, run, tiny_model  # noqa: F401
 from tests.diffusers.test_training import metric, pictures, same, subject  # noqa: F401
@@ -299,7 +301,7 @@ def test_train_says_what_it_took_and_what_came_of_it(quick, tmp_path):
     made = Concept.load(tmp_path / "cat.safetensors")
     assert f"version {made.version}" in said and "Fewer than 40 steps" in said
     assert Image.open(tmp_path / "cat.safetensors.samples.png").width > 2 * 160
-    assert sorted(os.listdir(tmp_path)) == ["cache", "cat.safetensors", "cat.safetensors.samples.png", "f"]
+    assert sorted(os.listdir(tmp_path)) == ["cat.safetensors", "cat.safetensors.samples.png", "f"]
 
 
 def test_train_never_replaces_a_concept_unasked(quick, capsys, monkeypatch, tmp_path):
@@ -327,7 +329,7 @@ def test_one_that_came_meanwhile_is_not_replaced_either_and_nothing_is_lost(quic
     assert "exists already" in error and "the same command goes on from there" in error
     assert output.read_bytes() == b"mine"
     output.unlink()
-    monkeypatch.setattr("keylock_diffusers.training.trainer._learn", lambda *_: pytest.fail("trained anew"))
+    monkeypatch.setattr("keylock_diffusers.training.added.AddedTraining.learn", lambda *_: pytest.fail("trained anew"))
     run(*command(tmp_path))
     assert Concept.load(output)
 
@@ -358,9 +360,7 @@ def test_a_full_output_disk_says_so_leaves_no_file_and_loses_nothing(quick, caps
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_train_goes_on_with_the_same_command(request, quick, capsys, monkeypatch, tmp_path, number):
     """SIGTERM also where nobody can press Ctrl-C: a process in the background ignores it."""
-    from keylock_diffusers.training import trainer
-
-    learn, done = trainer._learn, []
+    learn, done = AddedTraining.learn, []
 
     def interrupted(*given):
         done.append(given[-1])
@@ -368,7 +368,7 @@ def test_an_interrupted_train_goes_on_with_the_same_command(request, quick, caps
             signal.raise_signal(number)
         return learn(*given)
 
-    monkeypatch.setattr(trainer, "_learn", interrupted)
+    monkeypatch.setattr(AddedTraining, "learn", interrupted)
     before = signal.getsignal(signal.SIGTERM)
     if number == signal.SIGTERM:
         ignored = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -384,7 +384,7 @@ def test_an_interrupted_train_goes_on_with_the_same_command(request, quick, caps
     assert "Traceback" not in said and not (tmp_path / "cat.safetensors").exists()
     run(*command(tmp_path, "--steps", 4))
     assert done == [0, 1, 2, 3] and Concept.load(tmp_path / "cat.safetensors").training["steps"] == 4
-    assert sorted(os.listdir(tmp_path)) == ["cache", "cat.safetensors", "f"]
+    assert sorted(os.listdir(tmp_path)) == ["cat.safetensors", "f"]
 
 
 def test_a_checkpoint_of_ones_own_stays(quick, tmp_path):
@@ -411,17 +411,17 @@ def test_a_model_that_cannot_be_taught_is_refused_before_it_is_loaded(
     (tmp_path / "model" / "model_index.json").write_text(json.dumps({"_class_name": "DiffusionPipeline", **parts}))
     (tmp_path / "captions.txt").write_text("a cat")
     unloaded(monkeypatch)
-    options = ["--model", tmp_path / "model", "--captions", tmp_path / "captions.txt", *options]
+    options = ["--model", tmp_path / "model", *options]
     assert message in fail(capsys, monkeypatch, *command(tmp_path, *options))
 
 
 def test_train_makes_an_added_concept_without_captions_for_a_metric(quick, monkeypatch, tmp_path):
     monkeypatch.setattr("keylock_diffusers.training.covariance", lambda *_, **__: pytest.fail("made a metric"))
     options = [
-        "--edit",
-        "added",
         "--words",
         2,
+        "--values",
+        1,
         "--keys-rate",
         0.01,
         "--prior",
@@ -433,7 +433,7 @@ def test_train_makes_an_added_concept_without_captions_for_a_metric(quick, monke
     ]
     said = run(*command(tmp_path, *options, names=("a.png", "a.txt", "a-mask.png")))
     made = Concept.load(tmp_path / "cat.safetensors")
-    assert isinstance(made, AddedConcept) and (made.words, made.start, len(made.keys)) == (2, 0.2, 2)
+    assert isinstance(made, AddedConcept) and (made.words, made.start, len(made.keys)) == (2, 0.2, 1)
     assert made.training["keys_rate"] == 0.01 and made.training["prior"] == 0.5
     assert "samples.png: samples" in said and f"version {made.version}" in said
     bank = ["--bank", tmp_path / "bank"]
@@ -549,19 +549,24 @@ def test_a_mask_that_is_empty_is_one_plain_line(quick, capsys, monkeypatch, tmp_
 
 def test_models_of_ones_own_need_captions(quick, capsys, monkeypatch, tmp_path):
     """What the embedded model draws says nothing of what another's texts are like."""
+    locked = ["--edit", "perfusion"]
     monkeypatch.setattr("diffusers.DiffusionPipeline.load_config", lambda *_: {})
     with monkeypatch.context() as patch:
         unloaded(patch)
-        assert "--captions must name a text file" in fail(capsys, patch, *command(tmp_path, "--model", "somewhere"))
+        assert "--captions must name a text file" in fail(
+            capsys, patch, *command(tmp_path, *locked, "--model", "somewhere")
+        )
         (tmp_path / "captions.txt").write_bytes(b"\xff")
-        error = fail(capsys, patch, *command(tmp_path, "--model", "x/y", "--captions", tmp_path / "captions.txt"))
+        error = fail(
+            capsys, patch, *command(tmp_path, *locked, "--model", "x/y", "--captions", tmp_path / "captions.txt")
+        )
         assert "captions.txt must be text in UTF-8" in error
         assert "--localize needs masks" in fail(capsys, patch, *command(tmp_path, "--localize", 1e-3))
     (tmp_path / "captions.txt").write_bytes("\ufeffa cat on blue\r\n\r\na dog\r\n".encode())
     asked = {}
     monkeypatch.setattr(common, "load", lambda model, **options: asked.update(options) or quick)
     options = ["--dtype", "bfloat16", "--device", "cpu", "--variant", "fp16", "--scheduler", "DDIMScheduler"]
-    run(*command(tmp_path, "--model", "x/y", "--captions", tmp_path / "captions.txt", *options))
+    run(*command(tmp_path, *locked, "--captions", tmp_path / "captions.txt", "--model", "x/y", *options))
     assert asked == {"dtype": "bfloat16", "device": "cpu", "variant": "fp16", "scheduler": "DDIMScheduler"}
     recipe = json.loads(json.dumps(Concept.load(tmp_path / "cat.safetensors").covariance))
     assert recipe["captions"] == 2

@@ -33,7 +33,11 @@ class Saved:
         self.begin = self.header.payload_begin
 
 
-SAVED = (Saved(make_concept()), Saved(make_added(BASE, keys=1, start=0.25)))
+SAVED = (
+    Saved(make_concept()),
+    Saved(make_added(BASE, keys=1, start=0.25)),
+    Saved(make_added(BASE, keys=1, start=0.25).with_(word_embeddings=())),
+)
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,9 @@ def check(case: Case, place: Path) -> str:
         1,
     )
     try:
-        ended = commands.run(_bare(), place, "train", "pictures", *options, "--captions", "captions.txt")
+        ended = commands.run(
+            _bare(), place, "train", "pictures", *options, "--edit", "perfusion", "--captions", "captions.txt"
+        )
         if ended.code:
             assert not case.good, f"{case} was refused: {ended.error[-300:]}"
             commands.refusal(ended, "pictures", *(name for name, _ in case.files))

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "python" / "keylock_diffusers"
 NAME = "keylock_diffusers"
 # From the ground up; a module may import what stands in its own line or below.
 STOREYS = (
-    ("checks", "files", "tensor_file", "pictures", "requests", "requests_schema", "masks", "ids", "places"),
+    ("checks", "files", "tensor_file", "pictures", "limits", "requests", "requests_schema", "masks", "ids", "places"),
     ("denoisers", "concepts", "loras"),
     ("processors",),
     ("routing",),

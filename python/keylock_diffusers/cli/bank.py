@@ -80,6 +80,8 @@ def bank_words(
         raise ValueError(f"--output: {output} exists already; --overwrite replaces it")
     require_place(output, "--output")
     concept = ConceptBank(bank)[name]
+    if not concept.word_embeddings:
+        raise ValueError(f"{name}: the concept has no words of its own: it adds to its super-class's")
     vectors = tuple(vector.float().view(concept.words, -1) for vector in concept.word_embeddings)
     write_word(output, LearnedWord(concept.placeholder, vectors))
     print(f"{output}: {output.stat().st_size} bytes, {concept.placeholder}")

@@ -53,8 +53,8 @@ def _print_report(report: dict[str, Any]) -> None:
     )
     table.add_row("largest difference drawn alone", f"{report['largest_difference_alone']:g} of 255")
     for scene, found in report["coats"].items():
-        without = report["coats_without_learned_values"][scene]
-        table.add_row(f"own coat: {scene}", f"{found} (without learned values {without})")
+        without = report["coats_without_concepts"][scene]
+        table.add_row(f"own coat: {scene}", f"{found} (without the concept {without})")
     for scene, found in report["expressions"].items():
         table.add_row(f"named by the classifier: {scene}", found)
     table.add_row(

@@ -15,8 +15,9 @@ from PIL import Image
 from keylock_diffusers.checks import reason_of, shown, whole
 from keylock_diffusers.concepts import Concept
 from keylock_diffusers.files import open_regular, strict_json
+from keylock_diffusers.limits import RequestLimits
 from keylock_diffusers.loras import LoraBank
-from keylock_diffusers.requests import FILES, LISTS, PICTURES, Lora, Request, RequestLimits
+from keylock_diffusers.requests import FILES, LISTS, PICTURES, Lora, Request
 
 # What an order may change without any of its pictures changing.
 _NAMES = ("id", "num_images")

@@ -57,14 +57,22 @@ def train(
     method: Annotated[str, typer.Option(help="concept or lora")] = "concept",
     edit: Annotated[
         str | None,
-        typer.Option(help="Of a concept: perfusion (the default; key-locked) or added (at words of its own)."),
+        typer.Option(help="Of a concept: added (the default; at words of its own) or perfusion (key-locked)."),
     ] = None,
     model: Model = "embedded",
-    steps: Annotated[int | None, typer.Option(min=1, help="Default 400, 500 for a LoRA; embedded model: 100.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Default 400, 500 for a LoRA; embedded model: 150, 100 for a LoRA.")
+    ] = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Default 16, 4 for a LoRA; 6 for a concept of the embedded model.")
     ] = None,
-    words: Annotated[int | None, typer.Option(min=1, help="Of an added concept; default 3.")] = None,
+    words: Annotated[int | None, typer.Option(min=1, help="Of an added concept; default 5.")] = None,
+    keys: Annotated[
+        int | None, typer.Option(min=0, help="Of how many of these words keys are learned; default 1.")
+    ] = None,
+    values: Annotated[
+        int | None, typer.Option(min=0, help="Of how many of these words values are learned; default 2.")
+    ] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Of a LoRA; default 4.")] = None,
     targets: Annotated[
         str | None,
@@ -82,8 +90,12 @@ def train(
     keys_rate: Annotated[
         float | None, typer.Option(help="Learning rate of an added concept's keys, in units of their size.")
     ] = None,
+    encodings_rate: Annotated[
+        float | None, typer.Option(help="Learning rate of an added concept's encodings, in units of their size.")
+    ] = None,
     embedding_rate: Annotated[
-        float | None, typer.Option(help="Learning rate of the word, in units of its size.")
+        float | None,
+        typer.Option(help="Learning rate of the word of a key-locked concept or a LoRA, in units of its size."),
     ] = None,
     prior: Annotated[
         float | None,
@@ -144,10 +156,19 @@ def train(
         "a LoRA (--method lora)": {"rank": rank, "targets": targets, "learning_rate": learning_rate},
         "a concept": {"values_rate": values_rate, "localize": localize},
         "a key-locked concept (--edit perfusion)": {"target_gradient": target_gradient},
-        "an added concept (--edit added)": {"words": words, "keys_rate": keys_rate, "start": start},
+        "an added concept (--edit added)": {
+            "words": words,
+            "keys": keys,
+            "values": values,
+            "keys_rate": keys_rate,
+            "encodings_rate": encodings_rate,
+            "start": start,
+        },
     }
     is_lora = one_of(method, "--method", ("concept", "lora")) == "lora"
-    edits = one_of(edit or "perfusion", "--edit", ("perfusion", "added"))
+    edits = one_of(edit or "added", "--edit", ("added", "perfusion"))
+    if embedding_rate is not None and not is_lora and edits == "added":
+        raise ValueError("--embedding-rate is an option of a LoRA and of a key-locked concept (--edit perfusion)")
     others: dict[str, dict[str, Any]] = {
         "a concept": {"edit": edit, "samples_every": samples_every},
         "a key-locked concept (--edit perfusion)": {"captions": captions},
@@ -346,7 +367,7 @@ def _config(model: str, kind: str, given: dict[str, dict[str, Any]], others: dic
     Raises:
         ValueError: an option of another kind.
     """
-    from keylock_diffusers.demo.story import ADDED_TRAINING, TRAINING
+    from keylock_diffusers.demo.story import PERFUSION_TRAINING, TRAINING
     from keylock_diffusers.training import AddedConfig, LoraTrainingConfig, PerfusionConfig
     from keylock_diffusers.training.config import TARGETS
 
@@ -370,9 +391,9 @@ def _config(model: str, kind: str, given: dict[str, dict[str, Any]], others: dic
         begin = LoraTrainingConfig()
         begin = replace(begin, steps=100, learning_rate=2e-3) if embedded else begin
     elif kind == "added":
-        begin = ADDED_TRAINING if embedded else AddedConfig()
+        begin = TRAINING if embedded else AddedConfig()
     else:
-        begin = TRAINING if embedded else PerfusionConfig()
+        begin = PERFUSION_TRAINING if embedded else PerfusionConfig()
     return replace(begin, **taken)
 
 

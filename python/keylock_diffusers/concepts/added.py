@@ -21,8 +21,10 @@ PARTS = ("encodings", "keys", "values")
 class AddedConcept(Concept):
     """Words of one subject's own, and what is added to keys and values where they stand.
 
-    A placeholder stands for n words in the place of its super-class's noun, each with a learned embedding, so that a
-    subject may have parts. At the tokens of the i-th, chosen by position, the text encoders' e becomes
+    A placeholder stands for n words in the place of its super-class's noun, so that a subject may have parts. Without
+    word embeddings the text encoders read the super-class's own prompt, all of whose other tokens stay what they are to
+    the bit, and each of the n begins as the noun's encoding in it. With them the text encoders read n learned words. At
+    the tokens of the i-th, chosen by position, the encoding e becomes
 
         e' = e + strength * encodings_i
 
@@ -36,8 +38,9 @@ class AddedConcept(Concept):
 
     Args:
         placeholder, super_class, base, training: see `Concept`.
-        word_embeddings: [n, W_k] per text encoder; kept in float16.
-        encodings: [m, D], of the first m <= n words; kept in float16. Default of none.
+        word_embeddings: [n, W_k] per text encoder, kept in float16; default none.
+        encodings: [m, D], of the first m <= n words; kept in float16. Default of none. Without word embeddings n is the
+            largest of the three m.
         keys: [m, sum of to_k widths of ``layers``], of the first m <= n words; kept in float16. Default of none.
         values: [m, sum of to_v widths of ``layers``], of the first m <= n words; kept in float16. Default of none.
         layers: names of the cross-attention layers that it changes, in the order of ``base.layers``; default all.
@@ -58,11 +61,12 @@ class AddedConcept(Concept):
     """
 
     edit: ClassVar[str] = "added"
-    _format_version: ClassVar[int] = 2
+    _versions: ClassVar[tuple[int, ...]] = (2, 3)  # with word embeddings, and without
     _field_names: ClassVar[frozenset[str]] = frozenset(
         {"edit", "placeholder", "super_class", "words", *PARTS, "layers", "start", "base", "training"}
     )
 
+    word_embeddings: tuple[Tensor, ...] = ()  # [n, W_k] float16
     encodings: Tensor = None  # type: ignore[assignment]  # [m, D] float16
     keys: Tensor = None  # type: ignore[assignment]  # [m, sum of to_k widths] float16
     values: Tensor = None  # type: ignore[assignment]  # [m, sum of to_v widths] float16
@@ -79,11 +83,15 @@ class AddedConcept(Concept):
             )
         self._set("layers", layers)
         self._set("start", number(self.start, "Concept: start", 0, 1))
-        first = self.word_embeddings[0]
-        words = first.shape[0] if isinstance(first, Tensor) and first.ndim == 2 else 0
-        whole(words, "Concept: the number of words in word_embeddings", 1, MOST_WORDS)
+        parts = [part for part in (getattr(self, name) for name in PARTS) if part is not None]
+        counts = [
+            part.shape[0] for part in self.word_embeddings or parts if isinstance(part, Tensor) and part.ndim == 2
+        ]
+        words = max(counts, default=0)
+        where = "word_embeddings" if self.word_embeddings else "encodings, keys and values"
+        whole(words, f"Concept: the number of words in {where}", 1, MOST_WORDS)
         sizes = (encoder.hidden_size for encoder in self.base.text_encoders)
-        given = enumerate(zip(self.word_embeddings, sizes, strict=True))
+        given = enumerate(zip(self.word_embeddings, sizes, strict=False))  # as many, or none
         self._set(
             "word_embeddings",
             tuple(_rows(f"word_embeddings[{n}]", each, words, size) for n, (each, size) in given),
@@ -96,7 +104,11 @@ class AddedConcept(Concept):
 
     @property
     def words(self) -> int:
-        return len(self.word_embeddings[0])
+        return max(map(len, self.word_embeddings or self.edits))
+
+    @property
+    def _version(self) -> int:
+        return self._versions[0 if self.word_embeddings else 1]
 
     @property
     def edits(self) -> tuple[Tensor, ...]:
@@ -137,7 +149,8 @@ class AddedConcept(Concept):
         if fields["edit"] != cls.edit:
             raise ValueError(f"edit must be {cls.edit!r}, got {fields['edit']!r:.80}")
         words = whole(fields["words"], "words", 1, MOST_WORDS)
-        lengths = {f"word_embedding.{k}": ("F16", words * e.hidden_size) for k, e in enumerate(base.text_encoders)}
+        encoders = base.text_encoders if fields["format_version"] == cls._versions[0] else ()
+        lengths = {f"word_embedding.{k}": ("F16", words * e.hidden_size) for k, e in enumerate(encoders)}
         places = fields["layers"]
         numbers = range(len(base.layers))
         if not isinstance(places, list) or not places or places != [n for n in numbers if n in places]:
@@ -148,13 +161,16 @@ class AddedConcept(Concept):
         for part in PARTS:
             if count := whole(fields[part], part, 0, words):
                 lengths[part] = ("F16", count * _width(part, base, layers))
+        if not encoders and words != max(fields[part] for part in PARTS):
+            raise ValueError(f"words must be as many as the most of {', '.join(PARTS)}, got {words}")
         return lengths
 
     @classmethod
     def _read(cls, fields: Mapping[str, Any], base: BaseModel, tensors: dict[str, Tensor]) -> AddedConcept:
         layers = tuple(base.layers[place][0] for place in fields["layers"])
         parts = {p: tensors[p].view(fields[p], _width(p, base, layers)) for p in PARTS if p in tensors}
-        words = tuple(tensors[f"word_embedding.{k}"].view(fields["words"], -1) for k in range(len(base.text_encoders)))
+        names = (f"word_embedding.{k}" for k in range(len(base.text_encoders)))
+        words = tuple(tensors[name].view(fields["words"], -1) for name in names if name in tensors)
         own: dict[str, Any] = {name: fields[name] for name in ("placeholder", "super_class", "start", "training")}
         return cls(base=base, word_embeddings=words, layers=layers, **(own | parts))
 

@@ -67,13 +67,13 @@ class Concept(ABC):
     """What it does to keys and values: "perfusion" or "added"."""
     start: float = field(default=0.0, init=False)
     """The share of the steps that are drawn before it counts, where a request does not say so."""
-    _format_version: ClassVar[int]
+    _versions: ClassVar[tuple[int, ...]]  # of its file
     _field_names: ClassVar[frozenset[str]]  # of its file, beside the version
     _kinds: ClassVar[dict[int, type[Concept]]] = {}  # by their files' version
 
     def __init_subclass__(cls) -> None:
-        if "_format_version" in vars(cls):
-            Concept._kinds.setdefault(cls._format_version, cls)
+        for version in vars(cls).get("_versions", ()):
+            Concept._kinds.setdefault(version, cls)
 
     def __post_init__(self) -> None:
         check_placeholder(self.placeholder)
@@ -81,7 +81,7 @@ class Concept(ABC):
         if not isinstance(self.base, BaseModel):
             raise TypeError(f"Concept: base must be a BaseModel, got {type(self.base).__name__}")
         given, encoders = tuple(self.word_embeddings), self.base.text_encoders
-        if len(given) != len(encoders):
+        if len(given) != len(encoders) and (given or len(self._versions) == 1):
             raise ValueError(
                 f"Concept: word_embeddings must hold one per text encoder, {len(encoders)}, got {len(given)}"
             )
@@ -92,6 +92,11 @@ class Concept(ABC):
     @abstractmethod
     def words(self) -> int:
         """How many tokens it stands for in the place of the super-class's noun."""
+
+    @property
+    def _version(self) -> int:
+        """Of its file."""
+        return self._versions[0]
 
     @property
     @abstractmethod
@@ -187,7 +192,7 @@ class Concept(ABC):
 
     def to_bytes(self) -> bytes:
         """The concept file's content; equal concepts give equal bytes."""
-        return pack({"format_version": self._format_version, **self._fields}, self.tensors)
+        return pack({"format_version": self._version, **self._fields}, self.tensors)
 
     def save(self, path: str | os.PathLike[str]) -> int:
         """Write the concept file, replacing one that is there only once the new one is whole.

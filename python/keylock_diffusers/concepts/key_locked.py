@@ -54,7 +54,7 @@ class KeyLockedConcept(Concept):
     """
 
     edit: ClassVar[str] = "perfusion"
-    _format_version: ClassVar[int] = 1
+    _versions: ClassVar[tuple[int, ...]] = (1,)
     _field_names: ClassVar[frozenset[str]] = frozenset(
         {"placeholder", "super_class", "energy", "beta", "tau", "base", "covariance", "training"}
     )

@@ -30,10 +30,7 @@ REQUESTS: list[dict[str, Any]] = [
         "concepts": [
             {
                 "concept": CONCEPT,
-                "beta": 0.6,
-                "tau": 0.15,
-                "strength": 1.0,
-                "lock": "local",
+                "strength": 0.9,
                 "region": "left.png",
                 "start": 0.0,
             }

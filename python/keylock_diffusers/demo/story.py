@@ -14,33 +14,21 @@ import torch
 from tqdm import tqdm
 
 from keylock_diffusers import embedded
-from keylock_diffusers.concepts import Concept, ConceptBank, KeyLockedConcept
+from keylock_diffusers.concepts import Concept, ConceptBank
 from keylock_diffusers.demo import grid, loras, pictures, regions
 from keylock_diffusers.demo.pictures import USERS, User
-from keylock_diffusers.denoisers.unet import cross_attention_layers
 from keylock_diffusers.embedded import classifier, render
-from keylock_diffusers.embedded.captions import default_captions
 from keylock_diffusers.embedded.evaluate import background_name
 from keylock_diffusers.embedded.prompts import GUIDANCE
 from keylock_diffusers.generation.generate import generate
 from keylock_diffusers.processors import install
-from keylock_diffusers.processors.projection import project_vectors
 from keylock_diffusers.requests import Request, Use
-from keylock_diffusers.training import (
-    AddedConfig,
-    Covariance,
-    LoraTrainingConfig,
-    PerfusionConfig,
-    Subject,
-    covariance,
-    train_concepts,
-)
+from keylock_diffusers.training import AddedConfig, LoraTrainingConfig, PerfusionConfig, Subject, train_concepts
 
-TRAINING = PerfusionConfig(
+TRAINING = AddedConfig(steps=150, batch_size=6)
+PERFUSION_TRAINING = PerfusionConfig(
     steps=100, batch_size=6, values_rate=0.03, embedding_rate=0.004, inference_beta=0.65, inference_tau=0.15
 )
-ADDED_TRAINING = AddedConfig(steps=120, batch_size=6)
-_METRIC_CAPTIONS = 500
 _COAT_SEEDS = 4
 
 
@@ -59,7 +47,8 @@ SCENES = (
     Scene("with tears of joy on pink", "{} with tears of joy on pink", "cat with tears of joy"),
     Scene("next to a house on white", "a {} next to a house on white", "cat", left_half=True),
 )
-_PLAIN = Scene("a dog on green", "a dog on green", "dog")
+_TOGETHER = "a {} and a {} on teal"
+_PLAIN = "a dog on green"
 _VISITOR = "Visitor"
 
 
@@ -67,7 +56,7 @@ def run(
     output: Path,
     *,
     steps: int = 25,
-    training: PerfusionConfig = TRAINING,
+    training: AddedConfig = TRAINING,
     lora_training: LoraTrainingConfig = loras.TRAINING,
     seed: int = 0,
     progress: bool = True,
@@ -88,8 +77,7 @@ def run(
     """
     output.mkdir(parents=True, exist_ok=True)
     pipe = install(embedded.load())
-    metric = covariance(pipe, default_captions(_METRIC_CAPTIONS))
-    bank, trained = _teach(pipe, metric, training, output / "concepts", progress)
+    bank, trained = _teach(pipe, training, output / "concepts", progress)
 
     requests = _mixed_batch(seed)
     # One step of one batch at a time: four batches, every request alone, and one to warm up.
@@ -114,15 +102,12 @@ def run(
     batch, batch_seconds = _timed(draw, requests)
     alone, alone_seconds = _timed(lambda orders: [draw([order])[0] for order in orders], requests)
     strangers = [
-        order if n % 2 == 0 else Request(_PLAIN.prompt, seed=900 + n, guidance_scale=2.0)
-        for n, order in enumerate(requests)
+        order if n % 2 == 0 else Request(_PLAIN, seed=900 + n, guidance_scale=2.0) for n, order in enumerate(requests)
     ]
     beside = draw(strangers)
     cells = [(scene, user, seed + 100 * n) for n in range(_COAT_SEEDS) for scene in SCENES for user in USERS]
     drawn = draw([_order(scene, user, number) for scene, user, number in cells])
-    learned = {user.name: bank[_id(user)] for user in USERS}
-    plain = {name: _unlearned(pipe, one) for name, one in learned.items() if isinstance(one, KeyLockedConcept)}
-    reset = draw([_order(scene, user, number, plain[user.name]) for scene, user, number in cells])
+    without = draw([_order(scene, user, number, strength=0.0) for scene, user, number in cells])
     bar.close()
 
     report = {
@@ -134,12 +119,12 @@ def run(
         "largest_difference_beside_others": _difference(batch[::2], beside[::2]),
         "largest_difference_alone": round(_difference(batch, alone), 4),
         "coats": _coats(cells, drawn),
-        "coats_without_learned_values": _coats(cells, reset),
+        "coats_without_concepts": _coats(cells, without),
         "expressions": _expressions(cells, drawn),
         "torch_threads": torch.get_num_threads(),
     }
     columns = [user.name for user in USERS] + [_VISITOR]
-    rows = [scene.label for scene in (*SCENES, _PLAIN)]
+    rows = [*(scene.label for scene in SCENES), "beside the next one's on teal"]
     grid.draw(columns, rows, batch, {user.name: pictures.load(user)[0] for user in USERS}).save(output / "grid.png")
     report["regions"] = regions.run(install(embedded.load_adapter(pipe)), bank, output, steps=steps, seed=seed)
     report["loras"] = loras.run(
@@ -149,10 +134,8 @@ def run(
     return report
 
 
-def _teach(
-    pipe: Any, metric: Covariance, config: PerfusionConfig, folder: Path, progress: bool
-) -> tuple[ConceptBank, float]:
-    concepts, seconds = _timed(lambda s: train_concepts(pipe, s, config, metric=metric, progress=progress), subjects())
+def _teach(pipe: Any, config: AddedConfig, folder: Path, progress: bool) -> tuple[ConceptBank, float]:
+    concepts, seconds = _timed(lambda s: train_concepts(pipe, s, config, progress=progress), subjects())
     bank = ConceptBank(folder)
     for user, concept in zip(USERS, concepts, strict=True):
         if not isinstance(concept, Concept):
@@ -172,19 +155,21 @@ def subjects() -> list[Subject]:
 
 
 def _mixed_batch(seed: int) -> list[Request]:
-    """Rows of scenes, columns of users and a visitor without a concept."""
+    """Rows of scenes, columns of users and a visitor without a concept; in the last row two users' cats together."""
     orders = []
     for scene in SCENES:
         orders += [_order(scene, user, seed) for user in USERS]
         orders.append(Request(scene.prompt.format("cat"), seed=seed, guidance_scale=GUIDANCE))
-    orders += [Request(_PLAIN.prompt, seed=seed + n, guidance_scale=GUIDANCE) for n in range(len(USERS) + 1)]
-    return orders
+    for one, other in zip(USERS, (*USERS[1:], USERS[0]), strict=True):
+        words, held = _TOGETHER.format(one.placeholder, other.placeholder), [Use(_id(one)), Use(_id(other))]
+        orders.append(Request(words, concepts=held, seed=seed, guidance_scale=GUIDANCE))
+    return [*orders, Request(_PLAIN, seed=seed, guidance_scale=GUIDANCE)]
 
 
-def _order(scene: Scene, user: User, seed: int, concept: Concept | None = None) -> Request:
+def _order(scene: Scene, user: User, seed: int, strength: float = 1.0) -> Request:
     return Request(
         scene.prompt.format(user.placeholder),
-        concepts=[Use(_id(user) if concept is None else concept)],
+        concepts=[Use(_id(user), strength=strength)],
         seed=seed,
         guidance_scale=GUIDANCE,
     )
@@ -192,14 +177,6 @@ def _order(scene: Scene, user: User, seed: int, concept: Concept | None = None) 
 
 def _id(user: User) -> str:
     return f"{user.name.lower()}/cat"
-
-
-def _unlearned(pipe: Any, concept: KeyLockedConcept) -> Concept:
-    """The concept with its value outputs back at the super-class's."""
-    encoding = concept.super_class_encoding.float()[None].to(pipe.unet.device)
-    with torch.no_grad():
-        layers = cross_attention_layers(pipe.unet).values()
-        return concept.with_(values=torch.cat([project_vectors(attn.to_v, encoding)[0] for attn in layers]))
 
 
 def _timed(function: Any, argument: Any) -> tuple[Any, float]:

@@ -11,8 +11,9 @@ from torch import Tensor
 from keylock_diffusers.checks import shown
 from keylock_diffusers.encoding.names import normal
 from keylock_diffusers.encoding.tokens import TokenizedPrompt
+from keylock_diffusers.limits import RequestLimits
 from keylock_diffusers.loras import LearnedWord, read_embedding
-from keylock_diffusers.requests import Embedding, RequestLimits
+from keylock_diffusers.requests import Embedding
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from keylock_diffusers.checks import floats
 from keylock_diffusers.denoisers.base import Size
+from keylock_diffusers.limits import RequestLimits
 from keylock_diffusers.masks import read_mask
 from keylock_diffusers.pictures import PictureLimits, check_size, given
-from keylock_diffusers.requests import RequestLimits
 
 
 def initial_image(

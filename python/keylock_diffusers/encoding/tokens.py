@@ -54,17 +54,20 @@ class TokenizedPrompt:
         return tuple(position for position in range(len(self.ids)) if position not in inside)
 
 
-def plain(tokenizer: Any, prompt: TokenizedPrompt, names: Collection[str]) -> tuple[TokenizedPrompt, tuple[int, ...]]:
+def plain(
+    tokenizer: Any, prompt: TokenizedPrompt, names: Collection[str], copied: Collection[str] = ()
+) -> tuple[TokenizedPrompt, tuple[int, ...]]:
     """A prompt in which each of some placeholders is its super-class's words, and no noun stands several times.
 
     Args:
         tokenizer: what tokenized the prompt.
         prompt: the prompt.
         names: the placeholders.
+        copied: those of them whose noun's encoding belongs in all its places.
 
     Returns:
         That prompt, and for each position of `prompt` the position of it whose encoding belongs there: that of the same
-        word, and for a noun that stands again one of padding. In another order, all encodings are there once.
+        word, and for a noun that stands again one of padding, so that all encodings are there once, or its own.
     """
     again = {position for position, name, number in prompt.words if name in names and number > 0}
     size = prompt.chunk or len(prompt.ids)
@@ -77,6 +80,7 @@ def plain(tokenizer: Any, prompt: TokenizedPrompt, names: Collection[str]) -> tu
         )
         order += [places[p] if p in places else next(padding) for p in range(first, first + size)]
     back = {place: position for position, place in enumerate(order)}
+    nouns = {position: position - number for position, name, number in prompt.words if name in copied}
 
     def moved(values: Sequence[Any], filler: Any) -> tuple[Any, ...]:
         return tuple(filler if back[n] in again else values[back[n]] for n in range(len(values)))
@@ -88,7 +92,7 @@ def plain(tokenizer: Any, prompt: TokenizedPrompt, names: Collection[str]) -> tu
         words=tuple((order[position], name, n) for position, name, n in prompt.words if position not in again),
         spans=(),
         weights=prompt.weights and moved(prompt.weights, 1.0),
-    ), tuple(order)
+    ), tuple(order[nouns.get(position, position)] for position in range(len(order)))
 
 
 class Unit(NamedTuple):

@@ -18,8 +18,10 @@ from keylock_diffusers.encoding.fusion import FusionUse, SubjectFusion, fuse
 from keylock_diffusers.encoding.tokens import TokenizedPrompt, plain
 from keylock_diffusers.processors import verify_routes
 from keylock_diffusers.processors.routed import adapting
-from keylock_diffusers.routing.adapters import AdapterRouting, LoraCapacity, Store
+from keylock_diffusers.routing.adapters import AdapterRouting, AdapterUse, LoraCapacity, Store
 from keylock_diffusers.routing.rows import ConceptUse, LoraUse, Phases, State, TextLayout
+
+_POOLED = "text_projection"  # what reads one vector of a prompt, where no word stands
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,7 +174,7 @@ class _Job(NamedTuple):
         concepts = {
             use.concept.placeholder: use.concept.word_embeddings[encoder]
             for use, counts in self._uses()
-            if counts and (use.lock == "local" or not self.keys)
+            if counts and use.concept.word_embeddings and (use.lock == "local" or not self.keys)
         }
         return concepts | {name: vectors[encoder] for name, vectors in self.row.words.items()}
 
@@ -192,11 +194,13 @@ class _Job(NamedTuple):
                     states = states.index_copy(0, torch.tensor([position], device=states.device), moved)
         return states
 
-    def waiting(self) -> frozenset[str]:
-        """The placeholders of concepts of several words in whose place their super-classes are read."""
-        return frozenset(
-            use.concept.placeholder for use, counts in self._uses() if not counts and use.concept.words > 1
-        )
+    def unread(self) -> Mapping[str, bool]:
+        """The placeholders of concepts of several words in whose place their super-classes are read: which count."""
+        return {
+            use.concept.placeholder: counts
+            for use, counts in self._uses()
+            if use.concept.words > 1 and not (counts and use.concept.word_embeddings)
+        }
 
     def _uses(self) -> Iterator[tuple[ConceptUse, bool]]:
         """The row's concepts, and which of them count; none has an unconditional row."""
@@ -216,13 +220,14 @@ def _encoded(
         parts = []
         for number, encoder in enumerate(encoders):
             prompts = [(job.row[job.wording] or filler)[number] for job in jobs]  # type: ignore[index]
-            plainly = {n: names for n, job in enumerate(jobs) if job.row.embeds is None and (names := job.waiting())}
+            plainly = {n: names for n, job in enumerate(jobs) if job.row.embeds is None and (names := job.unread())}
             orders = {}
             for n, names in plainly.items():
-                prompts[n], orders[n] = plain(encoder.tokenizer, prompts[n], names)
+                copied = [name for name, counts in names.items() if counts]
+                prompts[n], orders[n] = plain(encoder.tokenizer, prompts[n], names, copied)
             words = [job.learned(number) for job in jobs]
             skips = [denoiser.options["clip_skip"] if job.keys is not None else None for job in jobs]
-            with _adapted(encoder.model, number, jobs, prompts[0].chunks, device, store, capacity):
+            with _adapted(encoder.model, number, jobs, orders, prompts[0], device, store, capacity):
                 states, last = text.encode_rows(encoder, prompts, words, skips)
             parts.append(
                 torch.stack([row[list(orders[n])] if n in orders else row for n, row in enumerate(states)])
@@ -245,7 +250,8 @@ def _adapted(
     model: Any,
     number: int,
     jobs: Sequence[_Job],
-    chunks: int,
+    orders: Mapping[int, Sequence[int]],
+    prompt: TokenizedPrompt,
     device: torch.device,
     store: Store | None,
     capacity: LoraCapacity | None,
@@ -255,15 +261,24 @@ def _adapted(
         yield
         return
     modules = projections(uncompiled(model))
-    rows = []
-    for job in jobs:
+    chunks, size = prompt.chunks, len(prompt.ids) // prompt.chunks  # as all jobs have them
+    rows: list[list[AdapterUse]] = []
+    for n, job in enumerate(jobs):
         on = zip(job.row.loras, job.state.loras, strict=True)
-        halves = [use.in_text(number, job.wording) for use, active in on if active]
-        rows += [[half for half in halves if half is not None]] * chunks
-    room = None if capacity is None else replace(capacity, regions=False)  # whose words are whole prompts
+        halves = [half for use, active in on if active and (half := use.in_text(number, job.wording)) is not None]
+        rows += [[_in_chunk(half, orders.get(n), chunk, size) for half in halves] for chunk in range(chunks)]
+    bound = any(use.bound is not None for row in rows for use in row)
+    # Regions read whole prompts of their own; what is bound to a word counts at its tokens.
+    room = None if capacity is None else replace(capacity, regions=bound)
     adapters = AdapterRouting(rows, store, room)
+    tokens = torch.zeros(size, dtype=torch.int64)
     try:
-        adapters.prepare(modules, device, model.dtype)
+        adapters.prepare(
+            modules,
+            device,
+            model.dtype,
+            wordings=lambda name: tokens if bound and not name.endswith(_POOLED) else None,
+        )
         if any(rows):
             verify_routes(modules, adapters.updates)
         whole = uncompiled(model)
@@ -272,6 +287,16 @@ def _adapted(
             yield
     finally:
         adapters.release()
+
+
+def _in_chunk(use: AdapterUse, order: Sequence[int] | None, chunk: int, size: int) -> AdapterUse:
+    """An adapter in one chunk of so many tokens; `order` says where each of the wording's tokens is read."""
+    if use.bound is None:
+        return use
+    places = use.bound.places[0] if use.bound.places else ()
+    read = dict.fromkeys(places if order is None else [order[place] for place in places])
+    own = tuple(place % size for place in read if place // size == chunk)
+    return replace(use, bound=replace(use.bound, places=(own,)))
 
 
 def _fused(denoiser: Any, row: Wordings, layout: TextLayout) -> list[FusionUse]:

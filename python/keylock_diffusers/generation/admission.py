@@ -11,8 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from keylock_diffusers.checks import floats, is_number, listed, number, shown, whole
+from keylock_diffusers.limits import RequestLimits
 from keylock_diffusers.loras import LearnedWord
-from keylock_diffusers.requests import Control, Embedding, Request, RequestLimits
+from keylock_diffusers.requests import Control, Embedding, Request
 
 _TEXTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
 

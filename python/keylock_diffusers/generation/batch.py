@@ -12,8 +12,10 @@ from torch import Tensor
 
 from keylock_diffusers.denoisers.base import RowLayout, Schedule, Size
 from keylock_diffusers.encoding.wordings import BatchText
+from keylock_diffusers.generation.gates import Gates
 from keylock_diffusers.generation.maps import BatchReadout
 from keylock_diffusers.generation.plan import Plan
+from keylock_diffusers.processors.contract import Readout
 from keylock_diffusers.routing.buffers import filled
 from keylock_diffusers.routing.personalization import Personalization
 from keylock_diffusers.routing.rows import Phases
@@ -103,6 +105,8 @@ class Batch:
     conditions: dict[str, Any] = field(default_factory=dict)
     conditioned: list[int] = field(default_factory=list)  # the phases that they are of
     readout: BatchReadout | None = None
+    gates: Gates | None = None
+    read: Readout | None = None  # all that is read out of the attention
 
     @property
     def held(self) -> Buffers:

@@ -16,16 +16,19 @@ from torch import Tensor
 from keylock_diffusers.concepts import Concept
 from keylock_diffusers.denoisers.base import RowLayout
 from keylock_diffusers.denoisers.families import denoiser_of
+from keylock_diffusers.denoisers.unet import cross_attention_layers, resolutions_of
 from keylock_diffusers.encoding.fusion import SubjectFusion
 from keylock_diffusers.encoding.wordings import PhaseText, encode_batch
 from keylock_diffusers.generation.batch import Batch, Buffers, Filling, Picture, RowState
+from keylock_diffusers.generation.gates import Gates, Several
 from keylock_diffusers.generation.loras import LoraSource
 from keylock_diffusers.generation.maps import AttentionMaps
 from keylock_diffusers.generation.plan import Plan, Planner
+from keylock_diffusers.limits import RequestLimits
 from keylock_diffusers.loras import LoraBank
 from keylock_diffusers.masks import latent_mask
 from keylock_diffusers.processors import verify
-from keylock_diffusers.requests import RequestError, RequestLimits
+from keylock_diffusers.requests import RequestError
 from keylock_diffusers.routing.adapters import LoraCapacity, Store, store_of
 from keylock_diffusers.routing.personalization import Personalization
 from keylock_diffusers.routing.rows import Phases, Row
@@ -185,6 +188,8 @@ class Engine:
             made = torch.cat(latents)
             if batch.readout is not None:
                 batch.readout.commit()
+            if batch.gates is not None:
+                batch.gates.commit(joined, parts, buffers.personalization)
         batch.latents = made
         batch.position += 1
 
@@ -293,6 +298,20 @@ class Engine:
             batch.readout = record.readout(unet, prompts, tokenizer, denoiser.latent_size(batch.size), images)
         if batch.readout is not None:
             batch.readout.lay_out(layout.parts).to(batch.latents.device)
+        self._bind(batch)
+        readouts = [one for one in (batch.readout, batch.gates) if one is not None]
+        batch.read = Several(*readouts) if len(readouts) > 1 else readouts[0] if readouts else None
+
+    def _bind(self, batch: Batch) -> None:
+        """Lets the batch's LoRAs that are bound to words count where these are seen."""
+        rows, unet = [plan.row for plan in batch.plans], self.denoiser.unet
+        if not any(use.bound is not None for row in rows for use in row.loras):
+            return
+        if batch.gates is None:
+            sizes = resolutions_of(unet, cross_attention_layers(unet), self.denoiser.latent_size(batch.size))
+            batch.gates = Gates(rows, batch.text.layout, sizes, batch.latents.device)
+        batch.gates.lay_out(batch.layout.parts)
+        batch.gates.confine(len(batch.layout.parts), batch.held.personalization)
 
     def _condition(self, batch: Batch) -> None:
         """What the denoiser is given beside latents, times and text, in the phases that rows are in."""
@@ -352,7 +371,7 @@ class Engine:
         device = batch.latents.device
         sample = torch.cat([inputs] * parts)
         keywords = dict(batch.conditions)
-        options = {"readout": batch.readout}
+        options = {"readout": batch.read}
         moved = torch.cat([times] * parts).to(device)
         personalization = batch.held.personalization
         with denoiser.bound(personalization, batch.layout, options) as bound:

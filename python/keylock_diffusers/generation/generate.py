@@ -16,8 +16,9 @@ from keylock_diffusers.generation.engine import Engine, Settings
 from keylock_diffusers.generation.loras import LoraSource
 from keylock_diffusers.generation.maps import AttentionMaps, WordMaps, check_words
 from keylock_diffusers.generation.plan import Plan
+from keylock_diffusers.limits import RequestLimits
 from keylock_diffusers.loras import LoraBank
-from keylock_diffusers.requests import Request, RequestError, RequestLimits
+from keylock_diffusers.requests import Request, RequestError
 from keylock_diffusers.routing.adapters import LoraCapacity
 from keylock_diffusers.routing.regions import LIMIT
 

@@ -14,11 +14,14 @@ from torch import Tensor
 from keylock_diffusers.checks import number, reason_of, shown
 from keylock_diffusers.denoisers.projections import reads_text
 from keylock_diffusers.denoisers.unet import face_updates
+from keylock_diffusers.encoding import text
 from keylock_diffusers.encoding.blocks import factors, of_modules
+from keylock_diffusers.encoding.tokens import TokenizedPrompt
 from keylock_diffusers.loras import Adapter, LoraBank, LowRank, ModelShapes, read_adapter
 from keylock_diffusers.masks import region_mask
 from keylock_diffusers.pictures import PictureLimits
-from keylock_diffusers.requests import Lora, Request
+from keylock_diffusers.requests import Attention, Lora, Request
+from keylock_diffusers.routing.adapters import BoundTo
 from keylock_diffusers.routing.rows import LoraUse
 
 LoraSource = LoraBank | Mapping[str, Any]
@@ -86,15 +89,25 @@ class LoraPlanner:
     def _use(self, order: Lora, adapter: Adapter) -> LoraUse:
         strength = number(order.strength, "strength of a Lora")
         start, end = (number(getattr(order, name), f"{name} of a Lora", 0, 1) for name in ("start", "end"))
+        region = bound = None
+        if isinstance(order.region, Attention):
+            threshold = number(order.region.threshold, "threshold of an Attention", 0, 1)
+            word = order.region.word
+            if not isinstance(word, str) or not word.strip():
+                raise TypeError(f"word of an Attention must be a word of the prompt, got {shown(word)}")
+            bound = BoundTo(word, threshold)
+        elif order.region is not None:
+            region = region_mask(order.region, "region of a Lora", self._limits)
         return LoraUse(
             adapter.denoiser,
             adapter.text_encoders,
             strength,
             strength if order.text_strength is None else number(order.text_strength, "text_strength of a Lora"),
             self._factors(order.blocks),
-            None if order.region is None else region_mask(order.region, "region of a Lora", self._limits),
+            region,
             start,
             end,
+            bound=bound,
         )
 
     def _factors(self, blocks: Any) -> Mapping[str, float]:
@@ -183,6 +196,33 @@ def in_wordings(uses: Sequence[LoraUse], span: int) -> tuple[tuple[LoraUse, ...]
     return tuple(placed), tuple(masks)
 
 
+def at_their_words(
+    uses: Sequence[LoraUse], tokenizer: Any, wordings: Sequence[Sequence[TokenizedPrompt]]
+) -> tuple[LoraUse, ...]:
+    """LoRAs with the places of the words that they are bound to.
+
+    Args:
+        uses: a row's.
+        tokenizer: what tokenized its wordings.
+        wordings: each for every text encoder; none where encodings are given.
+
+    Raises:
+        ValueError: a word is not in the prompt.
+    """
+    made = []
+    for use in uses:
+        if use.bound is not None:
+            places = [
+                tuple(place for spot in text.find(tokenizer, wording[0], use.bound.word) for place in spot)
+                for wording in wordings
+            ]
+            if not places or not places[0]:
+                raise ValueError(f"the word {shown(use.bound.word)} of a Lora's region is not in the prompt")
+            use = replace(use, bound=replace(use.bound, places=tuple(places)))
+        made.append(use)
+    return tuple(made)
+
+
 def _check_together(uses: Sequence[LoraUse]) -> None:
     """What several weight-decomposed adapters make of a weight depends on an order that nobody gives."""
     decomposed = [
@@ -192,5 +232,5 @@ def _check_together(uses: Sequence[LoraUse]) -> None:
     ]
     if decomposed and len(uses) > 1:
         raise ValueError("a weight-decomposed LoRA (DoRA) must be a request's only one, got more beside it")
-    if decomposed and decomposed[0].region is not None:
+    if decomposed and (decomposed[0].region is not None or decomposed[0].bound is not None):
         raise ValueError("a weight-decomposed LoRA (DoRA) must have no region: it scales whole outputs")

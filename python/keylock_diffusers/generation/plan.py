@@ -14,6 +14,7 @@ from keylock_diffusers.checks import floats, number, shown
 from keylock_diffusers.concepts import AddedConcept, BaseModel, Concept, KeyLockedConcept
 from keylock_diffusers.denoisers.base import Size
 from keylock_diffusers.denoisers.neighbours import check_pixels
+from keylock_diffusers.denoisers.unet import are_compiled, blocks_of, cross_attention_layers
 from keylock_diffusers.encoding import images as image_prompts
 from keylock_diffusers.encoding import pictures, text
 from keylock_diffusers.encoding.fusion import SubjectFusion, encode_subject
@@ -25,9 +26,10 @@ from keylock_diffusers.encoding.tokens import TokenizedPrompt, extended
 from keylock_diffusers.encoding.weights import weighted
 from keylock_diffusers.encoding.wordings import Wordings
 from keylock_diffusers.generation.admission import checked, control_numbers, is_guided
-from keylock_diffusers.generation.loras import LoraPlanner, LoraSource, in_wordings
+from keylock_diffusers.generation.loras import LoraPlanner, LoraSource, at_their_words, in_wordings
+from keylock_diffusers.limits import RequestLimits
 from keylock_diffusers.loras import LearnedWord
-from keylock_diffusers.requests import LOCKS, Region, Request, RequestLimits, Use
+from keylock_diffusers.requests import LOCKS, Region, Request, Use
 from keylock_diffusers.routing.images import ImageRouting
 from keylock_diffusers.routing.rows import ConceptUse, LoraUse, Row, is_on
 
@@ -121,6 +123,7 @@ class Planner:
         prompts, negatives = self._prompts(request, uses, words)
         drawn, absent = self._image_prompts(request, guided)
         loras = self._loras.with_faces(loras, request)
+        self._check_bound(request, loras)
         subjects = self._subjects(request, prompts)
         halves = self._regions(request, uses, prompts, negatives)
         prompts, negatives, halves = self._in_chunks(request, uses, prompts, negatives, halves)
@@ -135,7 +138,7 @@ class Planner:
             words=words.vectors,
         )
         negative = self._negative_wordings(request, negatives, halves[1], words)
-        positive, half, own = _adapted(positive, halves[0], loras, "regions")
+        positive, half, own = _adapted(positive, halves[0], loras, "regions", self.denoiser.tokenizer)
         uses = _placed(uses, positive)
         positive = replace(positive, uses=uses)
         negative, negative_half, negative_own = _adapted(
@@ -148,7 +151,7 @@ class Planner:
             )
         if half.row.uses or negative_half.row.uses or any(use.region is not None for use in (*drawn, *absent)):
             check_pixels(self._unet, "regions")
-        if any(use.region is not None for use in loras):
+        if any(use.region is not None or use.bound is not None for use in loras):
             check_pixels(self._unet, "regions of LoRAs", anywhere=True)
         size, image, mask, controls = self._pictures(request)
         start = request.subject_start if uses or subjects else 0.0
@@ -164,6 +167,18 @@ class Planner:
             mask,
             controls,
         )
+
+    def _check_bound(self, request: Request, loras: Sequence[LoraUse]) -> None:
+        """What LoRAs that are bound to words of the prompt need."""
+        if all(use.bound is None for use in loras):
+            return
+        check_pixels(self._unet, "LoRAs that are bound to words")
+        if self.denoiser.frames > 1:
+            raise ValueError("LoRAs must not be bound to words with a pipeline of videos")
+        if are_compiled(blocks_of(self._unet, cross_attention_layers(self._unet))):
+            raise ValueError("LoRAs must not be bound to words where blocks are compiled one by one")
+        if request.prompt is None or request.prompt_2 is not None:
+            raise ValueError("LoRAs that are bound to words need one prompt for all text encoders, not encodings")
 
     def _uses(self, request: Request) -> tuple[ConceptUse, ...]:
         uses = tuple(_resolve(use, self.bank, request.subject_start) for use in request.concepts)
@@ -364,12 +379,14 @@ class Planner:
 
 
 def _adapted(
-    wordings: Wordings, half: PromptRegions, loras: Sequence[LoraUse], name: str
+    wordings: Wordings, half: PromptRegions, loras: Sequence[LoraUse], name: str, tokenizer: Any = None
 ) -> tuple[Wordings, PromptRegions, tuple[LoraUse, ...]]:
     """What one half of a request reads, with its LoRAs; those with a region read wordings of their own."""
     own, masks = in_wordings(loras, 1 + len(half.own))
     half = with_loras(half, wordings[0], wordings.tokens, masks, name)
     prompts = wordings.prompts and (wordings.prompts[0], *half.own)
+    if tokenizer is not None:
+        own = at_their_words(own, tokenizer, prompts)
     return replace(wordings, prompts=prompts, loras=own, copies=len(masks)), half, own
 
 

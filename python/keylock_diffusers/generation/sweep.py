@@ -13,7 +13,8 @@ from keylock_diffusers.checks import is_number, listed, shown, whole
 from keylock_diffusers.concepts import Concept
 from keylock_diffusers.generation.generate import generate
 from keylock_diffusers.generation.visualize import INK, PAPER, QUIET
-from keylock_diffusers.requests import Request, RequestLimits, Use
+from keylock_diffusers.limits import RequestLimits
+from keylock_diffusers.requests import Request, Use
 
 _OF_USE = ("beta", "tau", "strength", "lock")
 DIALS = (*_OF_USE, "guidance_scale")

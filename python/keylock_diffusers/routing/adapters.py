@@ -50,6 +50,21 @@ class LoraCapacity:
             whole(getattr(self, name), f"LoraCapacity: {name}", 1)
 
 
+@dataclass(frozen=True)
+class BoundTo:
+    """The word that an adapter is bound to: it counts at the word's tokens, and at the pixels that attend to them.
+
+    Args:
+        word: the word.
+        threshold: see `keylock_diffusers.Attention`.
+        places: where it stands, positions in each of the row's wordings; none in those that are not there.
+    """
+
+    word: str
+    threshold: float = 0.4
+    places: tuple[tuple[int, ...], ...] = ()
+
+
 @dataclass(frozen=True, eq=False)
 class AdapterUse:
     """One adapter of one row, as far as one model is concerned.
@@ -60,6 +75,7 @@ class AdapterUse:
         blocks: further factors by the projection's name; 1 where there is none.
         region: where it counts, weights in 0..1; None: everywhere.
         wordings: which of the row's wordings it counts in; None: all.
+        bound: the word it is bound to; None: to none.
     """
 
     updates: Mapping[str, LowRank]
@@ -67,6 +83,12 @@ class AdapterUse:
     blocks: Mapping[str, float] = field(default_factory=dict)
     region: Tensor | None = None  # [height, width]
     wordings: frozenset[int] | None = None
+    bound: BoundTo | None = None
+
+    @property
+    def limited(self) -> bool:
+        """Whether it does not count everywhere."""
+        return self.region is not None or self.wordings is not None or self.bound is not None
 
     def strength_of(self, name: str) -> float:
         """The factor on up @ down of a projection."""
@@ -128,6 +150,7 @@ class AdapterRouting:
         self._all = torch.empty(0)  # [L, B, J], strengths where every adapter is switched on
         self._scales: dict[str, Tensor] = {}  # [B, O], likewise
         self._made: set[Any] = set()  # token weights that were filled
+        self._maps: dict[tuple[int, int], Tensor] = {}  # by row and number, where bound adapters count [height, width]
         self._on = [[True] * len(row) for row in self._rows]
         self.updates: dict[str, AdapterUpdates] = {}
 
@@ -209,6 +232,15 @@ class AdapterRouting:
             whole = torch.tensor([all(row) for row in switched], device=scale.device)[:, None]
             self._buffers["scale", name].copy_(torch.where(whole, scale, 1))
 
+    def confine(self, maps: Mapping[tuple[int, int], Tensor]) -> None:
+        """Puts in place where adapters that are bound to words count: by row and number, weights [height, width]."""
+        self._maps |= maps
+        for key in self._made:
+            _, size, tokens = key
+            if tokens is None:
+                for (row, number), seen in maps.items():
+                    self._buffers[key][row, number] = area_share(seen, size or (1, 1)).to(self._buffers[key].device)
+
     def of_vectors(self, name: str, places: Sequence[tuple[int, int]]) -> AdapterUpdates | None:
         """What a projection adds to vectors [S, 1, K], each as if it were a token of a (row, wording)."""
         own = self.updates.get(name)
@@ -218,7 +250,7 @@ class AdapterRouting:
         counts = torch.zeros(len(places), self._slots, dtype=torch.bool)
         for place, (row, wording) in enumerate(places):
             for number, use in enumerate(self._rows[row]):
-                counts[place, number] = use.wordings is None or wording in use.wordings
+                counts[place, number] = use.bound is None and (use.wordings is None or wording in use.wordings)
         return own._replace(
             slots=own.slots[at],
             strength=torch.where(counts.to(own.strength.device), own.strength[at], 0),
@@ -231,7 +263,7 @@ class AdapterRouting:
         return tuple(
             (id(use.updates), use.strength, id(use.blocks) if use.blocks else 0, on)
             for use, on in zip(self._rows[row], self._on[row], strict=True)
-            if use.wordings is None or wording in use.wordings
+            if use.bound is None and (use.wordings is None or wording in use.wordings)
         )
 
     def _reaches(self, name: str, module: nn.Module) -> bool:
@@ -285,7 +317,7 @@ class AdapterRouting:
 
     def _token_weights(self, size: Size | None, wordings: Tensor | None, device: torch.device) -> Tensor | None:
         """Where each row's adapters count, [B, J, N] float32; None where all count everywhere."""
-        limited = any(use.region is not None or use.wordings is not None for row in self._rows for use in row)
+        limited = any(use.limited for row in self._rows for use in row)
         if not (limited or (self._capacity is not None and self._capacity.regions)):
             return None
         key = ("weights", size, None if wordings is None else len(wordings))
@@ -298,6 +330,11 @@ class AdapterRouting:
                 if wordings is not None:
                     if use.wordings is not None:
                         made[row, number] = torch.isin(wordings, torch.tensor(sorted(use.wordings))).float()
+                    elif use.bound is not None:
+                        made[row, number] = _at_words(use.bound, wordings)
+                elif use.bound is not None:
+                    seen = self._maps.get((row, number))
+                    made[row, number] = 0 if seen is None else area_share(seen, size or (1, 1))
                 elif use.region is not None:
                     made[row, number] = area_share(use.region, size or (1, 1))
         self._made.add(key)
@@ -328,6 +365,14 @@ class AdapterRouting:
         return self._buffers[key]
 
 
+def _at_words(bound: BoundTo, wordings: Tensor) -> Tensor:  # [N]
+    """1 at the tokens of the word that an adapter is bound to, 0 elsewhere."""
+    made = torch.zeros(len(wordings))
+    for wording, places in enumerate(bound.places):
+        made[(wordings == wording).nonzero()[list(places), 0]] = 1
+    return made
+
+
 def is_flat(module: nn.Module) -> bool:
     """Whether a projection is one product per token: a linear layer, or a convolution over one pixel."""
     if not isinstance(module, nn.Conv2d):
@@ -343,7 +388,7 @@ def _check_room(rows: Sequence[Sequence[AdapterUse]], capacity: LoraCapacity) ->
             rank = max((update.rank for update in use.updates.values()), default=0)
             if rank > capacity.rank:
                 raise ValueError(f"lora_capacity has room for rank {capacity.rank}, but a LoRA has {rank}")
-            if use.region is not None and not capacity.regions:
+            if (use.region is not None or use.bound is not None) and not capacity.regions:
                 raise ValueError("lora_capacity has no room for regions of LoRAs: give it regions=True")
             if any(update.magnitude is not None for update in use.updates.values()):
                 raise ValueError("lora_capacity has no room for weight-decomposed LoRAs (DoRA)")

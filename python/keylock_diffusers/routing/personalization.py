@@ -185,7 +185,7 @@ class Personalization:
         images = made.pop() if self._routing.flat_lengths else {}
         self._of_phases, projected = (made, {}) if len(made) > 1 else ([], made[0])
         self._phase = phases.at(self._steps)
-        self._adapters.switch(self._on())
+        self._adapters.switch([row.state(*at).loras for row, at in zip(self.rows, self._steps, strict=True)])
         if self._of_phases:
             projected = self._current()
         sizes = resolutions_of(unet, layers, latent_size)
@@ -222,9 +222,6 @@ class Personalization:
         if self._phases.count > 1:
             self._adapters.switch([state.loras for state in self._phases.states(min(phase, self._phases.count - 1))])
 
-    def _on(self) -> list[tuple[bool, ...]]:
-        return [row.state(*at).loras for row, at in zip(self.rows, self._steps, strict=True)]
-
     def _current(self) -> Pairs:
         """Keys and values of the current step, each row's own of its phases."""
         device = next(iter(self._of_phases[-1].values()))[0].device
@@ -255,6 +252,10 @@ class Personalization:
             held.enter_context(adapting(unet, modules, self.adapters, in_graphs=in_graphs))
             yield
 
+    def confine(self, maps: Mapping[tuple[int, int], Tensor]) -> None:
+        """Puts in place where LoRAs that are bound to words count: by row and number, weights [height, width]."""
+        self._adapters.confine(maps)
+
     def release(self) -> None:
         """Gives the LoRAs' places back to their pool, after the last step; `prepare` takes them again."""
         self._adapters.release()
@@ -281,7 +282,7 @@ class Personalization:
         phase = self._phases.at(self._steps)
         if phase != self._phase:
             self._phase = phase
-            self._adapters.switch(self._on())
+            self._adapters.switch([row.state(*at).loras for row, at in zip(self.rows, self._steps, strict=True)])
             self.kv = filled_pairs(self.kv, self._current())
 
     def _each(self, step: int | Sequence[int], steps: int | Sequence[int]) -> list[tuple[int, int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from keylock_diffusers.concepts import AddedConcept, Concept, KeyLockedConcept
 from keylock_diffusers.loras import LowRank
 from keylock_diffusers.routing import edits
-from keylock_diffusers.routing.adapters import AdapterUse
+from keylock_diffusers.routing.adapters import AdapterUse, BoundTo
 from keylock_diffusers.routing.buffers import version_of
 
 
@@ -94,6 +94,7 @@ class LoraUse:
         region: where it counts, weights in 0..1; None: everywhere.
         start, end: the share of the steps before it is switched on, and by whose end it is switched off.
         wordings: which of the row's wordings it counts in; None: all.
+        bound: the word it is bound to, in the place of a region.
     """
 
     updates: Mapping[str, LowRank]
@@ -105,6 +106,7 @@ class LoraUse:
     start: float = 0.0
     end: float = 1.0
     wordings: frozenset[int] | None = None
+    bound: BoundTo | None = None
 
     def active(self, step: int, steps: int) -> bool:
         """Whether it counts in a step."""
@@ -113,14 +115,15 @@ class LoraUse:
     @property
     def in_denoiser(self) -> AdapterUse:
         """Its half in the denoiser."""
-        return AdapterUse(self.updates, self.strength, self.blocks, self.region, self.wordings)
+        return AdapterUse(self.updates, self.strength, self.blocks, self.region, self.wordings, self.bound)
 
     def in_text(self, encoder: int, wording: int) -> AdapterUse | None:
         """Its half in a text encoder, where that reads one of the row's wordings; None: it has none there."""
         counts = self.wordings is None or wording in self.wordings
         if not counts or encoder >= len(self.text) or not self.text[encoder]:
             return None
-        return AdapterUse(self.text[encoder], self.text_strength)
+        bound = None if self.bound is None else replace(self.bound, places=self.bound.places[wording : wording + 1])
+        return AdapterUse(self.text[encoder], self.text_strength, bound=bound)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from keylock_diffusers.concepts import AddedConcept
 from keylock_diffusers.denoisers.unet import cross_attention_layers
+from keylock_diffusers.encoding.tokens import plain as plain_prompt
 from keylock_diffusers.processors import RowUpdates
 from keylock_diffusers.processors.projection import project_vectors
 from keylock_diffusers.requests import Request
@@ -31,7 +32,8 @@ class _Learner(Learner):
     prompts: list[Prompts]  # per picture
     orders: list[Request]  # per picture
     plain: Read  # of the captions with the super-class in the placeholder's place
-    words: tuple[nn.Parameter, ...]  # [n, W] per text encoder
+    places: list[Tensor]  # per picture, the tokens of `plain` that are read in the words' places [T]
+    words: tuple[nn.Parameter, ...]  # [n, W] per text encoder; none where they are not learned
     added: Mapping[str, nn.Parameter]  # encodings [m, D], keys and values [m, sum of widths]
     units: Mapping[str, Tensor]  # of each, [D] or [sum of widths]
 
@@ -77,11 +79,14 @@ class AddedTraining(Together[_Learner, AddedConcept]):
                 for name, side in _SIDES.items()
             }
         random = loop.generator(subject.seed, -1)  # before the first step
-        words = tuple(self._word(encoder, subject, random) for encoder in captions.encoders)
-        added = {
-            part: nn.Parameter(torch.zeros(config.learned(part), len(unit), device=device, dtype=torch.float32))
-            for part, unit in units.items()
-        }
+        encoders = captions.encoders if config.embeddings else ()
+        words = tuple(self._word(encoder, subject, random) for encoder in encoders)
+        begin = {part: torch.zeros(config.learned(part), len(unit)) for part, unit in units.items()}
+        if not encoders and config.words > 1:  # or they would stay one
+            begin["encodings"] = config.spread * torch.randn(begin["encodings"].shape, generator=random)
+        added = {part: nn.Parameter(start.to(device, torch.float32)) for part, start in begin.items()}
+        name = {subject.placeholder}
+        orders = [plain_prompt(captions.encoders[0].tokenizer, prompt[0], name, name)[1] for prompt in prompts]
         latents, weights = lessons_of(self.pipe, subject)
         groups: list[dict[str, Any]] = [
             {"params": [parameter], "lr": getattr(config, f"{part}_rate")} for part, parameter in added.items()
@@ -97,6 +102,7 @@ class AddedTraining(Together[_Learner, AddedConcept]):
             prompts=prompts,
             orders=captions.orders(subject),
             plain=plain,
+            places=[torch.tensor(order, device=device) for order in orders],
             words=words,
             added=added,
             units=units,
@@ -112,13 +118,18 @@ class AddedTraining(Together[_Learner, AddedConcept]):
         rows = list(zip([one for one in learners for _ in range(config.batch_size)], given.pictures, strict=True))
         prompts, orders = [row.prompts[n] for row, n in rows], [row.orders[n] for row, n in rows]
         with torch.autocast(self.pipe.unet.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
-            read = captions.read(prompts, [{row.subject.placeholder: row.words} for row, _ in rows])
+            if config.embeddings:
+                read = captions.read(prompts, [{row.subject.placeholder: row.words} for row, _ in rows])
+            else:
+                read = joined([row.plain.rows([n]) for row, n in rows])
+                places = torch.stack([row.places[n] for row, n in rows])
+                read = read._replace(states=read.states.gather(1, places[..., None].expand_as(read.states)))
             read = read._replace(states=_moved(read.states, [row for row, _ in rows], prompts))
             options: dict[str, Any] = {"personalization": _Inputs(self.layers, learners, prompts, config.batch_size)}
             if config.localize:
                 # Of a word that stands several times, where it stands first: captions differ in how often it does.
-                places = [[place for place, *_ in prompt[0].words[: config.words]] for prompt in prompts]
-                tokens = torch.tensor(places, device=given.noisy.device)
+                first = [[place for place, *_ in prompt[0].words[: config.words]] for prompt in prompts]
+                tokens = torch.tensor(first, device=given.noisy.device)
                 masks = given.weights.expand(-1, tokens.shape[1], -1, -1)
                 grid = (given.noisy.shape[2], given.noisy.shape[3])
                 options["readout"] = Localization(self.pipe.unet, tokens, masks, grid, form=config.localization_form)

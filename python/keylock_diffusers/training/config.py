@@ -108,8 +108,10 @@ class AddedConfig:
 
     Args:
         words: how many a concept has in the place of its super-class's noun.
-        encodings, keys, values: of how many of them, the first ones, what is added to encodings, keys and values is
-            learned; None: of all.
+        embeddings: whether text encoders read words that are learned; else they read the super-class's own prompt, and
+            the words begin as its noun's encoding in it.
+        encodings, keys, values: of how many of them at most, the first ones, what is added to encodings, keys and
+            values is learned; None: of all.
         layers: which cross-attention layers learn: "all", or names or beginnings of them.
         start: the share of the steps that are drawn with the super-class before the concept counts; the times of the
             steps that remain are what it learns on. Stored with the concept.
@@ -118,7 +120,7 @@ class AddedConfig:
         encodings_rate, keys_rate, values_rate: learning rates, in units of the root mean square of the super-class's
             own encoding, and of its keys and values layer by layer.
         embedding_rate: learning rate of the words' embeddings, in units of the noun's root mean square.
-        spread: how far apart the words begin, in the same units.
+        spread: how far apart the words begin, in the same units, or without embeddings in those of encodings.
         prior: weight of the prior: outside a picture's mask the model should say what it says without the concept.
             Without masks there is no outside.
         warmup: steps.
@@ -130,19 +132,20 @@ class AddedConfig:
         mixed_precision: "no" or "bf16".
     """
 
-    words: int = 3
-    encodings: int | None = 0
-    keys: int | None = None
-    values: int | None = None
+    words: int = 5
+    embeddings: bool = False
+    encodings: int | None = None
+    keys: int | None = 1
+    values: int | None = 2
     layers: str | Sequence[str] = "all"
     start: float = 0.0
     steps: int = 400
     batch_size: int = 16
-    encodings_rate: float = 0.02
+    encodings_rate: float = 0.05
     keys_rate: float = 0.015
     values_rate: float = 0.05
     embedding_rate: float = 0.15
-    spread: float = 0.3
+    spread: float = 0.2
     prior: float = 1.0
     warmup: int = 10
     max_grad_norm: float | None = 1.0
@@ -154,7 +157,15 @@ class AddedConfig:
     def __post_init__(self) -> None:
         check_field(self, "words", whole, 1, MOST_WORDS)
         for name in ("encodings", "keys", "values"):
-            check_field(self, name, whole, 0, self.words, optional=True)
+            check_field(self, name, whole, 0, MOST_WORDS, optional=True)
+        if not isinstance(self.embeddings, bool):
+            raise TypeError(f"{type(self).__name__}: embeddings must be True or False, got {self.embeddings!r:.80}")
+        most = max(map(self.learned, ("encodings", "keys", "values")))
+        if not self.embeddings and most < self.words:
+            raise ValueError(
+                f"{type(self).__name__}: words must be at most {most}, of which encodings, keys or values are learned "
+                f"where embeddings are not, got {self.words}"
+            )
         if self.layers != "all":
             check_field(self, "layers", _names)
         check_field(self, "start", number, 0, 1)
@@ -169,7 +180,7 @@ class AddedConfig:
     def learned(self, part: str) -> int:
         """Of how many words "encodings", "keys" or "values" are learned."""
         given = getattr(self, part)
-        return self.words if given is None else given
+        return self.words if given is None else min(given, self.words)
 
     def learns(self, layer: str) -> bool:
         """Whether a cross-attention layer learns."""

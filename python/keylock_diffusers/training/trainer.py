@@ -34,7 +34,7 @@ from keylock_diffusers.training.learners import (
 )
 from keylock_diffusers.training.localization import Localization, localization_loss
 
-_DEFAULT = PerfusionConfig()
+_DEFAULT = AddedConfig()
 
 
 @dataclass(kw_only=True)
