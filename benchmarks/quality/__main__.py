@@ -31,8 +31,8 @@ _QUICK = (
     "key-locked (Perfusion)",
     "textual inversion, one vector",
     "LoRA rank 4, with a word",
-    "added, three words",
-    "added, five words, two keys and values",
+    "added, small",
+    "added",
 )
 # Prompts in which two users' subjects stand beside each other.
 _BOTH = ("a {} and a {} on white", "kissing {} next to a {} on teal", "a {} and a pouting {} on pink")
@@ -102,9 +102,12 @@ class Run:
         found = []
         for (user, _, order, seed), image in zip(cells, images, strict=True):
             scored = self.scores.of(image, user, order)
-            if method.name == "no personalisation":
+            if method.name == report.PLAIN:
                 scored |= self.scores.nothing(image, user, order)
             found.append({"user": user.name, "kind": user.kind, "prompt": order.prompt, "seed": seed, **scored})
+        if len(self.seeds) > 1:
+            for place in range(0, len(cells), len(self.seeds)):  # how far a prompt's pictures are from each other
+                found[place]["diversity"] = _apart(images[place : place + len(self.seeds)])
         facts = {
             "method": method.name,
             "settings": settings,
@@ -150,6 +153,13 @@ class Run:
         for number, image in enumerate(images):
             made.paste(Image.fromarray(image), (number % columns * side, number // columns * side))
         return made
+
+
+def _apart(images: Sequence[np.ndarray]) -> float:
+    """The mean root mean square difference, 0 to 255, of pictures to each other."""
+    pairs = [(one, other) for n, one in enumerate(images) for other in images[n + 1 :]]
+    gaps = [float(np.square(a.astype(np.float32) - b).mean()) ** 0.5 for a, b in pairs]
+    return sum(gaps) / len(gaps)
 
 
 def _drawn(pipe: Any, requests: list[kd.Request]) -> list[np.ndarray]:

@@ -1,13 +1,14 @@
-"""The judge of who is seen: a coat encoder, trained contrastively on coats that no user has.
+"""The judges: of who is seen, a coat encoder, trained contrastively; of what is seen, a classifier of glyphs in coats.
 
-``python -m benchmarks.quality.judges FOLDER`` trains it anew, in a quarter of an hour; what it learned is committed.
+Both have learned from coats that no user has. ``python -m benchmarks.quality.judges FOLDER`` trains them anew, in half
+an hour; what they learned is committed.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,16 @@ from torch import Tensor, nn
 
 from benchmarks.quality.coats import Coat, coated
 from keylock_diffusers import embedded
-from keylock_diffusers.embedded import autoencoder, render
+from keylock_diffusers.embedded import autoencoder, glyphs, render
+from keylock_diffusers.embedded.classifier import Classifier
+from keylock_diffusers.embedded.classifier import load as load_classifier
 from keylock_diffusers.embedded.glyphs import BACKGROUNDS
 from keylock_diffusers.training import loop
 
 FILE = Path(__file__).with_name("coat-encoder.safetensors")
+GLYPHS_FILE = Path(__file__).with_name("glyph-classifier.safetensors")
 # Glyphs that one coat is shown on, by kind.
-GLYPHS: dict[str, tuple[str, ...]] = {
+COATED: dict[str, tuple[str, ...]] = {
     "cat": (
         "cat", "grinning cat", "cat with tears of joy", "cat with heart eyes", "smirking cat", "kissing cat",
         "scared cat", "crying cat", "pouting cat",
@@ -91,18 +95,28 @@ def decoded(vae: Any, pixels: Tensor) -> Tensor:
 
 
 class Judge:
-    """Names coats among those of users and decoys."""
+    """Names coats among those of users and decoys, and glyphs in any coat."""
 
     def __init__(self, vae: Any) -> None:
         self.vae = vae
+        self.classifier = Classifier()
+        self.classifier.load_state_dict({name: tensor.float() for name, tensor in load_file(GLYPHS_FILE).items()})
+        self.classifier.eval()
         self.encoder = CoatEncoder()
         self.encoder.load_state_dict({name: tensor.float() for name, tensor in load_file(FILE).items()})
         self.encoder.eval()
-        self._known = lru_cache(maxsize=4096)(self._of)
+        self._known = cache(self._of)
 
     @torch.no_grad()
     def encode(self, images: Sequence[np.ndarray]) -> Tensor:  # [n, 96]
         return self.encoder(autoencoder.pixels(list(images)))
+
+    @torch.no_grad()
+    def glyph(self, image: np.ndarray, kind: str) -> str:
+        """Which glyph of a kind a picture's only subject is: its expression; of a kind with but one, any glyph."""
+        logits = self.classifier(autoencoder.pixels([image]))[0]
+        known = COATED[kind] if len(COATED[kind]) > 1 else tuple(glyphs.INDEX)
+        return known[int(logits[[glyphs.INDEX[caption] for caption in known]].argmax())]
 
     def _of(self, coat: Coat | None, glyph: str, background: str) -> Tensor:  # [96]
         """How a coat looks on a glyph and background: the mean of four views, through the autoencoder."""
@@ -129,7 +143,7 @@ def _examples(identities: int, views: int, seed: int) -> np.ndarray:  # [identit
         kind = _KINDS[random.choice(len(_KINDS), p=_SHARES)]
         made.append(
             [
-                view(coat, str(random.choice(GLYPHS[kind])), backgrounds[random.integers(len(backgrounds))], random)
+                view(coat, str(random.choice(COATED[kind])), backgrounds[random.integers(len(backgrounds))], random)
                 for _ in range(views)
             ]
         )
@@ -137,7 +151,9 @@ def _examples(identities: int, views: int, seed: int) -> np.ndarray:  # [identit
     return np.asarray(made)
 
 
-def train(folder: Path, *, identities: int = 2600, held_out: int = 200, views: int = 4, steps: int = 1500) -> float:
+def train_coats(
+    folder: Path, *, identities: int = 2600, held_out: int = 200, views: int = 4, steps: int = 1500
+) -> float:
     """Trains (or resumes) the coat encoder; how many of the held-out coats it finds among each other."""
     vae = embedded.load().vae
     pixels = autoencoder.pixels(list(_examples(identities, views, 0).reshape(-1, render.SIZE, render.SIZE, 3)))
@@ -171,7 +187,52 @@ def train(folder: Path, *, identities: int = 2600, held_out: int = 200, views: i
     return float(((one @ other.T).argmax(1) == torch.arange(held_out)).float().mean())
 
 
+def _named(count: int, seed: int) -> tuple[np.ndarray, Tensor]:  # [n, 64, 64, 3], [n]
+    """Views of single glyphs and their numbers: those of users' kinds mostly in coats, beside all others."""
+    random = np.random.default_rng((2026, 11, seed))
+    backgrounds, images, labels = list(BACKGROUNDS), [], []
+    chances = np.array([2.0 if glyph.group == "cat" else 1.0 for glyph in glyphs.GLYPHS])
+    for _ in range(count):
+        if random.random() < 0.6:
+            kind = _KINDS[random.choice(len(_KINDS), p=_SHARES)]
+            caption = str(random.choice(COATED[kind]))
+            coat = Coat.random(random) if random.random() < 0.8 else None
+        else:
+            coat, caption = None, glyphs.GLYPHS[random.choice(len(chances), p=chances / chances.sum())].caption
+        images.append(view(coat, caption, backgrounds[random.integers(len(backgrounds))], random))
+        labels.append(glyphs.INDEX[caption])
+        coated.cache_clear()
+    return np.asarray(images), torch.tensor(labels)
+
+
+def train_glyphs(folder: Path, *, count: int = 24000, held_out: int = 1000, steps: int = 3000) -> float:
+    """Trains (or resumes) the classifier; how many held-out views, through the autoencoder, it names right."""
+    vae = embedded.load().vae
+    images, labels = _named(count, 0)
+    pixels = autoencoder.pixels(list(images))
+    both = torch.stack([pixels, decoded(vae, pixels)])
+    model, known = load_classifier().train(), count - held_out
+
+    def loss(step: int) -> tuple[Tensor, dict[str, float]]:
+        random = loop.generator(6, step)
+        chosen = torch.randint(known, (96,), generator=random)
+        seen = both[torch.randint(2, (96,), generator=random), chosen]
+        blurred = F.avg_pool2d(seen, 3, stride=1, padding=1, count_include_pad=False)
+        seen = seen.lerp(blurred, 0.7 * torch.rand(96, 1, 1, 1, generator=random))
+        noise = 0.1 * torch.rand(96, 1, 1, 1, generator=random) * torch.randn(seen.shape, generator=random)
+        value = F.cross_entropy(model(seen + noise).float(), labels[chosen], label_smoothing=0.05)
+        return value, {"loss": value.item()}
+
+    schedule = loop.Schedule(steps, 96, 1.5e-3, warmup=100, average_decay=0.99, seed=6)
+    loop.fit(model, loss, folder / "glyph-classifier.safetensors", schedule, accelerator=loop.fastest(), desc="glyphs")
+    model.eval()
+    save_file({name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}, GLYPHS_FILE)
+    with torch.no_grad():
+        return float((model(both[1, known:]).argmax(1) == labels[known:]).float().mean())
+
+
 if __name__ == "__main__":
     place = Path(sys.argv[1])
     place.mkdir(parents=True, exist_ok=True)
-    print(f"held-out coats found among {200}: {train(place):.3f}")
+    print(f"held-out glyphs named: {train_glyphs(place):.3f}")
+    print(f"held-out coats found among 200: {train_coats(place):.3f}")

@@ -13,7 +13,9 @@ from PIL import Image, ImageDraw
 
 _DRAWS = 2000
 _LABEL, _GAP = 260, 8  # pixels
-_SCORES = ("who", "named", "background", "other", "unchanged", "leak", "error", "colour", "pattern")
+_SCORES = ("who", "expression", "background", "other", "unchanged", "leak", "error", "colour", "pattern", "diversity")
+_ERRORS = ("colour", "pattern")
+PLAIN = "no personalisation"
 
 
 def means(facts: Mapping[str, Any]) -> dict[str, float]:
@@ -28,12 +30,31 @@ def means(facts: Mapping[str, Any]) -> dict[str, float]:
     return made
 
 
+def of_nothing(facts: Mapping[str, Any], plain: Mapping[str, Any] | None) -> dict[str, float]:
+    """How much of the errors of no personalisation is left, (error - floor) / (nothing - floor), by error: of all
+    pictures' means, where the floor is the plain model's error to its own right answer."""
+    known = {_key(p): p for p in plain["pictures"]} if plain is not None else {}
+    made = {}
+    for name in _ERRORS:
+        pairs = [(p, known.get(_key(p), {})) for p in facts["pictures"] if name in p]
+        pairs = [(p, base) for p, base in pairs if f"floor {name}" in base]
+        left = sum(p[name] - base[f"floor {name}"] for p, base in pairs)
+        whole = sum(base[f"nothing {name}"] - base[f"floor {name}"] for _, base in pairs)
+        made[name] = left / whole if whole > 0 else float("nan")
+    return made
+
+
+def _key(picture: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(picture.get(name) for name in ("user", "prompt", "seed"))
+
+
 def line(facts: Mapping[str, Any]) -> str:
     """One method's row."""
     m = means(facts)
     changes = ", ".join(f"{name}={value}" for name, value in facts["changes"].items())
     return (
-        f"{facts['method'] + (f' ({changes})' if changes else ''):44} who {m['who']:.2f}  named {m['named']:.2f}  "
+        f"{facts['method'] + (f' ({changes})' if changes else ''):44} who {m['who']:.2f}  "
+        f"expression {m['expression']:.2f}  "
         f"background {m['background']:.2f}  other {m['other']:5.1f}  unchanged {m['unchanged']:.2f}  "
         f"leak {m['leak']:.2f}  error {m['error']:5.1f}  both {m['in place']:.2f}/{m['swapped']:.2f}  "
         f"{facts['bytes']:7,} bytes  {facts['seconds']:5.1f} s"
@@ -60,33 +81,41 @@ def difference(one: Mapping[str, Any], other: Mapping[str, Any], score: str) -> 
 
 
 def table(found: Sequence[Mapping[str, Any]], beside: str = "LoRA rank 4, with a word") -> str:
-    """Methods as rows of a markdown table; `who` also as its difference to one of them, with the interval of it."""
+    """Methods as rows of a markdown table; `who` also as its difference to one of them, with the interval of it.
+
+    Errors of colour and pattern are shares of those of no personalisation (see `of_nothing`).
+    """
     heads = (
         "method",
         "who",
         "to the LoRA",
-        "named",
+        "expression",
         "background",
         "other",
         "unchanged",
         "leak",
         "two users",
+        *_ERRORS,
+        "diversity",
         "bytes",
         "rows",
     )
     lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
-    base = next((facts for facts in found if facts["method"] == beside and not facts["changes"]), None)
+    chosen = {facts["method"]: facts for facts in found if not facts["changes"]}
+    base, plain = chosen.get(beside), chosen.get(PLAIN)
     for facts in found:
-        m = means(facts)
+        m, left = means(facts), of_nothing(facts, plain)
         changes = ", ".join(f"{name} {value}" for name, value in facts["changes"].items())
         gap = difference(facts, base, "who") if base is not None and facts is not base else None
         cells = [
             facts["method"] + (f", {changes}" if changes else ""),
             f"{m['who']:.2f}",
             "-" if gap is None else f"{gap[0]:+.2f} ({gap[1]:+.2f} to {gap[2]:+.2f})",
-            *(f"{m[name]:.2f}" for name in ("named", "background")),
+            *(f"{m[name]:.2f}" for name in ("expression", "background")),
             f"{m['other']:.1f}",
             *(f"{m[name]:.2f}" for name in ("unchanged", "leak", "in place")),
+            *(f"{left[name]:.2f}" for name in _ERRORS),
+            f"{m['diversity']:.1f}",
             f"{facts['bytes']:,}",
             f"{facts['rows']:,}",
         ]
@@ -94,28 +123,35 @@ def table(found: Sequence[Mapping[str, Any]], beside: str = "LoRA rank 4, with a
     return "\n".join(lines)
 
 
-def contact_sheet(sheets: Mapping[str, Image.Image], users: Sequence[str]) -> Image.Image:
+def contact_sheet(
+    sheets: Mapping[str, Image.Image], users: Sequence[str], chosen: Sequence[int] | None = None, every: int = 1
+) -> Image.Image:
     """For each user a block of rows, what each method drew of the same orders.
 
     Args:
         sheets: by method, its pictures, a row a user.
         users: their names.
+        chosen: the places of those that are shown; default all.
+        every: of so many of a row's pictures only the first is shown.
     """
-    width = max(sheet.width for sheet in sheets.values())
     side = next(iter(sheets.values())).height // len(users)
+    columns = range(0, max(sheet.width for sheet in sheets.values()) // side, every)
     block = len(sheets) * side + _GAP
-    made = Image.new("RGB", (_LABEL + width, len(users) * block), "white")
+    chosen = range(len(users)) if chosen is None else chosen
+    made = Image.new("RGB", (_LABEL + len(columns) * side, len(chosen) * block), "white")
     pen = ImageDraw.Draw(made)
-    for number, user in enumerate(users):
+    for number, user in enumerate(chosen):
         for row, (method, sheet) in enumerate(sheets.items()):
             top = number * block + row * side
-            made.paste(sheet.crop((0, number * side, sheet.width, (number + 1) * side)), (_LABEL, top))
-            pen.text((4, top + side // 2 - 6), f"{user}  {method}", fill="black", font_size=11)
+            for place, column in enumerate(columns):
+                cell = sheet.crop((column * side, user * side, (column + 1) * side, (user + 1) * side))
+                made.paste(cell, (_LABEL + place * side, top))
+            pen.text((4, top + side // 2 - 6), f"{users[user]}  {method}", fill="black", font_size=11)
     return made
 
 
 def plot(found: Sequence[Mapping[str, Any]]) -> str:
-    """How often the user is recognised, and the expression named, over the bytes that are kept: an SVG."""
+    """How often the user is recognised, and the expression, over the bytes that are kept: an SVG."""
     shown = [facts for facts in found if facts["bytes"] and not facts["changes"]]
     if not shown:
         return ""
@@ -127,7 +163,7 @@ def plot(found: Sequence[Mapping[str, Any]]) -> str:
         return margin + across * (wide - 2 * margin), tall - margin - means(facts)[score] * (tall - 2 * margin)
 
     marks = []
-    for score, colour in (("who", "#1f6fb2"), ("named", "#c0504d")):
+    for score, colour in (("who", "#1f6fb2"), ("expression", "#c0504d")):
         for number, facts in enumerate(shown):
             x, y = place(facts, score)
             marks.append(
@@ -140,7 +176,7 @@ def plot(found: Sequence[Mapping[str, Any]]) -> str:
     ]
     axes = (
         f'<path d="M{margin} {margin}V{tall - margin}H{wide - margin}" fill="none" stroke="#888"/>'
-        f'<text x="{margin}" y="{margin - 8}" font-size="10">who (blue), named (red), 0 to 1</text>'
+        f'<text x="{margin}" y="{margin - 8}" font-size="10">who (blue), expression (red), 0 to 1</text>'
         f'<text x="{wide - margin - 60}" y="{tall - margin + 14}" font-size="10">bytes (log)</text>'
     )
     height = tall + 14 * len(shown) + 6
@@ -150,8 +186,22 @@ def plot(found: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
+def compact(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What is kept of a row in the repository: every score's mean over each user's pictures."""
+    users: dict[str, dict[str, float]] = {
+        user: {} for user in dict.fromkeys(picture["user"] for picture in facts["pictures"])
+    }
+    for score in _SCORES:
+        for user, mean in by_user(facts, score).items():
+            users[user][score] = round(mean, 3)
+    names = ("method", "settings", "changes", "rows", "bytes", "seconds")
+    m = means(facts)
+    pairs = {name: round(m[name], 3) for name in ("in place", "swapped") if not math.isnan(m[name])}
+    return {**{name: facts[name] for name in names}, "users": users, "two users": pairs}
+
+
 def write(folder: Path, users: Sequence[str], order: Sequence[str]) -> None:
-    """The table, the plot and the contact sheet of a folder, beside its scores.
+    """The table, the plot and the contact sheet of a folder, beside its scores; an excerpt has one user of each kind.
 
     Args:
         folder: where they are.
@@ -163,9 +213,14 @@ def write(folder: Path, users: Sequence[str], order: Sequence[str]) -> None:
     paths.sort(key=lambda path: (order.index(found[path]["method"]), str(found[path]["changes"])))
     ordered = [found[path] for path in paths]
     (folder / "table.md").write_text(table(ordered) + "\n")
+    (folder / "scores.jsonl").write_text("".join(json.dumps(compact(facts)) + "\n" for facts in ordered))
     (folder / "bytes.svg").write_text(plot(ordered))
     sheets = {
         found[path]["method"]: Image.open(path.with_suffix(".png")) for path in paths if not found[path]["changes"]
     }
     if sheets:
         contact_sheet(sheets, users).save(folder / "contact-sheet.png")
+        kinds = {picture["user"]: picture["kind"] for picture in ordered[0]["pictures"]}
+        first = {kinds[user]: place for place, user in reversed([*enumerate(users)])}
+        seeds = len({picture["seed"] for picture in ordered[0]["pictures"]})
+        contact_sheet(sheets, users, sorted(first.values()), seeds).save(folder / "excerpt.jpg", quality=90)

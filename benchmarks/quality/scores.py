@@ -11,7 +11,7 @@ import numpy as np
 from benchmarks.quality.coats import Coat, coated
 from benchmarks.quality.judges import Judge, half
 from benchmarks.quality.users import DECOYS, Order, User
-from keylock_diffusers.embedded import classifier, render
+from keylock_diffusers.embedded import render
 from keylock_diffusers.embedded.evaluate import background_name
 
 _BLOCK = 8  # pixels over which an error is colour, and below which it is pattern
@@ -26,7 +26,7 @@ class Scores:
     """
 
     def __init__(self, vae: Any, users: Sequence[User]) -> None:
-        self.judge, self.classifier = Judge(vae), classifier.load()
+        self.judge = Judge(vae)
         self.coats: list[Coat | None] = [user.coat for user in users]
         self.gallery = [*self.coats, *DECOYS, None]
 
@@ -38,20 +38,16 @@ class Scores:
         a second subject: other, its error to the plain glyph; unchanged, 1 if its coat is nearest to its own; leak, 1
         if it is nearest to the user's.
         """
-        asked = [part.glyph for part in order.parts]
-        found: dict[str, float] = {
-            "named": float(set(self.classifier.names([image], len(asked))[0]) == set(asked)),
-            "background": float(background_name(image) == order.background),
-        }
+        found = {"background": float(background_name(image) == order.background)}
         for place, part in enumerate(order.parts):
-            side = None if len(asked) == 1 else bool(place)
+            side = None if len(order.parts) == 1 else bool(place)
             seen = image if side is None else half(image, side)
             near = int(self.judge.similarities(seen, self.gallery, part.glyph, order.background).argmax())
             coat = user.coat if part.own else None
             total, colour, pattern = _nearest(image, coat, part.glyph, order.background, side)
             if part.own:
                 found |= {"who": float(self.gallery[near] == user.coat), "error": total, "colour": colour}
-                found["pattern"] = pattern
+                found |= {"pattern": pattern, "expression": float(self.judge.glyph(seen, user.kind) == part.glyph)}
             else:
                 found["other"] = total
                 found["unchanged"] = float(self.gallery[near] is None)

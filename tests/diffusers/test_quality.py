@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.quality import report
 from benchmarks.quality.coats import coated
-from benchmarks.quality.judges import GLYPHS, CoatEncoder, half
+from benchmarks.quality.judges import COATED, CoatEncoder, half
 from benchmarks.quality.methods import BATCH, METHODS, ROWS, steps_of
 from benchmarks.quality.users import DECOYS, TEST, TUNE, Order
 from keylock_diffusers.embedded import render
@@ -35,7 +35,7 @@ def test_what_is_asked_is_known_to_the_judges_and_was_not_shown(user):
         assert [part.own for part in order.parts].count(True) == 1
         for part in order.parts:
             assert part.glyph in INDEX
-            assert not part.own or part.glyph in GLYPHS[user.kind]
+            assert not part.own or part.glyph in COATED[user.kind]
     if user.kind in ("cat", "face"):
         asked = {part.glyph for order in user.orders for part in order.parts if part.own}
         shown = {"cat": {"cat", "grinning cat", "crying cat", "smirking cat"}}.get(
@@ -96,12 +96,29 @@ def test_the_bootstrap_goes_over_users_and_in_pairs():
     assert report.table([one]).count("\n") == 2 and "who 0.75" in report.line(one)
 
 
+def test_errors_are_shares_of_what_no_personalisation_leaves():
+    def facts(**scores):
+        pictures = [{"user": "u", "prompt": "p", "seed": seed, **scores} for seed in (0, 1)]
+        return {"method": "m", "changes": {}, "pictures": pictures, "both": []}
+
+    floors = {"floor colour": 10.0, "nothing colour": 50.0, "floor pattern": 5.0, "nothing pattern": 25.0}
+    plain = facts(colour=50.0, pattern=25.0, **floors)
+    assert report.of_nothing(plain, plain) == {"colour": 1.0, "pattern": 1.0}
+    assert report.of_nothing(facts(colour=10.0, pattern=5.0), plain) == {"colour": 0.0, "pattern": 0.0}
+    assert report.of_nothing(facts(colour=20.0, pattern=15.0), plain) == {"colour": 0.25, "pattern": 0.5}
+    assert np.isnan(report.of_nothing(plain, None)["colour"])
+
+
 def test_a_folder_of_scores_becomes_a_table_a_plot_and_a_contact_sheet(tmp_path):
     from PIL import Image
 
-    names = ["no personalisation", "LoRA rank 4, with a word", "added, three words"]
+    names = ["no personalisation", "LoRA rank 4, with a word", "added"]
     for place, (name, who) in enumerate(zip(names, (0.0, 0.5, 1.0), strict=True)):
-        pictures = [{"user": user, "who": who, "named": 0.5} for user in ("u0", "u1") for _ in range(3)]
+        pictures = [
+            {"user": user, "kind": "cat", "seed": seed, "who": who, "expression": 0.5}
+            for user in ("u0", "u1")
+            for seed in range(3)
+        ]
         facts = {"method": name, "settings": {}, "changes": {}, "rows": 7, "bytes": 1000 * place, "seconds": 1.0}
         (tmp_path / f"{place}.json").write_text(json.dumps({**facts, "pictures": pictures, "both": []}))
         Image.new("RGB", (3 * 66, 2 * 66), (80 * place, 0, 0)).save(tmp_path / f"{place}.png")
@@ -110,6 +127,10 @@ def test_a_folder_of_scores_becomes_a_table_a_plot_and_a_contact_sheet(tmp_path)
     assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == names
     assert "+0.50 (+0.50 to +0.50)" in lines[4] and "| 1.00 |" in lines[4] and "nan" not in lines[2]
     assert (tmp_path / "bytes.svg").read_text().count("<circle") == 4
+    kept = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    assert [row["method"] for row in kept] == names
+    assert kept[2]["users"] == {user: {"who": 1.0, "expression": 0.5} for user in ("u0", "u1")}
+    assert Image.open(tmp_path / "excerpt.jpg").size == (260 + 66, 3 * 66 + 8)
     sheet = Image.open(tmp_path / "contact-sheet.png")
     assert sheet.getpixel((sheet.width - 2, 2 * 66 + 5)) == (160, 0, 0)
     assert sheet.getpixel((sheet.width - 2, 3 * 66 + 8 + 5)) == (0, 0, 0)
@@ -137,7 +158,7 @@ def test_a_right_answer_is_a_right_answer_and_the_plain_one_is_none():
     wrong = [scored for wears, scored, _ in found if not wears]
     assert np.mean([scored["who"] for scored in right]) >= 0.8 > 0.2 >= np.mean([scored["who"] for scored in wrong])
     assert max(scored["error"] for scored in right) < 1 < 15 < min(scored["error"] for scored in wrong)
-    assert np.mean([scored["named"] for scored in right]) >= 0.8 and all(scored["background"] for scored in right)
+    assert np.mean([scored["expression"] for scored in right]) >= 0.8 and all(scored["background"] for scored in right)
     for _, scored, parts in found:
         assert (parts == 2) == ("other" in scored)
         assert scored.get("other", 0.0) < 1 and not scored.get("leak")
