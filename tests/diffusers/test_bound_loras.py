@@ -14,9 +14,11 @@ from keylock_diffusers.concepts import AddedConcept, BaseModel
 from keylock_diffusers.denoisers.projections import reads_text
 from keylock_diffusers.generation.batch import Picture
 from keylock_diffusers.generation.engine import Settings
+from keylock_diffusers.generation.gates import Gates, Several
 from keylock_diffusers.loras import Adapter
 from keylock_diffusers.masks import area_share
 from keylock_diffusers.routing.adapters import AdapterRouting, AdapterUse, BoundTo, store_of
+from keylock_diffusers.routing.rows import LoraUse, Row, TextLayout
 from tests.diffusers.drawing import COMPANY
 from tests.diffusers.lora_files import pipeline
 from tests.diffusers.test_loras import LEFT, apart, draw, fused, installed, made, same
@@ -289,6 +291,28 @@ def test_json_says_it_as_an_object(tmp_path):
     assert Request.from_json(given).loras[0].region == Attention("cat", 0.5)
     with pytest.raises(TypeError, match="'words' is no field of region of a Lora; did you mean word"):
         Request.from_json({"prompt": PROMPT, "loras": [{"lora": "a/b", "region": {"words": "cat"}}]})
+
+
+def test_a_word_that_is_bound_is_read_by_itself():
+    """Beside another of the same row, and beside words that are recorded: tokens are read together, and told apart."""
+    rows = [
+        Row(loras=(LoraUse({}, bound=BoundTo("cat", 0.4, ((2, 5),))), LoraUse({}, bound=BoundTo("dog", 0.4, ((3,),))))),
+        Row(loras=(LoraUse({}, bound=BoundTo("dog", 0.4, ((4,),))),)),
+    ]
+    gates = Gates(rows, TextLayout(8, 1), {"layer": (2, 3)}, torch.device("cpu"))
+    other = Gates(rows[::-1], TextLayout(8, 1), {"layer": (2, 3)}, torch.device("cpu"))
+    both = Several(other, gates)
+    tokens, _ = both.wanted("layer", 2, 6)
+    assert tokens.tolist() == [[4, -1, -1, 2, 5, 3], [2, 5, 3, 4, -1, -1]] and both.wanted("elsewhere", 2, 6) is None
+    read = torch.rand(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))
+    both.receive("layer", read)
+    mean = read.mean(1)
+    for held, first, places in ((gates, 3, (0, 0, 1)), (other, 0, (0, 1, 1))):
+        found = [[(0, 2), (2, 3)], [(0, 1)]] if held is gates else [[(0, 1)], [(0, 2), (2, 3)]]
+        spans = [span for row in found for span in row]
+        for number, (row, (begin, end)) in enumerate(zip(places, spans, strict=True)):
+            expected = mean[row, :, first + begin : first + end].sum(-1)
+            torch.testing.assert_close(held._read["layer"][number], expected)
 
 
 @pytest.mark.parametrize("size", [(2, 3), (5, 4), (1, 1)])
