@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import numpy as np
 import pytest
 import torch
 
@@ -15,12 +14,11 @@ from keylock_diffusers.encoding import text
 from keylock_diffusers.encoding.tokens import plain
 from keylock_diffusers.generation.batch import Picture
 from keylock_diffusers.generation.engine import Settings
-from keylock_diffusers.masks import soft_mask
 from keylock_diffusers.training import AddedConfig, train_concepts
 from tests.diffusers.compatibility import SIZE, make
 from tests.diffusers.drawing import APART, ROUNDING
 from tests.diffusers.test_added import BASE, draw, largest, order
-from tests.diffusers.test_added_training import HALF, ROUNDED, far, masked, same, tensors
+from tests.diffusers.test_added_training import ROUNDED, far, first_lesson, masked, same, tensors
 from tests.diffusers.test_cli import run
 from tests.diffusers.test_training import TOGETHER, subject
 
@@ -196,16 +194,8 @@ def test_the_loss_is_that_of_copies_of_the_noun(pipe, spread, rounded):
     )
     (concept,) = train(pipe, [one], still)
     assert bool(concept.encodings.any()) == (spread > 0) and not concept.keys.any() and not concept.values.any()
-    random = torch.Generator().manual_seed(1 * 1_000_003)
-    chosen = torch.randint(2, (3,), generator=random)
-    times = torch.randint(1000, (3,), generator=random)
-    noise = torch.randn(3, 4, 8, 8, generator=random)
+    chosen, times, noisy, target, weights = first_lesson(pipe, one)
     with torch.no_grad():
-        pixels = torch.stack([torch.from_numpy(np.array(one.images[n])).permute(2, 0, 1) for n in chosen])
-        clean = pipe.vae.encode(pixels.float() / 127.5 - 1).latents
-        weights = soft_mask(HALF, (8, 8), "mask").expand(3, 1, 8, 8)
-        noisy = pipe.scheduler.add_noise(clean, noise, times)
-        target = pipe.scheduler.get_velocity(clean, noise, times)
         states = []
         for n in chosen:
             said = text.tokenize(pipe.tokenizer, one.captions[n], {"<alice-cat>": "cat"})

@@ -64,6 +64,20 @@ def masked(name="alice", seed=1, **changes):
     return subject(name, seed, masks=[HALF, HALF], **changes)
 
 
+@torch.no_grad()
+def first_lesson(pipe, one):
+    """What the first step of three pictures shows of a masked subject: which, times, noisy latents, target, weights."""
+    random = torch.Generator().manual_seed(1 * 1_000_003)
+    chosen = torch.randint(2, (3,), generator=random)
+    times = torch.randint(1000, (3,), generator=random)
+    noise = torch.randn(3, 4, 8, 8, generator=random)
+    pixels = torch.stack([torch.from_numpy(np.array(one.images[n])).permute(2, 0, 1) for n in chosen])
+    clean = pipe.vae.encode(pixels.float() / 127.5 - 1).latents
+    weights = soft_mask(HALF, (8, 8), "mask").expand(3, 1, 8, 8)
+    noisy, target = (said(clean, noise, times) for said in (pipe.scheduler.add_noise, pipe.scheduler.get_velocity))
+    return chosen, times, noisy, target, weights
+
+
 def test_the_loss_is_that_of_what_is_drawn_and_of_what_strays(pipe):
     """One step, with everything in it written out once more; all three words are still the noun, as the file has it."""
     one = masked()
@@ -76,16 +90,8 @@ def test_the_loss_is_that_of_what_is_drawn_and_of_what_strays(pipe):
     for prior in (0.0, 2.0):
         (concept,) = train(pipe, [one], dataclasses.replace(still, prior=prior, spread=0.0))
         losses[prior] = concept.training["loss"]
-    random = torch.Generator().manual_seed(1 * 1_000_003)
-    chosen = torch.randint(2, (3,), generator=random)
-    times = torch.randint(1000, (3,), generator=random)
-    noise = torch.randn(3, 4, 8, 8, generator=random)
+    chosen, times, noisy, target, weights = first_lesson(pipe, one)
     with torch.no_grad():
-        pixels = torch.stack([torch.from_numpy(np.array(one.images[n])).permute(2, 0, 1) for n in chosen])
-        clean = pipe.vae.encode(pixels.float() / 127.5 - 1).latents
-        weights = soft_mask(HALF, (8, 8), "mask").expand(3, 1, 8, 8)
-        noisy = pipe.scheduler.add_noise(clean, noise, times)
-        target = pipe.scheduler.get_velocity(clean, noise, times)
         found = []
         for words in (3, 1):
             said = [one.captions[n].replace("<alice-cat>", " ".join(["cat"] * words)) for n in chosen]

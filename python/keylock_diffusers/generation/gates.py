@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from keylock_diffusers.denoisers.base import Size
+from keylock_diffusers.generation.maps import conditional
 from keylock_diffusers.processors.contract import Readout
 from keylock_diffusers.routing.personalization import Personalization
 from keylock_diffusers.routing.rows import Row, TextLayout
@@ -66,10 +67,7 @@ class Gates:
 
     def lay_out(self, parts: Sequence[str]) -> Gates:
         """Takes the conditional rows of a row layout."""
-        nothing = torch.full_like(self._own, -1)
-        self._tokens = torch.cat([self._own if part == "cond" else nothing for part in parts])
-        first = parts.index("cond") * len(self._own)
-        self._rows = slice(first, first + len(self._own))
+        self._tokens, self._rows = conditional(self._own, parts)
         return self
 
     def wanted(self, layer: str, rows: int, pixels: int) -> tuple[Tensor, None] | None:

@@ -202,10 +202,7 @@ class BatchReadout:
 
     def lay_out(self, parts: Sequence[str]) -> BatchReadout:
         """Takes the conditional rows of a row layout."""
-        nothing = torch.full_like(self._own, -1)
-        self._tokens = torch.cat([self._own if part == "cond" else nothing for part in parts])
-        first = parts.index("cond") * len(self._own)
-        self._rows = slice(first, first + len(self._own))
+        self._tokens, self._rows = conditional(self._own, parts)
         return self
 
     def wanted(self, layer: str, rows: int, pixels: int) -> tuple[Tensor, None] | None:
@@ -260,6 +257,13 @@ class BatchReadout:
                 if any(place == number for place, _ in self._places[row])
             },
         )
+
+
+def conditional(own: Tensor, parts: Sequence[str]) -> tuple[Tensor, slice]:
+    """Tokens to read [B, M] of pictures in a row layout, -1 in all but its conditional rows; and which these are."""
+    nothing = torch.full_like(own, -1)
+    first = parts.index("cond") * len(own)
+    return torch.cat([own if part == "cond" else nothing for part in parts]), slice(first, first + len(own))
 
 
 def check_words(
