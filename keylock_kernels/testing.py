@@ -228,7 +228,13 @@ def attention_inputs(
 
 
 def assert_as_accurate_as_eager(
-    actual: Tensor, eager: Tensor, exact: Tensor, what: str = "result", *, roundings: int = 1
+    actual: Tensor,
+    eager: Tensor,
+    exact: Tensor,
+    what: str = "result",
+    *,
+    roundings: int = 1,
+    mean_roundings: int = 1,
 ) -> None:
     """``actual`` may err at most twice what eager in the same dtype errs, plus one rounding.
 
@@ -237,7 +243,8 @@ def assert_as_accurate_as_eager(
         eager: the eager backend's result on the same inputs, in the same dtype.
         exact: the reference's float64 result on the same inputs.
         what: named in the message.
-        roundings: how many, of the largest element, its error may add to eager's; the root mean square has one.
+        roundings: how many, of the largest element, its error may add to eager's.
+        mean_roundings: the same of the root mean square.
     """
     if actual.dtype != eager.dtype or actual.shape != eager.shape or actual.shape != exact.shape:
         raise AssertionError(
@@ -248,7 +255,10 @@ def assert_as_accurate_as_eager(
         return
     exact = exact.double()
     rounding = torch.finfo(actual.dtype).eps
-    for name, norm, extra in (("largest", _largest, roundings), ("root mean square", _root_mean_square, 1)):
+    for name, norm, extra in (
+        ("largest", _largest, roundings),
+        ("root mean square", _root_mean_square, mean_roundings),
+    ):
         error = norm(actual.double() - exact)
         allowed = 2 * norm(eager.double() - exact) + extra * rounding * norm(exact)
         if not error <= allowed:  # also true for NaN

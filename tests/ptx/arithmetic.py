@@ -48,6 +48,24 @@ def _elementwise(s: Statement, o: Operands, function: Callable[..., Array], kind
     return lambda squad: target(squad, function(*(source(squad) for source in sources)))
 
 
+def _near(values: Array, bits: float) -> Array:
+    """float32 numbers with a relative error of up to 2 ** -bits, the same for the same number."""
+    mixed = (values.view(np.uint32) * np.uint32(0x9E3779B1) >> np.uint32(8)).astype(np.float64)
+    return (values * (1 + (mixed / (1 << 23) - 1) * 2.0**-bits)).astype(np.float32)
+
+
+# How near to the right number two instructions come, by the PTX manual.
+_QUOTIENT_BITS, _POWER_BITS = 22.0, 22.5
+
+
+def _either(
+    s: Statement, o: Operands, exact: Callable[..., Array], near: Callable[..., Array], kinds: list[str], flush: bool
+) -> Run:
+    """As `_elementwise`, with another function on a machine that cuts off."""
+    runs = [_elementwise(s, o, function, kinds, flush) for function in (exact, near)]
+    return lambda squad: runs[squad.machine.terms is not None](squad)
+
+
 _PLAIN = {
     "add": np.add, "sub": np.subtract, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
     "not": np.invert, "neg": np.negative, "abs": np.abs,
@@ -104,13 +122,19 @@ def _quotient(s: Statement, o: Operands) -> Run:
         found = np.abs(wide) // np.abs(by) * np.sign(wide) * np.sign(by)
         return wide - found * by if s.name == "rem" else found
 
+    if "full" in flags:
+        return _either(s, o, np.divide, lambda a, b: _near(a / b, _QUOTIENT_BITS), [kind] * 3, "ftz" in flags)
     return _elementwise(s, o, np.divide if is_float(kind) else truncated, [kind] * 3, "ftz" in flags)
 
 
 @operation("ex2")
 def _exponential(s: Statement, o: Operands) -> Run:
     flags = s.flags("approx", "ftz")
-    return _elementwise(s, o, lambda x: np.exp2(x.astype(np.float64)).astype(np.float32), ["f32"] * 2, "ftz" in flags)
+
+    def power(x: Array) -> Array:
+        return np.exp2(x.astype(np.float64)).astype(np.float32)
+
+    return _either(s, o, power, lambda x: _near(power(x), _POWER_BITS), ["f32"] * 2, "ftz" in flags)
 
 
 @operation("shl", "shr")

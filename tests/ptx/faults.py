@@ -27,5 +27,9 @@ class Unwaited(Fault):
     """Bytes that an asynchronous copy is still bringing are touched."""
 
 
+class Unfenced(Fault):
+    """An asynchronous product reads what threads stored, and no fence makes that visible to it."""
+
+
 class Diverged(Fault):
     """Lanes that must come together, at a barrier or in an instruction of a whole warp, do not."""

@@ -18,6 +18,7 @@ from keylock_kernels.ops.launching import Observer
 from .machine import Kernel, Machine
 
 Edit = Callable[[str, str], str]  # the name and the PTX of a kernel -> the PTX to run
+_TERMS = {"sm_80": 8, "sm_90": 16}  # of a product that its tensor cores add up at a time
 _kernels: dict[str, Kernel] = {}  # by PTX: Triton gives the same text for the same kernel
 
 
@@ -70,12 +71,15 @@ def gpu(target: str, observer: Observer, processors: int = 132) -> Iterator[None
 
 
 @contextlib.contextmanager
-def simulated(target: str, order: str = "together", edit: Edit | None = None, processors: int = 132) -> Iterator[None]:
+def simulated(
+    target: str, order: str = "together", edit: Edit | None = None, processors: int = 132, exact: bool = True
+) -> Iterator[None]:
     """As `gpu`; what is launched runs on the machine.
 
     Args:
         order: in which the warps of a block run, of machine.ORDERS.
         edit: what becomes of a kernel's PTX before it runs.
+        exact: whether products are summed exactly, instead of as the target's tensor cores do.
     """
 
     def launched(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> bool:
@@ -86,7 +90,8 @@ def simulated(target: str, order: str = "together", edit: Edit | None = None, pr
         if text not in _kernels:
             _kernels[text] = Kernel(text)
         given = arguments(compiled, kernel, args, options)
-        Machine(_kernels[text], grid, compiled.metadata.num_warps, compiled.metadata.shared, given, order).run()
+        metadata, terms = compiled.metadata, None if exact else _TERMS[target]
+        Machine(_kernels[text], grid, metadata.num_warps, metadata.shared, given, order, terms).run()
         return True
 
     with _poisoned(), gpu(target, launched, processors):

@@ -109,7 +109,18 @@ class Kernel:
 
 
 class Machine:
-    """One launch of a kernel."""
+    """One launch of a kernel.
+
+    Args:
+        kernel: what runs.
+        grid: its blocks.
+        warps: of a block.
+        shared: bytes of shared memory of a block.
+        arguments: of its parameters.
+        order: in which warps run, of ORDERS.
+        terms: how many a tensor core adds up at a time, cutting off; None: products are summed exactly, and rounded
+            once an instruction, and no other instruction is less accurate than its result.
+    """
 
     def __init__(
         self,
@@ -119,7 +130,9 @@ class Machine:
         shared: int,
         arguments: Sequence[torch.Tensor | int | float],
         order: str = "together",
+        terms: int | None = None,
     ) -> None:
+        self.terms = terms
         self.kernel, self.program = kernel, kernel.program
         self.grid = (*grid, 1, 1)[:3]
         self.warps, self._shared = warps, shared

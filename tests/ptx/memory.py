@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from .arithmetic import Run, operation
-from .faults import Misaligned, OutOfBounds, Race, Unknown, Unwaited
+from .faults import Misaligned, OutOfBounds, Race, Unfenced, Unknown, Unwaited
 from .program import SIZES, Statement
 from .values import BITS, LOCAL, NUMBERS, Array, Operands
 
@@ -68,6 +68,10 @@ class Memory:
         self.cells[cells] = new
         if (self.cells[cells] != new).any():
             raise Race("one instruction stores different values in one place")
+        self.stored(cells)
+
+    def stored(self, cells: Array) -> None:
+        """Threads wrote there."""
 
     def watch_read(self, cells: Array, now: Array) -> None:
         before = self.writer[cells]
@@ -96,11 +100,32 @@ class Memory:
 
 
 class Shared(Memory):
-    """One block's after another."""
+    """One block's after another.
+
+    Asynchronous products read it through a proxy of their own: what threads store is theirs to see behind a fence that
+    comes after the store, in the same warp or past a barrier. Asynchronous copies need none.
+    """
 
     def __init__(self, blocks: int, size: int, granule: int) -> None:
         self.size = -(-size // 16) * 16
         super().__init__(np.full(blocks * self.size, 255, np.uint8), granule)
+        self._unfenced = np.zeros(len(self.cells), bool)
+
+    def stored(self, cells: Array) -> None:
+        self._unfenced[cells] = True
+
+    def fence(self, squad: Squad) -> None:
+        """Products may read what the active warps stored, and what others did before the last barrier."""
+        if not self._unfenced.any():
+            return
+        warps = squad.machine.warps
+        acting = np.zeros((len(self.data) // self.size, warps), bool)
+        acting[squad.active(squad.slot), squad.active(squad.thread) // 32] = True
+        writer = self.writer.reshape(len(acting), -1)
+        warp = writer & 255
+        own = np.take_along_axis(acting, np.minimum(warp, warps - 1), 1) & (warp < warps)
+        before = (writer >> 8 & 0xFFFFFF) < squad.machine.barriers[:, None]
+        self._unfenced &= ~(own | before & acting.any(1)[:, None]).reshape(-1)
 
     def locate(self, squad: Squad, address: Array, size: int) -> Array:
         if len(address) and (address.min() < 0 or address.max() + size > self.size):
@@ -112,6 +137,7 @@ class Shared(Memory):
         cells = self._cells(squad, address, size)
         self._watch_write(cells, squad.who()[:, None], np.zeros(cells.shape, bool))
         self.writer[cells] = _IN_FLIGHT
+        self._unfenced[cells] = False
 
     def land(self, squad: Squad, address: Array, data: Array) -> None:
         cells = self._cells(squad, address, data.shape[1])
@@ -119,7 +145,7 @@ class Shared(Memory):
         self.writer[cells] = squad.who()[:, None]
 
     def halves(self, squad: Squad, address: Array) -> tuple[Array, Array]:
-        """16-bit elements that each warp reads as one [w, ...], and the cells in which the active warps' lie."""
+        """16-bit elements that a product of each warp reads as one [w, ...], and the cells of the active warps'."""
         if address.min() < 0 or address.max() + 2 > self.size:
             raise OutOfBounds(f"shared memory has {self.size} bytes, not {address.max() + 2} from {address.min()}")
         first = np.arange(squad.lanes) % 32 == 0
@@ -127,6 +153,8 @@ class Shared(Memory):
         cells = at[squad.everyone()[first]] // self.granule
         with squad.only(squad.everyone() & first):
             self.watch_read(cells, squad.who()[:, None])
+        if self._unfenced[cells].any():
+            raise Unfenced("reads what was stored, with no fence in between")
         return self.data.view(np.uint16)[at // 2].reshape(address.shape), cells
 
 

@@ -1,6 +1,10 @@
 """Products of matrices in a warp's registers (mma), or with operands in shared memory (wgmma).
 
-Products are summed in float64 and rounded to float32 once an instruction; a tensor core cuts off some bits more.
+Products are summed in float64 and rounded to float32 once an instruction. On a machine that cuts off they are summed as
+tensor cores are described: so many terms at a time are aligned to the largest of them and of the sum before, what lies
+below is cut off, and the sum is rounded toward zero.
+
+Paper: Fasi et al. 2021, Numerical behavior of NVIDIA tensor cores, PeerJ Computer Science 7:e330.
 """
 
 from __future__ import annotations
@@ -22,6 +26,8 @@ if TYPE_CHECKING:
 _LANE = np.arange(32)
 _GROUP, _PLACE = _LANE // 4, _LANE % 4
 K = 16
+_FRACTION, _GUARD = 23, 2  # bits of a float32's fraction, and those that are kept below them in a sum
+_WARPS = 8  # whose terms are aligned at a time
 
 
 def _pairs(count: int, width: int, places: Array) -> Array:
@@ -58,11 +64,39 @@ def _halves(registers: Array, kind: str) -> Array:  # uint32 -> float64, twice a
     return decode(registers.view(np.uint16), kind).astype(np.float64)
 
 
-def _multiplied(left: Array, right: Array, sums: Array, places: Array) -> Array:
+def _multiplied(squad: Squad, left: Array, right: Array, sums: Array, places: Array) -> Array:
     """left [w, 16, K] times right [w, n, K], transposed, plus the lanes' sums [lanes, n / 2]."""
-    product = left @ right.swapaxes(1, 2)
-    warps = len(product)
-    return (product.reshape(warps, -1)[:, places].reshape(sums.shape) + sums).astype(np.float32)
+    warps, columns, terms = len(left), right.shape[1], squad.machine.terms
+    if terms is None:
+        product = left @ right.swapaxes(1, 2)
+        return (product.reshape(warps, -1)[:, places].reshape(sums.shape) + sums).astype(np.float32)
+    before = _matrix(sums, places, 16, columns)
+    right = np.broadcast_to(right, (warps, *right.shape[1:]))
+    found = np.empty_like(before)
+    for first in range(0, warps, _WARPS):
+        some = slice(first, first + _WARPS)
+        found[some] = cut_off(left[some], right[some], before[some], terms)
+    return found.reshape(warps, -1)[:, places].reshape(sums.shape)
+
+
+def _toward_zero(values: Array, least: Array) -> Array:
+    """Multiples of a power of two, the exponent of which is given."""
+    unit = np.ldexp(1.0, least)
+    return np.trunc(values / unit) * unit
+
+
+def cut_off(left: Array, right: Array, sums: Array, terms: int) -> Array:
+    """float64 left [w, m, K] times right [w, n, K], transposed, plus sums [w, m, n], as a tensor core adds them up."""
+    exact = left @ right.swapaxes(1, 2) + sums
+    kept = np.nan_to_num(sums.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+    a, b = (np.nan_to_num(side, nan=0.0, posinf=0.0, neginf=0.0) for side in (left, right))
+    for k in range(0, left.shape[-1], terms):
+        products = a[:, :, None, k : k + terms] * b[:, None, :, k : k + terms]
+        largest = np.frexp(np.maximum(np.abs(products).max(-1), np.abs(kept)))[1] - 1
+        least = largest - _FRACTION - _GUARD
+        total = _toward_zero(products, least[..., None]).sum(-1) + _toward_zero(kept, least)
+        kept = _toward_zero(total, np.frexp(total)[1] - 1 - _FRACTION)
+    return np.where(np.isfinite(exact), kept, exact).astype(np.float32)
 
 
 @operation("mma")
@@ -78,7 +112,7 @@ def _mma(s: Statement, o: Operands) -> Run:
         squad.whole_warps()
         left = _matrix(_halves(a(squad), kind), _LEFT, 16, K)
         right = _matrix(_halves(b(squad), kind), _RIGHT, 8, K)
-        targets(squad, _multiplied(left, right, sums(squad), places))
+        targets(squad, _multiplied(squad, left, right, sums(squad), places))
 
     return run
 
@@ -172,7 +206,7 @@ def _wgmma(s: Statement, o: Operands) -> Run:
         bits, cells = operand(b(squad), np.arange(width)[None], transposed[-1])
         right, seen = decode(bits, kind).astype(np.float64), [*seen, cells]
         before = squad.flying.read(squad, name, sums(squad))
-        values = _multiplied(left, right, np.where(adds(squad)[:, None], before, np.float32(0)), places)
+        values = _multiplied(squad, left, right, np.where(adds(squad)[:, None], before, np.float32(0)), places)
         written = [squad.machine.shared.writer[cells] for cells in seen]
         squad.flying.start(squad, name, values)
         targets(squad, np.full_like(values, np.nan))

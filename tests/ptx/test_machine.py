@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
+from tests.ptx import tensor_core
 from tests.ptx.faults import Diverged, OutOfBounds, Race, Unknown, Unwaited
 from tests.ptx.machine import ORDERS, Kernel, Machine
 
@@ -114,3 +116,36 @@ def test_a_part_of_a_warp_or_of_a_block_does_not_come_to_what_all_must():
     for order in ORDERS:
         with pytest.raises(Diverged, match="a part of a block is at a barrier|some warps of a block are at a barrier"):
             run("setp.lt.u32 %p0, %r0, 32; @%p0 bar.sync 0;", numbers(), torch.zeros(64), order=order)
+
+
+def test_a_tensor_core_aligns_its_terms_to_the_largest_and_cuts_off():
+    left, right = np.zeros((1, 1, 16)), np.ones((1, 1, 16))
+    left[..., 0], left[..., 1:], left[..., 8] = 1.0, 2.0**-25, 0.0
+    none = np.zeros((1, 1, 1))
+    assert tensor_core.cut_off(left, right, none, 16) == 1 + 3 * 2.0**-23  # 14 of 2 ** -25, toward zero
+    assert tensor_core.cut_off(left, right, none, 8) == 1 + 2 * 2.0**-23  # twice 7 of them
+    left[..., 1:] = 0.99 * 2.0**-25
+    assert tensor_core.cut_off(left, right, none, 16) == 1  # each is below the last bit that is kept
+    assert tensor_core.cut_off(left, right, none + 2.0**30, 16) == 2.0**30
+    assert tensor_core.cut_off(-left, right, none, 16) == -1
+    assert np.isnan(tensor_core.cut_off(left, right, none + np.nan, 16))
+    assert np.isposinf(tensor_core.cut_off(left * np.inf, right, none, 16))
+    random = np.random.default_rng(0)
+    left, right, sums = (random.standard_normal(shape) for shape in ((3, 16, 16), (3, 8, 16), (3, 16, 8)))
+    sums = sums.astype(np.float32)
+    exact = left @ right.swapaxes(1, 2) + sums
+    for terms in (8, 16):
+        found = tensor_core.cut_off(left, right, sums, terms)
+        assert 0 < np.abs(found - exact).max() < 2 * 2.0**-23 * np.abs(exact).max()
+        assert np.mean(np.abs(found) < np.abs(exact)) > 0.8
+
+
+def test_what_is_approximate_errs_where_the_machine_cuts_off():
+    body = "ld.global.b32 %r3, [%rd3]; ex2.approx.ftz.f32 %r4, %r3; st.global.b32 [%rd4], %r4;"
+    source = torch.linspace(-3, 3, 64)
+    exact, near = torch.zeros(64), torch.zeros(64)
+    run(body, source, exact)
+    Machine(Kernel(HEAD + body + "\tret;\n}\n"), (1,), 2, 256, [source, near], terms=8).run()
+    torch.testing.assert_close(exact, source.double().exp2().float(), rtol=0, atol=0)
+    off = (near.double() / exact.double() - 1).abs()
+    assert 2.0**-24 < off.max() <= 2.0**-22

@@ -20,7 +20,7 @@ _LANE = np.arange(32)
 @operation("fence")
 def _fence(s: Statement, o: Operands) -> Run:
     s.flags("proxy", "async", "shared::cta")
-    return lambda squad: None
+    return lambda squad: squad.machine.shared.fence(squad)
 
 
 @operation("bar")
