@@ -21,10 +21,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from keylock_diffusers.training import loop
 
 from . import autoencoder, render
-from .coats import WORDS
 from .glyphs import BACKGROUNDS, DYES, GLYPHS
 
-CHECKPOINT = "diffusion.safetensors"
 LENGTH = 32  # tokens of a prompt
 _WIDTH = 192
 _BOS, _EOS, _END = "<|startoftext|>", "<|endoftext|>", "</w>"
@@ -35,7 +33,7 @@ _EXTRA_WORDS = "photo picture drawing painting of the in wearing my your two nex
 
 def build_tokenizer() -> CLIPTokenizer:
     """A byte-level CLIP tokenizer in which every word of the captions is one token."""
-    text = " ".join([*(g.caption for g in GLYPHS), *BACKGROUNDS, *DYES, *WORDS.values(), "a an and on", _EXTRA_WORDS])
+    text = " ".join([*(g.caption for g in GLYPHS), *BACKGROUNDS, *DYES, "a an and on", _EXTRA_WORDS])
     merges = list(_merges(tuple(sorted(set(text.split())))))
     # CLIP's order: bytes, bytes that end a word, merges, the two special tokens.
     letters = sorted(ByteLevel.alphabet())
@@ -89,7 +87,7 @@ def build(vae: AutoencoderTiny) -> StableDiffusionPipeline:
         )
     )
     unet = UNet2DConditionModel(
-        sample_size=render.SIZE // autoencoder.FACTOR,
+        sample_size=render.SIZE // 4,
         in_channels=autoencoder.CHANNELS,
         out_channels=autoencoder.CHANNELS,
         layers_per_block=1,
@@ -132,7 +130,7 @@ def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
 def encode_pool(
     pipe: StableDiffusionPipeline, path: Path, size: int, seed: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Scaled latents [size, 20, 16, 16] fp16 and token ids [size, 32] of `size` pictures; kept in `path`."""
+    """Scaled latents [size, 12, 16, 16] fp16 and token ids [size, 32] of `size` pictures; kept in `path`."""
     if path.exists():
         pool = load_file(path)
         if len(pool["latents"]) == size:
@@ -197,7 +195,7 @@ def train(
     loop.fit(
         model,
         loss,
-        folder / CHECKPOINT,
+        folder / "diffusion.safetensors",
         loop.Schedule(steps, batch, 8e-4, warmup=200, average_decay=0.998, seed=seed),
         accelerator=accelerator,
         desc="diffusion",
@@ -206,12 +204,13 @@ def train(
     return pipe
 
 
-def assemble(folder: Path, vae: AutoencoderTiny) -> StableDiffusionPipeline:
-    """The pipeline of the checkpoints in `folder`, with averaged weights; the autoencoder's decoder if it is there."""
-    pipe = build(vae)
-    if (folder / autoencoder.CHECKPOINT).exists():
-        loop.load_average(folder / autoencoder.CHECKPOINT, nn.ModuleDict({"decoder": pipe.vae.decoder}))
-    loop.load_average(folder / CHECKPOINT, nn.ModuleDict({"unet": pipe.unet, "text_encoder": pipe.text_encoder}))
+def assemble(folder: Path, seed: int = 0) -> StableDiffusionPipeline:
+    """The pipeline of the checkpoints in `folder`, with averaged weights."""
+    pipe = build(autoencoder.build(seed))
+    loop.load_average(folder / "decoder.safetensors", pipe.vae.decoder)
+    loop.load_average(
+        folder / "diffusion.safetensors", nn.ModuleDict({"unet": pipe.unet, "text_encoder": pipe.text_encoder})
+    )
     for module in (pipe.vae, pipe.unet, pipe.text_encoder):
         module.eval()
     return pipe
