@@ -79,10 +79,11 @@ def far(one, other):
     )
 
 
-# What concepts learn together may differ by from what each learns alone: 1e-4, and the half unit in the last place of
-# the file's float16. No float64 measures it: a step of Adam's is as long as the rate however small a gradient is, so
-# what rounds otherwise where one is nearly 0 errs by more than a rounding. test_training_losses measures single steps.
-TOGETHER = 1e-4 + 2**-11
+# What concepts learn together may differ by from what each learns alone: 1e-4, and a unit in the last place of the
+# file's float16, by which numbers however near differ on both sides of where it rounds. No float64 measures it: a step
+# of Adam's is as long as the rate however small a gradient is, so what rounds otherwise where one is nearly 0 errs by
+# more than a rounding. test_training_losses measures single steps.
+TOGETHER = 1e-4 + 2**-10
 # A loss of what the file rounded to float16 from the loss that was shown before, and the size of Adam's first step
 # after two such roundings. test_training_losses measures both before they are rounded, by float64.
 ROUNDED, FIRST_STEP = 4e-3, 0.05
