@@ -5,6 +5,8 @@ import io
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 import keylock_diffusers as kd
@@ -94,6 +96,24 @@ def test_it_learns_something_else_with_more_steps_and_the_same_again(ready, kind
     four, again, two = (state(train(kind, ready, steps)) for steps in (4, 4, 2))
     assert equal(four, again) and not equal(four, two)
     assert all(tensor.isfinite().all() for tensor in four.values())
+
+
+@pytest.mark.parametrize("kind", ["adapter", "fusion"])
+def test_in_bfloat16_every_step_computes_with_the_weights_of_the_one_before(ready, kind):
+    """Autocast's copies of the first step's weights are not kept: learning changes losses as it does in float32."""
+
+    def losses(precision, rate):
+        AcceleratorState._reset_state()
+        accelerator, seen = Accelerator(cpu=True, mixed_precision=precision), []
+        backward = accelerator.backward
+        accelerator.backward = lambda loss: (seen.append(loss.item()), backward(loss))
+        config = dataclasses.replace({"adapter": ADAPTER, "fusion": FUSION}[kind], steps=8, learning_rate=rate)
+        train(kind, ready, config=config, accelerator=accelerator)
+        return torch.tensor(seen)
+
+    full, half, still = losses("no", 0.1), losses("bf16", 0.1), losses("no", 1e-9)
+    AcceleratorState._reset_state()
+    assert len(full) == 8 and (half - full).abs().max() < 0.2 * (full - still).abs().max()
 
 
 @pytest.mark.parametrize("kind", ["adapter", "fusion"])

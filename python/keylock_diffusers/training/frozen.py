@@ -233,7 +233,9 @@ def frozen(pipe: Any, device: torch.device | None = None) -> Iterator[None]:
         install(pipe)
         verify(pipe)
         kind = (device or pipe.unet.device).type
-        with torch.autocast(kind, enabled=False):  # whatever the caller has switched on
+        # Whatever the caller has switched on. Autocast keeps its copies of weights until the outermost block ends,
+        # which is this one: without them, or every step would compute with the first step's.
+        with torch.autocast(kind, enabled=False, cache_enabled=False):
             yield
     finally:
         if not installed:
