@@ -160,7 +160,7 @@ def measure_localization(pipe: Any) -> dict[str, Any]:
     measured = {}
     for weight in (0.0, 1e-3, 1.0):
         taught = [_two_subject_pictures(user, number) for number, user in enumerate(USERS)]
-        config = replace(story.TRAINING, localize=weight)
+        config = replace(story.PERFUSION_TRAINING, localize=weight)
         learned = train_concepts(pipe, taught, config, metric=metric)
         concepts = {user.name: _checked(concept) for user, concept in zip(USERS, learned, strict=True)}
         measured[f"{weight:g}"] = _beside_others(pipe, concepts)

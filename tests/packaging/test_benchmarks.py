@@ -250,3 +250,22 @@ def test_a_maps_best_overlap_is_found():
     mask[:4] = True
     assert best_overlap(mask * 0.3 + 0.1, mask) == (1.0, 0.5)
     assert best_overlap(torch.rand(8, 8).masked_fill(mask, 0.0), mask)[0] == 0.5
+
+
+def test_concepts_of_the_localization_are_taught_and_judged(monkeypatch):
+    """With one step of everything; what it shows is for the page."""
+    pytest.importorskip("diffusers")
+    from benchmarks import localization
+    from benchmarks import localization_pictures as pictures
+    from keylock_diffusers.embedded import render
+
+    if not render.FONT.exists():
+        pytest.skip("the package fonts-noto-color-emoji is not installed")
+    short = dataclasses.replace(pictures.story.PERFUSION_TRAINING, steps=1, batch_size=1)
+    monkeypatch.setattr(pictures.story, "PERFUSION_TRAINING", short)
+    monkeypatch.setattr(pictures, "STEPS", 1)
+    captions = pictures.default_captions
+    monkeypatch.setattr(pictures, "default_captions", lambda count: captions(40))
+    measured = localization.PARTS["localization loss"]()
+    rows = localization.table({"localization loss": measured}).splitlines()
+    assert len(rows) == 2 + len(measured) == 5 and all("%" in line for line in rows[2:])
