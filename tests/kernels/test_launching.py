@@ -1,4 +1,4 @@
-"""A launch inside a CUDA graph capture; no GPU is needed, since the device and the kernel are stand-ins."""
+"""What is launched, and what not inside a CUDA graph capture; no GPU is needed: kernels are stand-ins, or not run."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ import torch
 pytest.importorskip("triton")
 
 from keylock_kernels.ops import launching  # noqa: E402
+from keylock_kernels.ops.low_rank import triton as low_rank  # noqa: E402
+from keylock_kernels.ops.low_rank.updates import Updates  # noqa: E402
 
 GPU = torch.device("cuda", 0)
+FUSED = {"enable_fp_fusion": True}
+MANY = 70_000  # more than CUDA's 65,535 in the second and third dimension of a grid
 
 
 class Kernel:
@@ -40,13 +44,13 @@ def test_a_kernel_that_would_be_loaded_inside_a_capture_is_refused(capturing):
     kernel = Kernel(module=None)
     with pytest.raises(RuntimeError, match="some_kernel has not been launched.*before capturing, call once"):
         launching.launch(kernel, (2, 1), GPU, "x", BM=64)
-    assert kernel.asked == [(("x",), (2, 1), {"BM": 64})] and not kernel.launched
+    assert kernel.asked == [(("x",), (2, 1), {"BM": 64, **FUSED})] and not kernel.launched
 
 
 def test_a_kernel_that_is_loaded_is_captured(capturing):
     kernel = Kernel(module=1)
     launching.launch(kernel, (2, 1), GPU, "x", BM=64)
-    assert kernel.launched == [(("x",), (2, 1), {"BM": 64})]
+    assert kernel.launched == [(("x",), (2, 1), {"BM": 64, **FUSED})]
 
 
 def test_outside_a_capture_nothing_is_asked(capturing, monkeypatch):
@@ -60,3 +64,43 @@ def test_an_empty_grid_launches_nothing(capturing):
     kernel = Kernel(module=None)
     launching.launch(kernel, (3, 0), GPU)
     assert not kernel.launched and not kernel.asked
+
+
+def many(*shape):
+    """A tensor of that shape of which one element is stored."""
+    return torch.zeros(1).expand(shape)
+
+
+def low_rank_calls(rows, updates):
+    slots, tokens, outputs = torch.zeros(1, 1, dtype=torch.int32).expand(rows, 1), 1, 8
+    x, tables = many(rows, tokens, 8), (many(updates, outputs), many(updates, 8))
+    grad, weight = many(rows, tokens, outputs), torch.zeros(outputs, 8)
+    gate = [torch.ones(updates)] * 2
+    for offsets in (None, torch.tensor([0, 1, updates], dtype=torch.int32)):
+        of = Updates(
+            *tables, offsets, slots, *(gate if offsets is None else (None, None)), many(rows, 1), None, None, 1
+        )
+        names = ("x", "up", "down", "coefficients", "strength", *(("beta", "tau") if offsets is None else ()))
+        needs = dict.fromkeys(("beta", "tau", "token_weights", *names), False) | dict.fromkeys(names, True)
+        yield lambda of=of: low_rank.linear(x, weight, None, None, of)
+        yield lambda of=of, needs=needs: low_rank.linear_backward(grad, x, weight, of, needs)
+        if offsets is not None:
+            yield lambda of=of: low_rank.update(grad, x, of)
+            yield lambda of=of, needs=needs: low_rank.update_backward(grad, x, of, needs)
+    given = Updates(tables[0], None, None, slots, *[None] * 4, many(rows, tokens, 1), 1)
+    yield lambda: low_rank.update(grad, None, given)
+    yield lambda: low_rank.update_backward(grad, None, given, dict.fromkeys(needs, False) | {"coefficients": True})
+
+
+def test_tables_have_any_number_of_updates():
+    grids = {}
+
+    def note(kernel, grid, args, options):
+        grids.setdefault(kernel.fn.__name__, []).append(grid)
+        return True
+
+    with launching.observed(note):
+        for call in low_rank_calls(2, MANY):
+            call()
+    assert all(size <= 65_535 for each in grids.values() for grid in each for size in grid[1:])
+    assert len(grids) == 7 and all(grid[0] == MANY for grid in grids["table_sum_kernel"])

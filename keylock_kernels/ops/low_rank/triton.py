@@ -192,8 +192,8 @@ def _sum_over_rows(part: Tensor, rows: _Rows, like: Tensor) -> Tensor:  # [B, sp
     batch, splits, _, width = part.shape
     grad = torch.empty_like(like, memory_format=torch.contiguous_format)
     columns = TABLE_TILE[1]
-    launch(
-        table_sum_kernel, (ceil_div(width, columns), rows.slots.total), part.device,
+    launch(  # tables may have more rows than a grid's second dimension has room for
+        table_sum_kernel, (rows.slots.total, ceil_div(width, columns)), part.device,
         part, rows.slots, grad, batch, splits, width, BC=columns, **rows.options, num_warps=2,
     )  # fmt: skip
     return grad

@@ -245,8 +245,8 @@ def table_sum_kernel(
     C: tl.constexpr,
 ):
     """grad[p] = the sum of what the rows that take p have for it, always in the same order."""
-    own = tl.program_id(1)
-    c = (tl.program_id(0) * BC + tl.arange(0, BC)).to(tl.int64)
+    own = tl.program_id(0)
+    c = (tl.program_id(1) * BC + tl.arange(0, BC)).to(tl.int64)
     acc = tl.zeros([BC], part.dtype.element_ty)
     for row in range(rows):
         for first in range(0, count_updates(slots, tl.cast(row, tl.int64), J), C):
