@@ -16,12 +16,12 @@ from torch import Tensor
 
 from keylock_diffusers.concepts import Concept
 from keylock_diffusers.demo import story
-from keylock_diffusers.demo.pictures import USERS, User, wearer
+from keylock_diffusers.demo.pictures import USERS, User, coated, wearer
 from keylock_diffusers.demo.regions import half
 from keylock_diffusers.denoisers.unet import cross_attention_layers
 from keylock_diffusers.embedded import autoencoder, classifier, load, load_adapter, render
 from keylock_diffusers.embedded.captions import default_captions
-from keylock_diffusers.embedded.evaluate import background_name, phrases
+from keylock_diffusers.embedded.evaluate import background_name, subjects
 from keylock_diffusers.embedded.glyphs import BACKGROUNDS, GLYPHS, INDEX
 from keylock_diffusers.encoding.text import encode, tokenize
 from keylock_diffusers.generation.generate import generate
@@ -48,7 +48,7 @@ class Pair:
     def prompt(self) -> str:
         return render.caption(list(self.names), self.background, 1)
 
-    def mask(self, place: int) -> Tensor:  # [128, 128]
+    def mask(self, place: int) -> Tensor:  # [64, 64]
         """The half of the picture for the subject named first (0) or second (1)."""
         return half(left=(place == 0) == self.first_left)
 
@@ -66,13 +66,13 @@ def pairs(count: int = COUNT) -> list[Pair]:
 
 
 def inside(image: np.ndarray, mask: Tensor) -> np.ndarray:
-    """A picture [128, 128, 3] uint8 with the colour of its border wherever the mask [128, 128] is not."""
+    """A picture [64, 64, 3] uint8 with the colour of its border wherever the mask [64, 64] is not."""
     border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
     return np.where(mask.numpy()[..., None] >= 0.5, image, np.median(border, axis=0).astype(np.uint8))
 
 
 def draw(pipe: Any, orders: Sequence[Request], **kwargs: Any) -> list[np.ndarray]:
-    """Pictures [128, 128, 3] uint8 of requests."""
+    """Pictures [64, 64, 3] uint8 of requests."""
     images = generate(pipe, orders, num_inference_steps=STEPS, output_type="np", **kwargs)
     return [(image * 255).round().astype(np.uint8) for image in images]
 
@@ -120,7 +120,8 @@ def pipeline(adapter: bool = False) -> Any:
 
 def measure_two_concepts(pipe: Any) -> dict[str, Any]:
     """Two users' cats in one picture, in every order and both ways round: whose is where, and is it a cat?"""
-    learned = train_concepts(pipe, story.subjects(), story.TRAINING)
+    metric = covariance(pipe, default_captions(500))
+    learned = train_concepts(pipe, story.subjects(), story.PERFUSION_TRAINING, metric=metric)
     concepts = {user.name: _checked(concept) for user, concept in zip(USERS, learned, strict=True)}
     judge = classifier.load()
     cells = [
@@ -203,9 +204,9 @@ def _two_subject_pictures(user: User, number: int) -> Subject:
     beside = ("house", "dog", "rocket", "burger")
     images, masks, captions = [], [], []
     for n, (name, background) in enumerate(zip(beside, ("white", "green", "pink", "yellow"), strict=True)):
-        cat = render.named("cat", user.coat)
-        other = render.named(name)
-        placed = [(cat, 4, 36, 58), (other, 66, 36, 57)] if n % 2 == 0 else [(other, 4, 36, 57), (cat, 66, 36, 58)]
+        cat = coated(user, render.find("cat"))
+        other = render.sprite(render.find(name).codepoint)
+        placed = [(cat, 2, 18, 29), (other, 33, 18, 28)] if n % 2 == 0 else [(other, 2, 18, 28), (cat, 33, 18, 29)]
         image, alphas = render.compose(placed, background)
         names = [user.placeholder, name] if n % 2 == 0 else [name, user.placeholder]
         images.append(Image.fromarray(image))
@@ -261,7 +262,7 @@ def measure_maps(pipe: Any) -> dict[str, float]:
     for kind, share in (("one subject", 0.0), ("two subjects", 1.0)):
         for start in range(0, COUNT, 16):
             scenes = [render.draw(_RENDER_SEED, n, pairs=share) for n in range(start, start + 16)]
-            names = [phrases(scene.caption)[0] for scene in scenes]
+            names = [subjects(scene.caption)[0] for scene in scenes]
             words = tuple(dict.fromkeys(name for row in names for name in row))
             maps = AttentionMaps(words, tuple(cross_attention_layers(pipe.unet)), every_step=False)
             prompts = [tokenize(pipe.tokenizer, scene.caption) for scene in scenes]

@@ -120,7 +120,7 @@ def run(
         adapters=len(taught), rank=training.rank, slots=2, regions=True, convolutions=training.targets == "all"
     )
 
-    def draw(orders: Sequence[Request]) -> list[np.ndarray]:  # each [128, 128, 3] in 0..1
+    def draw(orders: Sequence[Request]) -> list[np.ndarray]:  # each [64, 64, 3] in 0..1
         return generate(
             pipe, orders, bank=bank, loras=loras, lora_capacity=room, max_regions=2, max_batch=len(orders),
             num_inference_steps=steps, output_type="np",

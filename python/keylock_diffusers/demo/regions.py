@@ -31,7 +31,7 @@ class Row:
     words: tuple[str, ...]
 
 
-def half(left: bool) -> Tensor:  # [128, 128]
+def half(left: bool) -> Tensor:  # [64, 64]
     """One half of the picture as a mask."""
     mask = torch.zeros(render.SIZE, render.SIZE)
     mask[:, : render.SIZE // 2] = 1

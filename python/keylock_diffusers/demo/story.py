@@ -87,7 +87,7 @@ def run(
         bar.update()
         return {}
 
-    def draw(orders: Sequence[Request]) -> list[np.ndarray]:  # each [128, 128, 3] in 0..1
+    def draw(orders: Sequence[Request]) -> list[np.ndarray]:  # each [64, 64, 3] in 0..1
         return generate(
             pipe,
             orders,

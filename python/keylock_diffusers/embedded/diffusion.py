@@ -21,10 +21,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from keylock_diffusers.training import loop
 
 from . import autoencoder, render
-from .coats import WORDS
 from .glyphs import BACKGROUNDS, DYES, GLYPHS
 
-CHECKPOINT = "diffusion.safetensors"
 LENGTH = 32  # tokens of a prompt
 _WIDTH = 192
 _BOS, _EOS, _END = "<|startoftext|>", "<|endoftext|>", "</w>"
@@ -35,7 +33,7 @@ _EXTRA_WORDS = "photo picture drawing painting of the in wearing my your two nex
 
 def build_tokenizer() -> CLIPTokenizer:
     """A byte-level CLIP tokenizer in which every word of the captions is one token."""
-    text = " ".join([*(g.caption for g in GLYPHS), *BACKGROUNDS, *DYES, *WORDS.values(), "a an and on", _EXTRA_WORDS])
+    text = " ".join([*(g.caption for g in GLYPHS), *BACKGROUNDS, *DYES, "a an and on", _EXTRA_WORDS])
     merges = list(_merges(tuple(sorted(set(text.split())))))
     # CLIP's order: bytes, bytes that end a word, merges, the two special tokens.
     letters = sorted(ByteLevel.alphabet())
@@ -89,7 +87,7 @@ def build(vae: AutoencoderTiny) -> StableDiffusionPipeline:
         )
     )
     unet = UNet2DConditionModel(
-        sample_size=render.SIZE // autoencoder.FACTOR,
+        sample_size=render.SIZE // 4,
         in_channels=autoencoder.CHANNELS,
         out_channels=autoencoder.CHANNELS,
         layers_per_block=1,
@@ -130,9 +128,9 @@ def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
 
 @torch.no_grad()
 def encode_pool(
-    pipe: StableDiffusionPipeline, path: Path, size: int, pairs: float, seed: int, device: torch.device
+    pipe: StableDiffusionPipeline, path: Path, size: int, seed: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Scaled latents [size, 20, 16, 16] fp16 and token ids [size, 32] of `size` pictures; kept in `path`."""
+    """Scaled latents [size, 12, 16, 16] fp16 and token ids [size, 32] of `size` pictures; kept in `path`."""
     if path.exists():
         pool = load_file(path)
         if len(pool["latents"]) == size:
@@ -140,7 +138,7 @@ def encode_pool(
     vae = pipe.vae.to(device).eval()
     latents, ids = [], []
     for start in tqdm(range(0, size, 64), desc="encoding pictures", mininterval=5):
-        pictures = [render.draw(seed, i, pairs=pairs) for i in range(start, min(start + 64, size))]
+        pictures = [render.draw(seed, i) for i in range(start, min(start + 64, size))]
         encoded = vae.encode(autoencoder.pixels([p.image for p in pictures]).to(device)).latents
         latents.append((encoded * vae.config.scaling_factor).half().cpu())
         ids.append(token_ids(pipe.tokenizer, [p.caption for p in pictures]))
@@ -158,11 +156,9 @@ def train(
     steps: int = 10_000,
     batch: int = 32,
     pool: int = 60_000,
-    pairs: float = 0.35,
-    learning_rate: float = 8e-4,
     seed: int = 0,
 ) -> StableDiffusionPipeline:
-    """Trains text encoder and U-Net on the v-prediction loss, a share `pairs` of it on pictures of two subjects.
+    """Trains text encoder and U-Net on the v-prediction loss.
 
     Resumes from the checkpoint in `folder`; where there is none, goes on from the weights of `start` with a fresh
     optimiser, or begins anew.
@@ -174,7 +170,7 @@ def train(
     if start is not None:
         pipe.unet.load_state_dict(start.unet.state_dict())
         pipe.text_encoder.load_state_dict(start.text_encoder.state_dict())
-    latents, ids = encode_pool(pipe, folder / f"pool-{seed}.safetensors", pool, pairs, seed + 10, device)
+    latents, ids = encode_pool(pipe, folder / f"pool-{seed}.safetensors", pool, seed + 10, device)
     model = nn.ModuleDict({"unet": pipe.unet, "text_encoder": pipe.text_encoder}).to(device).train()
     unet, text_encoder = pipe.unet, pipe.text_encoder
     if device.type == "cpu":
@@ -199,8 +195,8 @@ def train(
     loop.fit(
         model,
         loss,
-        folder / CHECKPOINT,
-        loop.Schedule(steps, batch, learning_rate, warmup=200, average_decay=0.998, seed=seed),
+        folder / "diffusion.safetensors",
+        loop.Schedule(steps, batch, 8e-4, warmup=200, average_decay=0.998, seed=seed),
         accelerator=accelerator,
         desc="diffusion",
     )
@@ -208,12 +204,13 @@ def train(
     return pipe
 
 
-def assemble(folder: Path, vae: AutoencoderTiny) -> StableDiffusionPipeline:
-    """The pipeline of the checkpoints in `folder`, with averaged weights; the autoencoder's decoder if it is there."""
-    pipe = build(vae)
-    if (folder / autoencoder.CHECKPOINT).exists():
-        loop.load_average(folder / autoencoder.CHECKPOINT, nn.ModuleDict({"decoder": pipe.vae.decoder}))
-    loop.load_average(folder / CHECKPOINT, nn.ModuleDict({"unet": pipe.unet, "text_encoder": pipe.text_encoder}))
+def assemble(folder: Path, seed: int = 0) -> StableDiffusionPipeline:
+    """The pipeline of the checkpoints in `folder`, with averaged weights."""
+    pipe = build(autoencoder.build(seed))
+    loop.load_average(folder / "decoder.safetensors", pipe.vae.decoder)
+    loop.load_average(
+        folder / "diffusion.safetensors", nn.ModuleDict({"unet": pipe.unet, "text_encoder": pipe.text_encoder})
+    )
     for module in (pipe.vae, pipe.unet, pipe.text_encoder):
         module.eval()
     return pipe
@@ -227,6 +224,5 @@ def export(pipe: StableDiffusionPipeline, folder: Path) -> int:
     pipe.to(dtype=torch.float32)
     # transformers loads in the dtype that the configuration names, diffusers in float32: make them agree.
     _edit_json(folder / "text_encoder" / "config.json", {"dtype": "float32"})
-    # The first is derived, and diffusers warns of it; the second says where a model was loaded from.
-    _edit_json(folder / "vae" / "config.json", {"block_out_channels": None, "_name_or_path": None})
+    _edit_json(folder / "vae" / "config.json", {"block_out_channels": None})  # derived; diffusers warns of it
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

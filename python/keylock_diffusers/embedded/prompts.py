@@ -1,12 +1,6 @@
-"""The prompts and seeds by which the model is measured, fixed before it was trained."""
+"""The contact sheet's prompts and seeds, fixed before the model was trained."""
 
 from __future__ import annotations
-
-import numpy as np
-
-from .coats import WORDS
-from .glyphs import BACKGROUNDS, DYES, GLYPHS
-from .render import caption, with_coat
 
 CONTACT_SHEET: tuple[str, ...] = (
     "a cat on blue",
@@ -45,24 +39,3 @@ CONTACT_SHEET: tuple[str, ...] = (
 SEEDS = (0, 1, 2, 3)  # the sheet shows the first; the classifier judges all four
 STEPS = 30
 GUIDANCE = 4.0
-_COATED = ("cat", "dog", "bear", "car", "house", "fox", "kissing cat", "grinning face")
-
-
-def pairs(count: int = 64) -> tuple[str, ...]:
-    """Prompts of any two subjects side by side."""
-    random, backgrounds, made = np.random.default_rng(64), list(BACKGROUNDS), []
-    for _ in range(count):
-        names = [GLYPHS[n].caption for n in random.choice(len(GLYPHS), 2, replace=False)]
-        made.append(caption(names, backgrounds[random.integers(len(backgrounds))], 1))
-    return tuple(made)
-
-
-def coats(count: int = 64) -> tuple[str, ...]:
-    """Prompts of what is personalised most, in coats of two colours."""
-    random, backgrounds, made = np.random.default_rng(65), list(BACKGROUNDS), []
-    for n in range(count):
-        first, second = random.choice(list(DYES), 2, replace=False)
-        coat = f"{random.choice(list(WORDS.values()))} {first} {second}"
-        noun = _COATED[n % len(_COATED)]
-        made.append(caption([with_coat(noun, coat)], backgrounds[random.integers(len(backgrounds))], 1))
-    return tuple(made)
