@@ -71,8 +71,10 @@ def many(*shape):
     return torch.zeros(1).expand(shape)
 
 
-def low_rank_calls(rows, updates):
-    slots, tokens, outputs = torch.zeros(1, 1, dtype=torch.int32).expand(rows, 1), 1, 8
+def low_rank_calls(updates):
+    """Every launcher of the low-rank kernels, forward and backward, on two rows and tables of so many updates."""
+    rows, tokens, outputs = 2, 1, 8
+    slots = torch.zeros(rows, 1, dtype=torch.int32)
     x, tables = many(rows, tokens, 8), (many(updates, outputs), many(updates, 8))
     grad, weight = many(rows, tokens, outputs), torch.zeros(outputs, 8)
     gate = [torch.ones(updates)] * 2
@@ -100,7 +102,7 @@ def test_tables_have_any_number_of_updates():
         return True
 
     with launching.observed(note):
-        for call in low_rank_calls(2, MANY):
+        for call in low_rank_calls(MANY):
             call()
     assert all(size <= 65_535 for each in grids.values() for grid in each for size in grid[1:])
     assert len(grids) == 7 and all(grid[0] == MANY for grid in grids["table_sum_kernel"])
