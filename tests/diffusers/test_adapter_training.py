@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
+from safetensors.torch import save_file
 
 import keylock_diffusers as kd
 from keylock_diffusers import ImagePrompt, Request, SubjectFusion
@@ -196,6 +197,49 @@ def test_dropped_conditions_are_dropped(ready):
     renamed = [dataclasses.replace(example, caption="a robot") for example in adapter_examples()]
     one, other = train("adapter", ready, config=wordless), train("adapter", ready, config=wordless, examples=renamed)
     assert equal(state(one), state(other))
+
+
+def test_an_adapter_goes_on_from_given_weights_which_it_leaves_alone(ready, tmp_path):
+    start = train("adapter", ready)
+    before, path = state(start), tmp_path / "run.safetensors"
+    hardly = dataclasses.replace(ADAPTER, learning_rate=1e-12)
+    near = state(train("adapter", ready, start=start, config=hardly))
+    assert all(torch.allclose(near[name], tensor, rtol=0, atol=1e-9) for name, tensor in before.items())
+    made = train("adapter", ready, start=start, checkpoint_path=path)
+    assert equal(state(start), before) and not equal(state(made), before)
+    assert not equal(state(made), state(train("adapter", ready)))
+    with pytest.raises(ValueError, match="another run"):
+        train("adapter", ready, checkpoint_path=path)  # from new weights
+    narrow = ImageAdapter(ready.unet, WIDTH + 1)
+    with pytest.raises(ValueError, match=rf"start must read encodings \[{WIDTH}\], got {WIDTH + 1}"):
+        train("adapter", ready, start=narrow)
+
+
+def test_what_was_saved_is_loaded(ready, tmp_path):
+    made, path = train("adapter", ready), tmp_path / "adapter.safetensors"
+    made.save(path, torch.float32)
+    assert equal(state(ImageAdapter.load(path, ready.unet)), state(made))
+    made.save(path)
+    half = state(ImageAdapter.load(path, ready.unet))
+    assert all(torch.equal(half[name], tensor.half().float()) for name, tensor in state(made).items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda given: given.pop("image_proj.norm.bias"), r"image_proj.norm.bias of .* must be \[32\], got nothing"),
+        (lambda given: given.pop("image_proj.proj.weight"), r"image_proj.proj.weight of .* must be .*, got nothing"),
+        (lambda given: given.update(more=torch.ones(2)), r"more of .* must be nothing, got \[2\]"),
+        (lambda given: given["image_proj.norm.bias"].fill_(float("nan")), "image_proj.norm.bias of .* must be finite"),
+    ],
+)
+def test_a_file_of_another_adapter_is_refused(ready, tmp_path, change, message):
+    given = ImageAdapter(ready.unet, WIDTH).published(torch.float32)
+    change(given)
+    path = tmp_path / "adapter.safetensors"
+    save_file(given, path)
+    with pytest.raises(ValueError, match=f"ImageAdapter: {message}"):
+        ImageAdapter.load(path, ready.unet)
 
 
 def test_fusion_goes_on_from_given_weights_and_learns_where_subjects_are(ready):

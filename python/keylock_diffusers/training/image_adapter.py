@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from keylock_diffusers.concepts import BaseModel
 from keylock_diffusers.denoisers.unet import base_layer, cross_attention_layers, layer_numbers
 from keylock_diffusers.encoding import text
-from keylock_diffusers.files import write_tensors
+from keylock_diffusers.files import read_tensors, write_tensors
 from keylock_diffusers.processors import ImageStreams
 from keylock_diffusers.training import loop
 from keylock_diffusers.training.frozen import (
@@ -87,23 +88,53 @@ class ImageAdapter(nn.Module):
         self.keys = nn.ModuleDict({_key(name): _copy(attn.to_k) for name, attn in layers.items()})
         self.values = nn.ModuleDict({_key(name): _copy(attn.to_v) for name, attn in layers.items()})
 
+    @property
+    def width(self) -> int:
+        """Of the image encodings."""
+        return int(self.projection.image_embeds.in_features)
+
     def forward(self, embeds: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Per layer the keys and values [B, tokens, C] of image encodings [B, D]."""
         tokens = self.projection(embeds)
         return {name: (self.keys[_key(name)](tokens), self.values[_key(name)](tokens)) for name in self.numbers}
 
     def published(self, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
+        """Copies of the weights by the names of the published files."""
+        return {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in self._named().items()}
+
+    def save(self, path: str | Path, dtype: torch.dtype = torch.float16) -> int:
+        """Writes a safetensors file that `pipe.load_ip_adapter` reads, whole or not at all; returns its bytes."""
+        return write_tensors(path, self.published(dtype))
+
+    @classmethod
+    def load(cls, path: str | Path, unet: Any) -> ImageAdapter:
+        """What `save` wrote, or a published file of as many tokens, in float32.
+
+        Raises:
+            ValueError: its weights are not those of an adapter of this U-Net, or not finite.
+            OSError: there is no such file.
+        """
+        found = {name: tensor.float() for name, tensor in read_tensors(path)[0].items()}
+        first = found.get("image_proj.proj.weight")
+        made = cls(unet, first.shape[-1] if first is not None and first.ndim == 2 else 1)
+        own = made._named()
+        for name in sorted(own.keys() | found.keys()):
+            wanted, given = (list(side[name].shape) if name in side else "nothing" for side in (own, found))
+            if wanted != given:
+                raise ValueError(f"ImageAdapter: {name} of {path} must be {wanted}, got {given}")
+            if not found[name].isfinite().all():
+                raise ValueError(f"ImageAdapter: {name} of {path} must be finite, got NaN or infinity")
+            own[name].data.copy_(found[name])
+        return made
+
+    def _named(self) -> dict[str, nn.Parameter]:
         """The weights by the names of the published files."""
         projection = {"image_proj.proj": self.projection.image_embeds, "image_proj.norm": self.projection.norm}
         named = {f"{name}.{part}": t for name, module in projection.items() for part, t in module.named_parameters()}
         for name, number in self.numbers.items():
             named[f"ip_adapter.{number}.to_k_ip.weight"] = self.keys[_key(name)].weight
             named[f"ip_adapter.{number}.to_v_ip.weight"] = self.values[_key(name)].weight
-        return {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in named.items()}
-
-    def save(self, path: str | Path, dtype: torch.dtype = torch.float16) -> int:
-        """Writes a safetensors file that `pipe.load_ip_adapter` reads, whole or not at all; returns its bytes."""
-        return write_tensors(path, self.published(dtype))
+        return named
 
 
 @torch.inference_mode(False)
@@ -113,6 +144,7 @@ def train_image_adapter(
     examples: Sequence[AdapterExample],
     config: AdapterConfig = AdapterConfig(),
     *,
+    start: ImageAdapter | None = None,
     accelerator: Accelerator | None = None,
     checkpoint_path: str | Path | None = None,
     progress: bool = True,
@@ -124,6 +156,7 @@ def train_image_adapter(
             without one where every example's prompt is an encoding.
         examples: what to learn from: anything with a length and items; pictures are encoded when they are drawn.
         config: how.
+        start: the weights to go on from, which are copied; default new ones.
         accelerator: accelerate's, for several devices and mixed precision; default ``Accelerator()``.
         checkpoint_path: a safetensors file to resume from and to write every two minutes.
         progress: whether to show a progress bar.
@@ -145,7 +178,10 @@ def train_image_adapter(
     with frozen(pipe, device):
         width = encoded_prompts(pipe, [_prompt(examples[0])], device, "train_image_adapter").shape[-1]
         torch.manual_seed(config.seed)
-        adapter = ImageAdapter(unet, width)
+        if start is not None and start.width != width:
+            raise ValueError(f"train_image_adapter: start must read encodings [{width}], got {start.width}")
+        adapter = ImageAdapter(unet, width) if start is None else copy.deepcopy(start)
+        adapter.train().requires_grad_(True)
         empty = text.tokenize(pipe.tokenizer, "")
         layers = cross_attention_layers(unet)
 
