@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,8 +15,9 @@ import typer
 
 from keylock_diffusers.cli import common
 from keylock_diffusers.cli.common import Device, Dtype, Model, Scheduler, Variant
+from keylock_diffusers.cli.subjects import Order, places
 
-_SUPER_CLASS = "super-class.txt"  # in a user's folder
+_FOLLOWING_EVERY = 25  # steps
 
 
 def train(
@@ -138,11 +139,32 @@ def train(
         int | None,
         typer.Option(min=1, help="Steps after which pictures are drawn, into OUTPUT.samples.png beside the output."),
     ] = None,
+    following_every: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Steps after which it is measured how far pictures still follow other words; with "
+            "--least-following 25 by default.",
+        ),
+    ] = None,
+    least_following: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Stop a subject in whose pictures other words change less than this share of what they change in its "
+            "super-class's.",
+        ),
+    ] = None,
+    following_prompts: Annotated[
+        Path | None,
+        typer.Option(help="Text file of the prompts for that, one a line, with {} where the subject is named."),
+    ] = None,
 ) -> None:
     """Learn a concept, or a LoRA, from a few pictures; or many users' in one run."""
     from keylock_diffusers.checks import one_of
     from keylock_diffusers.cli import drawn
-    from keylock_diffusers.training import Samples, covariance, train_concepts, train_loras
+    from keylock_diffusers.training import PromptFollowing, Samples, covariance, train_concepts, train_loras
     from keylock_diffusers.training.frozen import check_pipeline
 
     given: dict[str, dict[str, Any]] = {
@@ -177,12 +199,13 @@ def train(
     if users and samples_every:
         raise ValueError("--samples-every draws one subject's samples: it cannot be given with --users")
     orders = [
-        _Order.of(place, word, file, super_class, seed + number, is_lora, overwrite, alone=not users)
-        for number, (place, word, file) in enumerate(_places(pictures, placeholder, output, users))
+        Order.of(place, word, file, super_class, seed + number, is_lora, overwrite, alone=not users)
+        for number, (place, word, file) in enumerate(places(pictures, placeholder, output, users))
     ]
     for order in orders:
         if localize and not auto_masks and order.subject is not None and order.subject.masks is None:
             raise ValueError(f"--localize needs masks, and {order.place} has none")
+    followed = _followed(model, following_every, least_following, following_prompts)
     locked = not is_lora and edits == "perfusion"
     lines = _captions(model, captions) if locked else []
     if dtype == "float16":
@@ -196,18 +219,18 @@ def train(
     if auto_masks:
         orders = [order.masked(pipe, auto_masks, alone=not users) for order in orders]
     subjects = [order.subject for order in orders if order.subject is not None]
-    samples = None
-    if samples_every:
-        strip = drawn.free(output.with_name(f"{output.name}.samples.png"))
-        samples = Samples(pipe, subjects[0], strip, samples_every)
+    strip = drawn.free(output.with_name(f"{output.name}.samples.png"))
+    samples = Samples(pipe, subjects[0], strip, samples_every) if samples_every else None
+    following = PromptFollowing(pipe, subjects, **followed) if followed and subjects else None
+    on_step = _all_of([watch for watch in (samples, following) if watch is not None])
     learned: list[Any] = []
     with _stoppable():
         if is_lora and subjects:
-            learned = [*train_loras(pipe, subjects, config, checkpoint_path=own)]
+            learned = [*train_loras(pipe, subjects, config, checkpoint_path=own, on_step=on_step)]
         elif subjects:
             metric = covariance(pipe, lines, progress=True) if locked else None
-            learned = [*train_concepts(pipe, subjects, config, metric=metric, checkpoint_path=own, on_step=samples)]
-    failed = _finish(pipe, orders, learned, own, is_lora, overwrite, alone=not users)
+            learned = [*train_concepts(pipe, subjects, config, metric=metric, checkpoint_path=own, on_step=on_step)]
+    failed = _finish(pipe, orders, learned, own, is_lora, overwrite, not users, following)
     if checkpoint is None:
         own.unlink(missing_ok=True)
     if samples is not None and samples.path.exists():
@@ -219,8 +242,24 @@ def train(
         raise typer.Exit(1)
 
 
+def _all_of(watching: Sequence[Any]) -> Any:
+    """One function that is called after every step in the place of several."""
+
+    def on_step(step: int, results: Any) -> list[int]:
+        return sorted({place for watch in watching for place in watch(step, results) or ()})
+
+    return on_step
+
+
 def _finish(
-    pipe: Any, orders: list[_Order], learned: list[Any], checkpoint: Path, is_lora: bool, overwrite: bool, alone: bool
+    pipe: Any,
+    orders: list[Order],
+    learned: list[Any],
+    checkpoint: Path,
+    is_lora: bool,
+    overwrite: bool,
+    alone: bool,
+    following: Any,
 ) -> list[Exception]:
     """Writes what was learned and says what became of each; those that came to nothing.
 
@@ -231,10 +270,12 @@ def _finish(
     from keylock_diffusers.training import training_facts as facts_of
 
     results, failed = iter(learned), []
+    measured = iter(following.measured if following else [{}] * len(learned))
     for order in orders:
         result: Any = order.failure if order.subject is None else next(results)
+        followed = {} if order.subject is None else next(measured)
         if not alone:
-            print(f"{order.place.name}: {_line(result, is_lora)}")
+            print(f"{order.place.name}: {_line(result, is_lora, followed)}")
         if isinstance(result, Exception):
             failed.append(result)
             continue
@@ -245,105 +286,35 @@ def _finish(
             raise OSError(f"{error}; {on if checkpoint.exists() else 'it is lost'}") from error
         if alone:
             print(advice(facts_of(result) if is_lora else result.training))
+            if followed:
+                course = ", ".join(f"{share:.2f} at step {step}" for step, share in followed.items())
+                print(f"Of what other words change in the super-class's pictures, they change here: {course}.")
         for line in written:
             print(line)
     return failed
 
 
-@dataclass(frozen=True)
-class _Order:
-    """One user's share of the work: what is learned, and the files it becomes; or why it cannot be.
+def _followed(model: str, every: int | None, least: float | None, file: Path | None) -> dict[str, Any]:
+    """What `PromptFollowing` is told besides the subjects; nothing if it is not asked for."""
+    if every is None and least is None:
+        if file is not None:
+            raise ValueError("--following-prompts needs --following-every or --least-following")
+        return {}
+    asked: dict[str, Any] = {"every": every or _FOLLOWING_EVERY, "least": least}
+    if file is not None:
+        from keylock_diffusers.files import read_text
 
-    Args:
-        place: the folder of pictures.
-        said: what was taken of it.
-        subject: what is learned; None beside a failure.
-        files: that are written.
-        failure: what is wrong with the folder.
-    """
+        asked["prompts"] = [line.strip() for line in read_text(file, 1 << 20).splitlines() if line.strip()]
+        if not all(line.count("{}") == 1 for line in asked["prompts"]) or not asked["prompts"]:
+            raise ValueError(f"--following-prompts: {file} must hold prompts, one a line, with {{}} once in each")
+    elif model == "embedded":
+        from keylock_diffusers.embedded.prompts import FOLLOWED
 
-    place: Path
-    said: str
-    subject: Any
-    files: list[Path]
-    failure: Exception | None = None
-
-    @classmethod
-    def of(
-        cls,
-        place: Path,
-        placeholder: str,
-        output: Path,
-        super_class: str,
-        seed: int,
-        is_lora: bool,
-        overwrite: bool,
-        alone: bool,
-    ) -> _Order:
-        """Reads a folder; what is wrong with its pictures or words is raised if it is the only one.
-
-        Raises:
-            ValueError: that, or a file to be written is there already.
-        """
-        from keylock_diffusers.checks import reason_of
-        from keylock_diffusers.concepts.concept import check_placeholder
-        from keylock_diffusers.files import read_text, require_place
-        from keylock_diffusers.training import PictureFolder
-        from keylock_diffusers.training.config import is_word
-
-        if not is_lora:
-            check_placeholder(placeholder)
-        files = [output, *([_word_file(output)] if is_lora and is_word(placeholder) else [])]
-        for file in files:
-            if file.exists() and not file.is_dir() and not overwrite:
-                raise ValueError(f"--output: {file} exists already; --overwrite replaces it")
-            require_place(file, "--output")
-        try:
-            folder, own = PictureFolder.read(place), place / _SUPER_CLASS
-            kind = super_class
-            if not alone and own.is_file():
-                kind = read_text(own).strip()
-                folder = replace(folder, left_out=[file for file in folder.left_out if file != own])
-            return cls(place, str(folder), folder.subject(placeholder, kind, seed), files)
-        except (ValueError, TypeError, OSError) as error:
-            if alone:
-                raise
-            return cls(place, f"cannot be used: {reason_of(error)}", None, files, error)
-
-    def masked(self, pipe: Any, by: str, alone: bool) -> _Order:
-        """With masks, made where there are none; what is wrong is raised if it is the only one."""
-        from keylock_diffusers.checks import reason_of
-        from keylock_diffusers.training import attention_masks, clipseg_masks
-
-        if self.subject is None or self.subject.masks is not None:
-            return self
-        try:
-            made = attention_masks(pipe, self.subject) if by == "attention" else clipseg_masks(by, self.subject)
-            return replace(self, subject=replace(self.subject, masks=made))
-        except (ValueError, TypeError, OSError) as error:
-            if alone:
-                raise
-            return replace(self, said=f"cannot be used: {reason_of(error)}", subject=None, failure=error)
+        asked["prompts"] = FOLLOWED
+    return asked
 
 
-def _places(pictures: Path, placeholder: str, output: Path, users: bool) -> list[tuple[Path, str, Path]]:
-    """Each folder of pictures, with its placeholder and the file that it becomes."""
-    if not users:
-        return [(pictures, placeholder, output)]
-    from keylock_diffusers.ids import SUFFIX
-
-    if not pictures.is_dir():
-        raise ValueError(f"{pictures} is not a folder of users' folders")
-    folders = sorted(place for place in pictures.iterdir() if place.is_dir() and not place.name.startswith("."))
-    if not folders:
-        raise ValueError(f"{pictures} holds no users' folders")
-    if "{}" not in placeholder:
-        raise ValueError(f"--placeholder must hold {{}} for a user's name with --users, got {placeholder!r:.80}")
-    output.mkdir(parents=True, exist_ok=True)
-    return [(place, placeholder.replace("{}", place.name), output / f"{place.name}{SUFFIX}") for place in folders]
-
-
-def _line(result: Any, is_lora: bool) -> str:
+def _line(result: Any, is_lora: bool, followed: dict[int, float]) -> str:
     """What became of one user's subject."""
     if isinstance(result, Exception):
         return f"not learned: {result}"
@@ -352,7 +323,8 @@ def _line(result: Any, is_lora: bool) -> str:
     facts = facts_of(result) if is_lora else result.training
     course = facts.get("loss_quarters")
     fell = f", loss {course[0]:.4g} to {course[-1]:.4g}" if course else ""
-    return f"{facts['pictures']} pictures, {facts['steps']} steps, {facts['stopped']}{fell}"
+    follows = f", other words count {list(followed.values())[-1]:.2f}" if followed else ""
+    return f"{facts['pictures']} pictures, {facts['steps']} steps, {facts['stopped']}{fell}{follows}"
 
 
 def _config(model: str, kind: str, given: dict[str, dict[str, Any]], others: dict[str, dict[str, Any]]) -> Any:
@@ -415,10 +387,6 @@ def _write(pipe: Any, learned: Any, files: list[Path], overwrite: bool) -> list[
         write_word(file, word)
         said.append(f"{file}: {file.stat().st_size} bytes, {word.name}, for pipe.load_textual_inversion")
     return said
-
-
-def _word_file(output: Path) -> Path:
-    return output.with_name(f"{output.name.removesuffix('.safetensors')}.embedding.safetensors")
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from keylock_diffusers.training.config import (
 )
 from keylock_diffusers.training.covariance import Covariance, covariance
 from keylock_diffusers.training.folder import PictureFolder
+from keylock_diffusers.training.following import PromptFollowing
 from keylock_diffusers.training.image_adapter import AdapterConfig, AdapterExample, ImageAdapter, train_image_adapter
 from keylock_diffusers.training.localization import Localization, localization_loss
 from keylock_diffusers.training.loras import train_loras, training_facts
@@ -40,6 +41,7 @@ __all__ = [
     "LoraTrainingError",
     "PerfusionConfig",
     "PictureFolder",
+    "PromptFollowing",
     "Samples",
     "Subject",
     "advice",

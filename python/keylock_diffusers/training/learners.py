@@ -103,8 +103,8 @@ class Learner(ABC):
 
 L = TypeVar("L", bound=Learner)
 T = TypeVar("T")
-# After a step: how many there were, and what gives the results as they are.
-OnStep = Callable[[int, Callable[[], list[Any]]], None]
+# After a step, of how many there were and what gives the results as they are: the places of subjects that are to stop.
+OnStep = Callable[[int, Callable[[], list[Any]]], Sequence[int] | None]
 
 
 class Together(ABC, Generic[L, T]):
@@ -114,7 +114,7 @@ class Together(ABC, Generic[L, T]):
         pipe: the pipeline, frozen.
         subjects: what to learn.
         config: how: it has ``steps``, ``batch_size``, ``max_grad_norm`` and ``patience``.
-        on_step: called after every step.
+        on_step: called after every step; subjects whose places it gives stop there.
     """
 
     error: ClassVar[type[SubjectTrainingError]]
@@ -162,7 +162,9 @@ class Together(ABC, Generic[L, T]):
             reason = learner.update(loss, self.config, number)
             learner.failure = self._failure(learner.subject, reason) if reason else None
         if self.on_step is not None:
-            self.on_step(number + 1, self.results)
+            for place in self.on_step(number + 1, self.results) or ():
+                if isinstance(one := self.admitted[place], Learner) and one.stopped is None:
+                    one.stopped = "overtrained"
         seen = [learner.loss for learner in self.learners if learner.failure is None]
         return {"loss": sum(seen) / max(len(seen), 1), "active": len(active)}
 

@@ -89,7 +89,8 @@ def train_loras(
         checkpoint_path: a safetensors file to resume from and to write; it is written on Ctrl-C, too.
         checkpoint_every: steps between two writes of it; there is one every two minutes besides.
         progress: whether to show a progress bar.
-        on_step: called after every step with how many there were, and what gives the adapters as they are then.
+        on_step: called after every step with how many there were, and what gives the adapters as they are then;
+            subjects whose places it gives stop, such as `PromptFollowing`.
 
     Returns:
         Per subject its adapter, with its word where it has one, for `Lora` and `write_adapter`; or the error that

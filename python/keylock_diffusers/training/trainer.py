@@ -86,7 +86,7 @@ def train_concepts(
         checkpoint_every: steps between two writes of it; there is one every two minutes besides.
         progress: whether to show a progress bar.
         on_step: called after every step with how many there were, and what gives the concepts as they are then, such
-            as `Samples`.
+            as `Samples`; subjects whose places it gives stop, such as `PromptFollowing`.
 
     Returns:
         Per subject its concept, or the error that stopped it: a picture, mask or caption that cannot be used, or a loss
