@@ -16,13 +16,14 @@ from torch import Tensor
 
 from keylock_diffusers.concepts import Concept
 from keylock_diffusers.demo import story
-from keylock_diffusers.demo.pictures import USERS, User, coated, wearer
+from keylock_diffusers.demo.pictures import STRENGTH, USERS, User, wearer
 from keylock_diffusers.demo.regions import half
 from keylock_diffusers.denoisers.unet import cross_attention_layers
 from keylock_diffusers.embedded import autoencoder, classifier, load, load_adapter, render
 from keylock_diffusers.embedded.captions import default_captions
-from keylock_diffusers.embedded.evaluate import background_name, subjects
+from keylock_diffusers.embedded.evaluate import background_name, phrases
 from keylock_diffusers.embedded.glyphs import BACKGROUNDS, GLYPHS, INDEX
+from keylock_diffusers.embedded.prompts import GUIDANCE, PERSONAL_GUIDANCE
 from keylock_diffusers.encoding.text import encode, tokenize
 from keylock_diffusers.generation.generate import generate
 from keylock_diffusers.generation.maps import AttentionMaps
@@ -30,7 +31,7 @@ from keylock_diffusers.processors import install
 from keylock_diffusers.requests import ENDINGS, ImagePrompt, Region, Request, Use
 from keylock_diffusers.training import Subject, covariance, train_concepts
 
-COUNT, STEPS, GUIDANCE = 64, 25, 4.0
+COUNT, STEPS = 64, 25
 _PROMPT_SEED, _FIRST_SEED, _RENDER_SEED = 64, 5000, 7000
 _TIMES = (200, 400, 600)  # noise levels at which renders' maps are read
 _THRESHOLDS = 100
@@ -48,7 +49,7 @@ class Pair:
     def prompt(self) -> str:
         return render.caption(list(self.names), self.background, 1)
 
-    def mask(self, place: int) -> Tensor:  # [64, 64]
+    def mask(self, place: int) -> Tensor:  # [128, 128]
         """The half of the picture for the subject named first (0) or second (1)."""
         return half(left=(place == 0) == self.first_left)
 
@@ -66,13 +67,13 @@ def pairs(count: int = COUNT) -> list[Pair]:
 
 
 def inside(image: np.ndarray, mask: Tensor) -> np.ndarray:
-    """A picture [64, 64, 3] uint8 with the colour of its border wherever the mask [64, 64] is not."""
+    """A picture [128, 128, 3] uint8 with the colour of its border wherever the mask [128, 128] is not."""
     border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
     return np.where(mask.numpy()[..., None] >= 0.5, image, np.median(border, axis=0).astype(np.uint8))
 
 
 def draw(pipe: Any, orders: Sequence[Request], **kwargs: Any) -> list[np.ndarray]:
-    """Pictures [64, 64, 3] uint8 of requests."""
+    """Pictures [128, 128, 3] uint8 of requests."""
     images = generate(pipe, orders, num_inference_steps=STEPS, output_type="np", **kwargs)
     return [(image * 255).round().astype(np.uint8) for image in images]
 
@@ -120,8 +121,7 @@ def pipeline(adapter: bool = False) -> Any:
 
 def measure_two_concepts(pipe: Any) -> dict[str, Any]:
     """Two users' cats in one picture, in every order and both ways round: whose is where, and is it a cat?"""
-    metric = covariance(pipe, default_captions(500))
-    learned = train_concepts(pipe, story.subjects(), story.PERFUSION_TRAINING, metric=metric)
+    learned = train_concepts(pipe, story.subjects(), story.TRAINING)
     concepts = {user.name: _checked(concept) for user, concept in zip(USERS, learned, strict=True)}
     judge = classifier.load()
     cells = [
@@ -136,12 +136,13 @@ def measure_two_concepts(pipe: Any) -> dict[str, Any]:
     for name in ("none", "own"):
         orders = []
         for n, (first, second, flip, _) in enumerate(cells):
+            halves = [None if name == "none" else half(left=(user is first) != flip) for user in (first, second)]
             uses = [
-                Use(concepts[user.name], region=None if name == "none" else half(left=(user is first) != flip))
-                for user in (first, second)
+                Use(concepts[user.name], strength=STRENGTH, region=where)
+                for user, where in zip((first, second), halves, strict=True)
             ]
             words = render.caption([first.placeholder, second.placeholder], "white", 3)
-            orders.append(Request(words, concepts=uses, seed=_FIRST_SEED + n, guidance_scale=GUIDANCE))
+            orders.append(Request(words, concepts=uses, seed=_FIRST_SEED + n, guidance_scale=PERSONAL_GUIDANCE))
         coat = other = cat = 0
         for (first, second, flip, _), image in zip(cells, draw(pipe, orders), strict=True):
             for user in (first, second):
@@ -178,7 +179,7 @@ def _beside_others(pipe: Any, concepts: dict[str, Concept]) -> dict[str, float]:
             render.caption([user.placeholder, name], "blue", 3),
             concepts=[concepts[user.name]],
             seed=_FIRST_SEED + n,
-            guidance_scale=GUIDANCE,
+            guidance_scale=PERSONAL_GUIDANCE,
         )
         for n, (user, name) in enumerate(cells)
     ]
@@ -204,9 +205,9 @@ def _two_subject_pictures(user: User, number: int) -> Subject:
     beside = ("house", "dog", "rocket", "burger")
     images, masks, captions = [], [], []
     for n, (name, background) in enumerate(zip(beside, ("white", "green", "pink", "yellow"), strict=True)):
-        cat = coated(user, render.find("cat"))
-        other = render.sprite(render.find(name).codepoint)
-        placed = [(cat, 2, 18, 29), (other, 33, 18, 28)] if n % 2 == 0 else [(other, 2, 18, 28), (cat, 33, 18, 29)]
+        cat = render.named("cat", user.coat)
+        other = render.named(name)
+        placed = [(cat, 4, 36, 58), (other, 66, 36, 57)] if n % 2 == 0 else [(other, 4, 36, 57), (cat, 66, 36, 58)]
         image, alphas = render.compose(placed, background)
         names = [user.placeholder, name] if n % 2 == 0 else [name, user.placeholder]
         images.append(Image.fromarray(image))
@@ -262,7 +263,7 @@ def measure_maps(pipe: Any) -> dict[str, float]:
     for kind, share in (("one subject", 0.0), ("two subjects", 1.0)):
         for start in range(0, COUNT, 16):
             scenes = [render.draw(_RENDER_SEED, n, pairs=share) for n in range(start, start + 16)]
-            names = [subjects(scene.caption)[0] for scene in scenes]
+            names = [phrases(scene.caption)[0] for scene in scenes]
             words = tuple(dict.fromkeys(name for row in names for name in row))
             maps = AttentionMaps(words, tuple(cross_attention_layers(pipe.unet)), every_step=False)
             prompts = [tokenize(pipe.tokenizer, scene.caption) for scene in scenes]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from benchmarks.quality.scores import Scores, right_answer
 from benchmarks.quality.users import SEEDS, TEST, TUNE, Order, User
 from keylock_diffusers import embedded
 from keylock_diffusers.embedded import autoencoder
+from keylock_diffusers.embedded.prompts import PERSONAL_GUIDANCE
 
 _TOGETHER = 8  # users who learn in one run
 _BATCH = 24  # pictures that are drawn at a time
@@ -57,11 +59,11 @@ def main() -> None:
         tried: Sequence[dict[str, Any]] = ({}, *method.tried) if given.tuning else ({},)
         for changes in tried:
             run.measure(method, {**method.settings, **changes}, ROWS[seconds], changes)
-    report.write(run.folder, [user.name for user in users], list(METHODS))
+    report.write(run.folder, users, list(METHODS), len(run.seeds))
 
 
 class Run:
-    """Scores of some users' pictures, a file for each method and its settings.
+    """Scores of some users' pictures, a line for each method and its settings.
 
     Args:
         folder: where they are.
@@ -78,8 +80,7 @@ class Run:
     def measure(self, method: Method, settings: dict[str, Any], rows: int, changes: dict[str, Any]) -> None:
         """Learns, draws and judges, unless that was done already."""
         key = hashlib.sha256(json.dumps([method.name, settings, rows], sort_keys=True).encode()).hexdigest()[:10]
-        path = self.folder / f"{key}.json"
-        if path.exists():
+        if any(facts["key"] == key for facts in report.read(self.folder)):
             return
         start = time.perf_counter()
         learned: list[Learned] = []
@@ -93,8 +94,9 @@ class Run:
             for seed in self.seeds
         ]
         pipe = kd.install(embedded.load_adapter(embedded.load())) if method.adapter else self.pipe
+        options = method.options()
         if method.draws:
-            images = _drawn(pipe, [one.request(order, seed) for _, one, order, seed in cells])
+            images = _drawn_by_each(pipe, [(one, one.request(order, seed)) for _, one, order, seed in cells], options)
         elif method.name == "right answers":
             images = self._through_the_autoencoder([right_answer(user, order) for user, _, order, _ in cells])
         else:
@@ -104,22 +106,24 @@ class Run:
             scored = self.scores.of(image, user, order)
             if method.name == report.PLAIN:
                 scored |= self.scores.nothing(image, user, order)
-            found.append({"user": user.name, "kind": user.kind, "prompt": order.prompt, "seed": seed, **scored})
+            found.append({"user": user.name, "prompt": order.prompt, "seed": seed, **scored})
         if len(self.seeds) > 1:
             for place in range(0, len(cells), len(self.seeds)):  # how far a prompt's pictures are from each other
                 found[place]["diversity"] = _apart(images[place : place + len(self.seeds)])
+        both = self._both(pipe, learned) if method.draws and not learned[0].weights else []
         facts = {
+            "key": key,
             "method": method.name,
             "settings": settings,
             "changes": changes,
             "rows": rows if method.trains else 0,
             "bytes": max(one.nbytes for one in learned),
             "seconds": round(trained / len(self.users), 2),
-            "pictures": found,
-            "both": self._both(pipe, learned) if method.draws else [],
+            **report.summary(found, both),
         }
-        self._sheet(images, len(cells) // len(self.users)).save(path.with_suffix(".png"))
-        path.write_text(json.dumps(facts) + "\n")
+        self._sheet(images, len(cells) // len(self.users)).save(self.folder / f"{key}.jpg", quality=90)
+        with (self.folder / report.SCORES).open("a") as kept:
+            kept.write(json.dumps(facts) + "\n")
         print(report.line(facts), flush=True)
 
     @torch.no_grad()
@@ -141,7 +145,7 @@ class Run:
                 }
                 for seed in self.seeds:
                     words = prompt.format(one.placeholder, another.placeholder)
-                    requests.append(kd.Request(words, seed=seed, guidance_scale=4.0, **merged))
+                    requests.append(kd.Request(words, seed=seed, guidance_scale=PERSONAL_GUIDANCE, **merged))
                     cells.append((order, (user.coat, other.coat)))
         images = _drawn(pipe, requests)
         return [self.scores.both(image, *cell) for image, cell in zip(images, cells, strict=True)]
@@ -162,11 +166,24 @@ def _apart(images: Sequence[np.ndarray]) -> float:
     return sum(gaps) / len(gaps)
 
 
-def _drawn(pipe: Any, requests: list[kd.Request]) -> list[np.ndarray]:
+def _drawn_by_each(pipe: Any, asked: Sequence[tuple[Learned, kd.Request]], options: dict[str, Any]) -> list[np.ndarray]:
+    """Pictures in the order of the requests; whoever has a model of its own draws with that alone."""
+    if asked[0][0].weights is None:
+        return _drawn(pipe, [request for _, request in asked], **options)
+    drawn: list[np.ndarray] = []
+    for _, group in itertools.groupby(asked, lambda pair: id(pair[0])):
+        own = list(group)
+        assert own[0][0].weights is not None
+        with own[0][0].weights.within(pipe):
+            drawn += _drawn(pipe, [request for _, request in own], **options)
+    return drawn
+
+
+def _drawn(pipe: Any, requests: list[kd.Request], **options: Any) -> list[np.ndarray]:
     drawn: list[np.ndarray] = []
     for first in range(0, len(requests), _BATCH):
         part = requests[first : first + _BATCH]
-        made = kd.generate(pipe, part, num_inference_steps=STEPS, output_type="np", max_batch=_BATCH)
+        made = kd.generate(pipe, part, num_inference_steps=STEPS, output_type="np", max_batch=_BATCH, **options)
         drawn += [(image * 255).round().astype(np.uint8) for image in made]
     return drawn
 

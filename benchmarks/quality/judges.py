@@ -1,7 +1,7 @@
-"""The judges: of who is seen, a coat encoder, trained contrastively; of what is seen, a classifier of glyphs in coats.
+"""The judge of who is seen, a coat encoder, trained contrastively on coats that no user has.
 
-Both have learned from coats that no user has. ``python -m benchmarks.quality.judges FOLDER`` trains them anew, in half
-an hour; what they learned is committed.
+``python -m benchmarks.quality.judges FOLDER`` trains it anew; what it learned is committed. What is seen is judged by
+the embedded model's own classifier.
 """
 
 from __future__ import annotations
@@ -18,16 +18,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from benchmarks.quality.coats import Coat, coated
 from keylock_diffusers import embedded
-from keylock_diffusers.embedded import autoencoder, glyphs, render
-from keylock_diffusers.embedded.classifier import Classifier
-from keylock_diffusers.embedded.classifier import load as load_classifier
+from keylock_diffusers.embedded import autoencoder, classifier, glyphs, render
+from keylock_diffusers.embedded.coats import Coat
 from keylock_diffusers.embedded.glyphs import BACKGROUNDS
 from keylock_diffusers.training import loop
 
 FILE = Path(__file__).with_name("coat-encoder.safetensors")
-GLYPHS_FILE = Path(__file__).with_name("glyph-classifier.safetensors")
 # Glyphs that one coat is shown on, by kind.
 COATED: dict[str, tuple[str, ...]] = {
     "cat": (
@@ -45,17 +42,17 @@ COATED: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 _KINDS = ("cat", "face", "dog", "bear", "car", "house")
 _SHARES = (0.5, 0.25, 0.08, 0.07, 0.05, 0.05)
-_WIDTHS = (24, 64, 96, 128)
+_WIDTHS = (32, 64, 96, 128)
 _TEMPERATURE = 0.07
 
 
 class CoatEncoder(nn.Module):
-    """Pictures [B, 3, 64, 64] in -1..1 to unit vectors [B, 96] that say which coat is seen."""
+    """Pictures [B, 3, 128, 128] in -1..1 to unit vectors [B, 96] that say which coat is seen."""
 
     def __init__(self) -> None:
         super().__init__()
         layers: list[nn.Module] = [
-            nn.Conv2d(3, _WIDTHS[0], 5, stride=2, padding=2),
+            nn.Conv2d(3, _WIDTHS[0], 8, stride=4, padding=2),
             nn.GroupNorm(8, _WIDTHS[0]),
             nn.SiLU(),
         ]
@@ -73,10 +70,10 @@ class CoatEncoder(nn.Module):
 
 
 def view(coat: Coat | None, glyph: str, background: str, random: np.random.Generator) -> np.ndarray:
-    """A picture [64, 64, 3] of a coat on a glyph, as large as alone or as one of two."""
-    side = int(random.integers(44, 60) if random.random() < 0.6 else random.integers(27, 32))
+    """A picture [128, 128, 3] of a coat on a glyph, as large as alone or as one of two."""
+    side = int(random.integers(88, 120) if random.random() < 0.5 else random.integers(54, 63))
     left, top = (int(random.integers(1, render.SIZE - side)) for _ in range(2))
-    return render.compose([(coated(coat, glyph), left, top, side)], background)[0]
+    return render.compose([(render.named(glyph, coat), left, top, side)], background)[0]
 
 
 def half(image: np.ndarray, right: bool) -> np.ndarray:
@@ -99,9 +96,7 @@ class Judge:
 
     def __init__(self, vae: Any) -> None:
         self.vae = vae
-        self.classifier = Classifier()
-        self.classifier.load_state_dict({name: tensor.float() for name, tensor in load_file(GLYPHS_FILE).items()})
-        self.classifier.eval()
+        self.classifier = classifier.load()
         self.encoder = CoatEncoder()
         self.encoder.load_state_dict({name: tensor.float() for name, tensor in load_file(FILE).items()})
         self.encoder.eval()
@@ -134,7 +129,7 @@ class Judge:
         return known @ self.encode([image])[0]
 
 
-def _examples(identities: int, views: int, seed: int) -> np.ndarray:  # [identities, views, 64, 64, 3]
+def _examples(identities: int, views: int, seed: int) -> np.ndarray:  # [identities, views, 128, 128, 3]
     random = np.random.default_rng((2026, 9, seed))
     backgrounds = list(BACKGROUNDS)
     made = []
@@ -147,7 +142,6 @@ def _examples(identities: int, views: int, seed: int) -> np.ndarray:  # [identit
                 for _ in range(views)
             ]
         )
-        coated.cache_clear()
     return np.asarray(made)
 
 
@@ -187,52 +181,7 @@ def train_coats(
     return float(((one @ other.T).argmax(1) == torch.arange(held_out)).float().mean())
 
 
-def _named(count: int, seed: int) -> tuple[np.ndarray, Tensor]:  # [n, 64, 64, 3], [n]
-    """Views of single glyphs and their numbers: those of users' kinds mostly in coats, beside all others."""
-    random = np.random.default_rng((2026, 11, seed))
-    backgrounds, images, labels = list(BACKGROUNDS), [], []
-    chances = np.array([2.0 if glyph.group == "cat" else 1.0 for glyph in glyphs.GLYPHS])
-    for _ in range(count):
-        if random.random() < 0.6:
-            kind = _KINDS[random.choice(len(_KINDS), p=_SHARES)]
-            caption = str(random.choice(COATED[kind]))
-            coat = Coat.random(random) if random.random() < 0.8 else None
-        else:
-            coat, caption = None, glyphs.GLYPHS[random.choice(len(chances), p=chances / chances.sum())].caption
-        images.append(view(coat, caption, backgrounds[random.integers(len(backgrounds))], random))
-        labels.append(glyphs.INDEX[caption])
-        coated.cache_clear()
-    return np.asarray(images), torch.tensor(labels)
-
-
-def train_glyphs(folder: Path, *, count: int = 24000, held_out: int = 1000, steps: int = 3000) -> float:
-    """Trains (or resumes) the classifier; how many held-out views, through the autoencoder, it names right."""
-    vae = embedded.load().vae
-    images, labels = _named(count, 0)
-    pixels = autoencoder.pixels(list(images))
-    both = torch.stack([pixels, decoded(vae, pixels)])
-    model, known = load_classifier().train(), count - held_out
-
-    def loss(step: int) -> tuple[Tensor, dict[str, float]]:
-        random = loop.generator(6, step)
-        chosen = torch.randint(known, (96,), generator=random)
-        seen = both[torch.randint(2, (96,), generator=random), chosen]
-        blurred = F.avg_pool2d(seen, 3, stride=1, padding=1, count_include_pad=False)
-        seen = seen.lerp(blurred, 0.7 * torch.rand(96, 1, 1, 1, generator=random))
-        noise = 0.1 * torch.rand(96, 1, 1, 1, generator=random) * torch.randn(seen.shape, generator=random)
-        value = F.cross_entropy(model(seen + noise).float(), labels[chosen], label_smoothing=0.05)
-        return value, {"loss": value.item()}
-
-    schedule = loop.Schedule(steps, 96, 1.5e-3, warmup=100, average_decay=0.99, seed=6)
-    loop.fit(model, loss, folder / "glyph-classifier.safetensors", schedule, accelerator=loop.fastest(), desc="glyphs")
-    model.eval()
-    save_file({name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}, GLYPHS_FILE)
-    with torch.no_grad():
-        return float((model(both[1, known:]).argmax(1) == labels[known:]).float().mean())
-
-
 if __name__ == "__main__":
     place = Path(sys.argv[1])
     place.mkdir(parents=True, exist_ok=True)
-    print(f"held-out glyphs named: {train_glyphs(place):.3f}")
     print(f"held-out coats found among 200: {train_coats(place):.3f}")

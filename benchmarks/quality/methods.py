@@ -8,9 +8,12 @@ from functools import cache
 from typing import Any
 
 import keylock_diffusers as kd
+from benchmarks.quality import fusion
 from benchmarks.quality.users import Order, User
+from benchmarks.quality.weights import Weights, WeightsConfig, train_weights
 from keylock_diffusers import embedded
 from keylock_diffusers.embedded.captions import default_captions
+from keylock_diffusers.embedded.prompts import PERSONAL_GUIDANCE
 from keylock_diffusers.training import (
     AddedConfig,
     LoraTrainingConfig,
@@ -21,7 +24,6 @@ from keylock_diffusers.training import (
 )
 
 BATCH = 6  # pictures a step
-GUIDANCE = 4.0
 # A row of the U-Net forward is one, backward two; at 30 seconds on two quiet cores, so many (see docs/quality.md).
 ROWS = {10: 2700, 30: 8100, 120: 32400}
 
@@ -34,15 +36,18 @@ class Learned:
         placeholder: what its prompts say.
         nbytes: what it keeps, numbers in float16.
         use: what is put into a request.
+        weights: a model of its own, with which it alone draws.
     """
 
     placeholder: str
     nbytes: int
     use: dict[str, Any] = field(default_factory=dict)
+    weights: Weights | None = None
 
     def request(self, order: Order, seed: int) -> kd.Request:
         """One of the user's orders."""
-        return kd.Request(order.prompt.format(self.placeholder), seed=seed, guidance_scale=GUIDANCE, **self.use)
+        words = order.prompt.format(self.placeholder)
+        return kd.Request(words, seed=seed, guidance_scale=PERSONAL_GUIDANCE, **self.use)
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,8 @@ class Method:
         tried: what tuning chooses from: other values of them.
         trains: whether it learns at all.
         draws: whether the model draws what is judged: else it is a picture that the users gave, or the right answer.
-        adapter: whether it draws with the image prompt adapter.
+        adapter: whether it draws with the image prompt adapter, or its image encoder.
+        options: what `generate` is given besides.
     """
 
     name: str
@@ -66,6 +72,7 @@ class Method:
     trains: bool = True
     draws: bool = True
     adapter: bool = False
+    options: Callable[[], dict[str, Any]] = dict
 
 
 def steps_of(rows: int, prior: float) -> int:
@@ -132,6 +139,21 @@ def _lora(pipe: Any, users: Sequence[User], settings: dict[str, Any], rows: int)
     return made
 
 
+def _weights(pipe: Any, users: Sequence[User], settings: dict[str, Any], rows: int) -> list[Learned]:
+    settings = dict(settings)
+    word, strength = settings.pop("word"), settings.pop("strength", 1.0)
+    config = replace(WeightsConfig(), batch_size=BATCH, **settings)
+    cost = BATCH * (3 + 3 * (config.prior > 0) + (config.outside > 0))  # forward and backward is three of a forward
+    config, made = replace(config, steps=max(1, rows // cost)), []
+    for number, user in enumerate(users):
+        named = user.placeholder if word else f"sks {user.kind}"
+        found = train_weights(pipe, user.subject(number, None if word else named), config)
+        found = found.scaled(pipe, strength)
+        use = {"loras": [found.adapter(user.placeholder)]} if word else {}
+        made.append(Learned(named, found.nbytes, use, found))
+    return made
+
+
 def _image_prompt(pipe: Any, users: Sequence[User], settings: dict[str, Any], rows: int) -> list[Learned]:
     made = []
     for user in users:
@@ -140,6 +162,14 @@ def _image_prompt(pipe: Any, users: Sequence[User], settings: dict[str, Any], ro
         tokens = 4 * pipe.unet.config.cross_attention_dim
         made.append(Learned(user.kind, 2 * tokens, {"image_prompts": prompts}))
     return made
+
+
+def _fused(pipe: Any, users: Sequence[User], settings: dict[str, Any], rows: int) -> list[Learned]:
+    width = pipe.unet.config.cross_attention_dim
+    return [
+        Learned(user.kind, 2 * width, {"subjects": [kd.FusedSubject(user.kind, user.subject().images[0])], **settings})
+        for user in users
+    ]
 
 
 def _bytes(concept: Any) -> int:
@@ -171,6 +201,15 @@ _LORA_TRIED = _grid(
     learning_rate=(5e-4, 1e-3, 4e-3, 8e-3),
     embedding_rate=(0.03, 0.07, 0.4),
     prior=(0.3, 1.0, 3.0),
+    strength=(0.7, 0.85),
+)
+
+
+_WEIGHTS_TRIED = _grid(
+    learning_rate=(2e-5, 5e-5, 2e-4, 5e-4),
+    embedding_rate=(0.03, 0.07, 0.4),
+    prior=(0.3, 3.0),
+    outside=(0.3, 1.0, 3.0),
     strength=(0.7, 0.85),
 )
 
@@ -217,24 +256,35 @@ METHODS = {
             trains=False,
             adapter=True,
         ),
+        Method(
+            "subject fusion (FastComposer)",
+            _fused,
+            {"subject_start": 0.0},
+            _grid(subject_start=(0.04, 0.08, 0.12, 0.16, 0.2, 0.24, 0.28, 0.32, 0.36, 0.4, 0.48)),
+            trains=False,
+            adapter=True,
+            options=lambda: {"fusion": kd.SubjectFusion.load(fusion.FILE)},
+        ),
         _word(1),
         _word(4),
         Method(
-            "keys and values at rank 128 (after Custom Diffusion)",
-            _lora,
-            {
-                "rank": 128,
-                "word": True,
-                "targets": ("attn2.to_k", "attn2.to_v"),
-                "learning_rate": 1e-3,
-                "embedding_rate": 0.15,
-            },
-            _LORA_TRIED,
+            "Custom Diffusion",
+            _weights,
+            {"word": True, "learning_rate": 5e-4, "targets": ("attn2.to_k", "attn2.to_v")},
+            _WEIGHTS_TRIED,
         ),
+        Method("DreamBooth, with a word", _weights, {"word": True, "learning_rate": 1e-4}, _WEIGHTS_TRIED),
+        Method("DreamBooth, plain words", _weights, {"word": False, "learning_rate": 1e-4}, _WEIGHTS_TRIED),
         _lora_of(1, True),
         _lora_of(4, True),
         _lora_of(16, True),
         _lora_of(4, False),
+        Method(
+            "LoRA rank 4, with a word, bound to it",
+            _lora,
+            {"rank": 4, "word": True, "learning_rate": 2e-3, "embedding_rate": 0.15, "bound": True},
+            _LORA_TRIED,
+        ),
         _own("added, small", words=4, keys=0, values=1),
         _own("added"),
         _own("added, large", words=8, keys=2, values=3),

@@ -11,41 +11,55 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from benchmarks.quality.users import User
+
 _DRAWS = 2000
 _LABEL, _GAP = 260, 8  # pixels
 _SCORES = ("who", "expression", "background", "other", "unchanged", "leak", "error", "colour", "pattern", "diversity")
 _ERRORS = ("colour", "pattern")
+_TWO = ("in place", "swapped")
+SCORES = "scores.jsonl"
 PLAIN = "no personalisation"
 
 
+def summary(pictures: Sequence[Mapping[str, Any]], both: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """What is kept of scores: every score's mean over each user's pictures, and over those of two users."""
+    users: dict[str, dict[str, list[float]]] = {}
+    for picture in pictures:
+        own = users.setdefault(picture["user"], {})
+        for score in picture.keys() - {"user", "prompt", "seed"}:
+            own.setdefault(score, []).append(picture[score])
+    means = {user: {score: round(float(np.mean(v)), 4) for score, v in own.items()} for user, own in users.items()}
+    two = {name: round(float(np.mean([one[name] for one in both])), 4) for name in _TWO if both}
+    return {"users": means, "two users": two}
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The rows that a folder has, in the order in which they were made."""
+    path = folder / SCORES
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def means(facts: Mapping[str, Any]) -> dict[str, float]:
-    """The mean of every score."""
+    """The mean over users of every score."""
     made = {}
     for name in _SCORES:
-        values = [picture[name] for picture in facts["pictures"] if name in picture]
-        made[name] = float(np.mean(values)) if values else float("nan")
-    both = facts["both"]
-    for name in ("in place", "swapped"):
-        made[name] = float(np.mean([one[name] for one in both])) if both else float("nan")
-    return made
+        values = by_user(facts, name).values()
+        made[name] = float(np.mean(list(values))) if values else float("nan")
+    return made | {name: facts["two users"].get(name, float("nan")) for name in _TWO}
 
 
 def of_nothing(facts: Mapping[str, Any], plain: Mapping[str, Any] | None) -> dict[str, float]:
     """How much of the errors of no personalisation is left, (error - floor) / (nothing - floor), by error: of all
-    pictures' means, where the floor is the plain model's error to its own right answer."""
-    known = {_key(p): p for p in plain["pictures"]} if plain is not None else {}
+    users' means, where the floor is the plain model's error to its own right answer."""
     made = {}
     for name in _ERRORS:
-        pairs = [(p, known.get(_key(p), {})) for p in facts["pictures"] if name in p]
-        pairs = [(p, base) for p, base in pairs if f"floor {name}" in base]
-        left = sum(p[name] - base[f"floor {name}"] for p, base in pairs)
-        whole = sum(base[f"nothing {name}"] - base[f"floor {name}"] for _, base in pairs)
+        own, base = by_user(facts, name), {} if plain is None else plain["users"]
+        known = [user for user in own if f"floor {name}" in base.get(user, {})]
+        left = sum(own[user] - base[user][f"floor {name}"] for user in known)
+        whole = sum(base[user][f"nothing {name}"] - base[user][f"floor {name}"] for user in known)
         made[name] = left / whole if whole > 0 else float("nan")
     return made
-
-
-def _key(picture: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(picture.get(name) for name in ("user", "prompt", "seed"))
 
 
 def line(facts: Mapping[str, Any]) -> str:
@@ -62,12 +76,8 @@ def line(facts: Mapping[str, Any]) -> str:
 
 
 def by_user(facts: Mapping[str, Any], score: str) -> dict[str, float]:
-    """A score's mean over each user's pictures."""
-    found: dict[str, list[float]] = {}
-    for picture in facts["pictures"]:
-        if score in picture:
-            found.setdefault(picture["user"], []).append(picture[score])
-    return {user: float(np.mean(values)) for user, values in found.items()}
+    """Each user's mean of a score."""
+    return {user: scores[score] for user, scores in facts["users"].items() if score in scores}
 
 
 def difference(one: Mapping[str, Any], other: Mapping[str, Any], score: str) -> tuple[float, float, float]:
@@ -186,41 +196,22 @@ def plot(found: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def compact(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What is kept of a row in the repository: every score's mean over each user's pictures."""
-    users: dict[str, dict[str, float]] = {
-        user: {} for user in dict.fromkeys(picture["user"] for picture in facts["pictures"])
-    }
-    for score in _SCORES:
-        for user, mean in by_user(facts, score).items():
-            users[user][score] = round(mean, 3)
-    names = ("method", "settings", "changes", "rows", "bytes", "seconds")
-    m = means(facts)
-    pairs = {name: round(m[name], 3) for name in ("in place", "swapped") if not math.isnan(m[name])}
-    return {**{name: facts[name] for name in names}, "users": users, "two users": pairs}
-
-
-def write(folder: Path, users: Sequence[str], order: Sequence[str]) -> None:
+def write(folder: Path, users: Sequence[User], order: Sequence[str], seeds: int) -> None:
     """The table, the plot and the contact sheet of a folder, beside its scores; an excerpt has one user of each kind.
 
     Args:
         folder: where they are.
-        users: the names of its users.
+        users: whose.
         order: of the methods.
+        seeds: of each prompt; the excerpt shows the first.
     """
-    paths = sorted(folder.glob("*.json"))
-    found = {path: json.loads(path.read_text()) for path in paths}
-    paths.sort(key=lambda path: (order.index(found[path]["method"]), str(found[path]["changes"])))
-    ordered = [found[path] for path in paths]
-    (folder / "table.md").write_text(table(ordered) + "\n")
-    (folder / "scores.jsonl").write_text("".join(json.dumps(compact(facts)) + "\n" for facts in ordered))
-    (folder / "bytes.svg").write_text(plot(ordered))
-    sheets = {
-        found[path]["method"]: Image.open(path.with_suffix(".png")) for path in paths if not found[path]["changes"]
-    }
+    found = sorted(read(folder), key=lambda facts: (order.index(facts["method"]), str(facts["changes"])))
+    (folder / "table.md").write_text(table(found) + "\n")
+    (folder / "bytes.svg").write_text(plot(found))
+    paths = {facts["method"]: folder / f"{facts['key']}.jpg" for facts in found if not facts["changes"]}
+    sheets = {method: Image.open(path) for method, path in paths.items() if path.exists()}
     if sheets:
-        contact_sheet(sheets, users).save(folder / "contact-sheet.png")
-        kinds = {picture["user"]: picture["kind"] for picture in ordered[0]["pictures"]}
-        first = {kinds[user]: place for place, user in reversed([*enumerate(users)])}
-        seeds = len({picture["seed"] for picture in ordered[0]["pictures"]})
-        contact_sheet(sheets, users, sorted(first.values()), seeds).save(folder / "excerpt.jpg", quality=90)
+        names = [user.name for user in users]
+        contact_sheet(sheets, names).save(folder / "contact-sheet.jpg", quality=90)
+        first = {user.kind: place for place, user in reversed([*enumerate(users)])}
+        contact_sheet(sheets, names, sorted(first.values()), seeds).save(folder / "excerpt.jpg", quality=90)

@@ -8,13 +8,13 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from benchmarks.quality.coats import Coat, coated
 from keylock_diffusers.embedded import render
+from keylock_diffusers.embedded.coats import Coat
 from keylock_diffusers.embedded.evaluate import subjects
 from keylock_diffusers.training import Subject
 
 # Of four pictures: words, background, left, top and side. No expression in them is asked for again.
-_PLACES = (("blue", 6, 5, 52), ("white", 10, 8, 46), ("green", 4, 9, 50), ("purple", 8, 4, 54))
+_PLACES = (("blue", 12, 10, 104), ("white", 20, 16, 92), ("green", 8, 18, 100), ("purple", 16, 8, 108))
 _SHOWN = {
     "cat": ("{}", "a grinning {}", "a crying {}", "a smirking {}"),
     "face": ("a grinning {}", "a winking {}", "a crying {}", "a thinking {}"),
@@ -134,7 +134,7 @@ class User:
         for words, (background, *place) in zip(_SHOWN.get(self.kind, _OTHERS_SHOWN), _PLACES, strict=True):
             caption = f"{words} on {background}"
             (part,) = Order.of(caption, self.kind).parts
-            image, mask = render.compose([(coated(self.coat, part.glyph), *place)], background)
+            image, mask = render.compose([(render.named(part.glyph, self.coat), *place)], background)
             images.append(Image.fromarray(image))
             masks.append(Image.fromarray((mask[0] * 255).astype(np.uint8)))
             captions.append(caption.format(named))

@@ -63,8 +63,8 @@ def test_what_is_measured_is_the_distance_from_the_exact_style():
     """On pictures that are the style, in a half or everywhere, or not at all."""
     batch = loras.rows()
     random = np.random.default_rng(0)
-    plain = [random.random((64, 64, 3), np.float32) for _ in range(12)]
-    half = np.where((np.arange(64) < 32)[None, :, None], 1, 0)
+    plain = [random.random((128, 128, 3), np.float32) for _ in range(12)]
+    half = np.where((np.arange(128) < 64)[None, :, None], 1, 0)
 
     def draw(requests):
         made = []
@@ -114,12 +114,14 @@ def test_the_users_own_pictures_have_their_own_coats():
 
 
 def test_a_cat_beside_something_else_is_judged_by_its_half():
-    image = np.full((64, 64, 3), 1.0)
-    image[20:40, 5:25] = (0.2, 0.2, 0.2)
-    image[20:40, 40:60] = (1.0, 0.0, 0.0)
-    left = np.broadcast_to(np.arange(64) < 32, (64, 64))
+    image = np.full((128, 128, 3), 1.0)
+    for user, column in ((pictures.USERS[1], 2), (pictures.USERS[2], 66)):
+        image[30:90, column : column + 60] = (
+            np.asarray(pictures.load(user)[0][1].resize((60, 60)), float) / 255
+        )  # on white
+    left = np.broadcast_to(np.arange(128) < 64, (128, 128))
     assert pictures.wearer(image, left) == "Bob" and pictures.wearer(image, ~left) == "Carol"
-    assert pictures.wearer(np.ones((64, 64, 3))) is None
+    assert pictures.wearer(np.ones((128, 128, 3))) is None
 
 
 def test_the_second_batch_has_a_concept_an_image_prompt_both_two_regions_and_nothing():

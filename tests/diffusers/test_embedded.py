@@ -21,6 +21,7 @@ from keylock_diffusers.denoisers.unet import cross_attention_layers
 from keylock_diffusers.embedded import (
     autoencoder,
     classifier,
+    coats,
     evaluate,
     glyphs,
     image_encoder,
@@ -130,6 +131,16 @@ def test_the_contact_sheets_prompts_are_all_drawable():
         assert set(names) <= set(glyphs.INDEX) and background in glyphs.BACKGROUNDS
 
 
+def test_prompts_of_pairs_and_coats_name_glyphs_in_words_of_the_vocabulary():
+    pairs, worn = prompts.pairs(), prompts.coats()
+    assert len(set(pairs)) == len(set(worn)) == 64 and prompts.pairs() == pairs
+    assert all(len(evaluate.subjects(prompt)[0]) == 2 for prompt in pairs)
+    assert len({evaluate.subjects(prompt)[0] for prompt in worn}) == 8
+    for prompt in (*pairs, *worn):
+        names, background = evaluate.subjects(prompt)
+        assert set(names) <= set(glyphs.INDEX) and background in glyphs.BACKGROUNDS
+
+
 def test_the_vocabulary_is_curated_and_holds_the_cats():
     assert 200 <= len(glyphs.GLYPHS) <= 300
     cats = {glyph.caption for glyph in glyphs.GLYPHS if glyph.group == "cat"}
@@ -142,6 +153,14 @@ def test_captions_say_what_a_scene_holds():
     assert render.caption(["owl"], "blue", 1) == "an owl on blue"
     assert render.caption(["cat", "house"], "white", 3) == "a cat next to a house on white"
     assert evaluate.subjects("a gray cat on pink") == (("cat",), "pink")
+    assert evaluate.subjects("a grinning striped gray black cat next to a house on teal") == (
+        ("grinning cat", "house"),
+        "teal",
+    )
+    assert evaluate.phrases("a grinning striped gray black cat next to a house on teal") == (
+        ("grinning striped gray black cat", "house"),
+        "teal",
+    )
 
 
 @pytest.mark.skipif(not render.FONT.exists(), reason="renders need the font fonts-noto-color-emoji")
@@ -151,14 +170,39 @@ def test_renders_are_a_function_of_seed_and_index():
     assert not np.array_equal(first.image, other.image)
     for index in range(40):
         picture = render.draw(3, index)
-        assert picture.masks.shape == (len(picture.labels), 64, 64)
-        names, background = evaluate.subjects(picture.caption.replace("gray ", "").replace("black ", ""))
+        assert picture.masks.shape == (len(picture.labels), 128, 128)
+        names, background = evaluate.subjects(picture.caption)
+        assert names == tuple(glyphs.GLYPHS[label].caption for label in picture.labels)
         assert background == picture.background
         border = evaluate.background_name(picture.image)
         assert border == picture.background
         # outside the masks there is only background
         outside = picture.masks.sum(0) == 0
         assert len(np.unique(picture.image[outside], axis=0)) == 1
+
+
+@pytest.mark.skipif(not render.FONT.exists(), reason="renders need the font fonts-noto-color-emoji")
+def test_captions_name_coats_on_every_group_and_those_they_do_not_name_are_drawn_too():
+    worn, of_coats = {}, {*glyphs.DYES, *coats.WORDS.values()}
+    for index in range(400):
+        picture = render.draw(11, index, pairs=0.0)
+        glyph, scene = glyphs.GLYPHS[picture.labels[0]], picture.caption.rsplit(" on ", 1)[0]
+        worn.setdefault(glyph.group, []).append(bool(of_coats & set(scene.split()) - set(glyph.caption.split())))
+    assert {group for group, found in worn.items() if any(found)} >= {
+        "cat",
+        "face",
+        "animal",
+        "food",
+        "vehicle",
+        "thing",
+    }
+    assert not all(worn["cat"]) and not any(worn["heart"])
+    cats = [n for n in range(400) if glyphs.GLYPHS[render.draw(11, n, pairs=0.0).labels[0]].group == "cat"]
+    same = [n for n in cats if np.array_equal(render.draw(11, n).image, render.draw(11, n, coats=1.0).image)]
+    assert 0.2 * len(cats) < len(same) < 0.7 * len(cats)
+    assert all(render.draw(11, n).labels == render.draw(11, n, coats=1.0).labels for n in cats)
+    assert render.with_coat("face with tears of joy", "spotted red blue") == "spotted red blue face with tears of joy"
+    assert render.with_coat("racing car", "black") == "black racing car"
 
 
 HELD_OUT = Path(__file__).parent / "held_out"
@@ -185,7 +229,7 @@ def draw(pipe, orders, steps=15):
 def test_the_adapter_loads_through_diffusers_own_loader_in_half_precision_files():
     pipe = embedded.load_adapter(embedded.load())
     assert type(pipe.image_encoder).__name__ == "CLIPVisionModelWithProjection"
-    assert pipe.feature_extractor.size in ({"shortest_edge": 64}, {"height": 64, "width": 64})
+    assert pipe.feature_extractor.size in ({"shortest_edge": 128}, {"height": 128, "width": 128})
     for file in embedded.ADAPTER.rglob("*.safetensors"):
         with safe_open(file, "pt") as opened:
             assert {opened.get_slice(name).get_dtype() for name in opened.keys()} == {"F16"}
@@ -225,8 +269,8 @@ def test_an_image_prompt_of_scale_0_is_none_to_the_bit(adapted):
 
 def test_regions_put_subjects_where_they_belong(base):
     """Against the order in which the model was taught to place them."""
-    left = np.zeros((64, 64), np.float32)
-    left[:, :32] = 1
+    left = np.zeros((128, 128), np.float32)
+    left[:, :64] = 1
     pairs = [("dog", "pizza"), ("tree", "cat"), ("taxi", "apple"), ("star", "bear"), ("gift", "fox"), ("panda", "bell")]
     orders = [
         kd.Request(
@@ -250,7 +294,7 @@ def test_maps_of_words_lie_on_their_subjects(base):
     facts, pictures, masks = held_out()
     kd.install(base)
     tokenized = [text.tokenize(base.tokenizer, fact["caption"]) for fact in facts]
-    words = [evaluate.subjects(fact["caption"])[0][0] for fact in facts]
+    words = [evaluate.phrases(fact["caption"])[0][0] for fact in facts]
     layers = tuple(cross_attention_layers(base.unet))
     maps = AttentionMaps(tuple(dict.fromkeys(words)), layers, every_step=False)
     readout = maps.readout(base.unet, [[t] for t in tokenized], base.tokenizer, (16, 16))

@@ -121,11 +121,13 @@ def test_the_example_is_read_drawn_and_valid(tmp_path, monkeypatch, pipe, concep
     } - of_key_locked
     model = kd.install(embedded.load_adapter(embedded.load()))
     images = kd.generate(model, requests, bank={"alice/cat": concept_for(model)}, num_inference_steps=2)
-    assert [len(image) if isinstance(image, list) else image.size for image in images] == [(64, 64), 2] + 5 * [(64, 64)]
+    assert [len(image) if isinstance(image, list) else image.size for image in images] == [(128, 128), 2] + 5 * [
+        (128, 128)
+    ]
     folder = tmp_path / "a folder" / "alice"
     for n in range(4):
         assert pictures.USERS[0].placeholder in (folder / f"{n}.txt").read_text()
-        assert Image.open(folder / f"{n}.png").size == Image.open(folder / f"{n}-mask.png").size == (64, 64)
+        assert Image.open(folder / f"{n}.png").size == Image.open(folder / f"{n}-mask.png").size == (128, 128)
     assert "keylock train 'a folder/alice'" in said and "keylock generate 'a folder/requests.json'" in said
 
 

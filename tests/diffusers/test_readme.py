@@ -78,7 +78,7 @@ def test_the_first_two_examples_run_as_they_stand(ten_minutes, monkeypatch, numb
     block = BLOCKS[number].replace("=30", "=2")
     names: dict = {}
     exec(block, names)
-    assert [image.size for image in names["images"]] == [(64, 64)] * 3
+    assert [image.size for image in names["images"]] == [(128, 128)] * 3
     assert ("load_adapter" in block) == bool(number)
 
 
@@ -99,7 +99,7 @@ def test_the_second_batchs_example_draws_the_demos(concept_for, tmp_path, monkey
     for one, other in zip(ours, demos, strict=True):
         assert (one.prompt, one.seed, one.guidance_scale) == (other.prompt, other.seed, other.guidance_scale)
         for uses in zip(one.concepts, other.concepts, strict=True):
-            assert len({use if isinstance(use, str) else use.concept for use in uses}) == 1
+            assert len({(use.concept, use.strength, use.region is None) for use in uses}) == 1
         for a, b in zip(one.image_prompts, other.image_prompts, strict=True):
             assert a.scale == b.scale and torch.equal(a.region, b.region)
     assert Image.open("regions.png").width == 6 + 3 * 166

@@ -11,6 +11,7 @@ from PIL import Image
 
 from keylock_diffusers.demo import pictures
 from keylock_diffusers.embedded import render
+from keylock_diffusers.embedded.prompts import PERSONAL_GUIDANCE
 from keylock_diffusers.files import write_atomically
 
 USER = pictures.USERS[0]
@@ -20,8 +21,8 @@ REQUESTS: list[dict[str, Any]] = [
     {
         "id": "a concept",
         "prompt": f"{USER.placeholder} with tears of joy on pink",
-        "concepts": [CONCEPT],
-        "guidance_scale": 4.0,
+        "concepts": [{"concept": CONCEPT, "strength": 0.9}],
+        "guidance_scale": PERSONAL_GUIDANCE,
         "seed": 0,
     },
     {
@@ -35,7 +36,7 @@ REQUESTS: list[dict[str, Any]] = [
                 "start": 0.0,
             }
         ],
-        "guidance_scale": 4.0,
+        "guidance_scale": PERSONAL_GUIDANCE,
         "num_images": 2,
         "seed": 1,
     },
@@ -43,14 +44,14 @@ REQUESTS: list[dict[str, Any]] = [
         "id": "an image prompt",
         "prompt": "a house next to a cat on white",
         "image_prompts": [{"image": "blue-cat.png", "scale": 1.5, "region": "right.png", "start": 0.0, "end": 1.0}],
-        "guidance_scale": 4.0,
+        "guidance_scale": PERSONAL_GUIDANCE,
         "seed": 0,
     },
     {
         "id": "words in their places",
         "prompt": "a (red:1.3) car next to a house on yellow",
         "regions": [{"mask": "left.png", "prompt": "car"}, {"mask": "right.png", "prompt": "house"}],
-        "guidance_scale": 4.0,
+        "guidance_scale": PERSONAL_GUIDANCE,
         "seed": 2,
     },
     {
@@ -58,7 +59,7 @@ REQUESTS: list[dict[str, Any]] = [
         "prompt": "a dog on blue",
         "image": "alice/0.png",
         "strength": 0.6,
-        "guidance_scale": 4.0,
+        "guidance_scale": PERSONAL_GUIDANCE,
         "seed": 3,
     },
     {
@@ -67,14 +68,14 @@ REQUESTS: list[dict[str, Any]] = [
         "image": "alice/0.png",
         "mask": "right.png",
         "strength": 1.0,
-        "guidance_scale": 4.0,
+        "guidance_scale": PERSONAL_GUIDANCE,
         "seed": 4,
     },
     {
         "id": "nothing but words, new each time",
         "prompt": "a rocket on purple",
         "negative_prompt": "a car",
-        "guidance_scale": 4.0,
+        "guidance_scale": PERSONAL_GUIDANCE,
         "seed": None,
     },
 ]

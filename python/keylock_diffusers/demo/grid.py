@@ -16,7 +16,7 @@ _CELL, _GAP, _LEFT, _HEAD = 160, 8, 150, 30
 def draw(
     columns: Sequence[str],
     rows: Sequence[str],
-    images: Sequence[np.ndarray],  # row by row, each [64, 64, 3] in 0..1
+    images: Sequence[np.ndarray],  # row by row, each [128, 128, 3] in 0..1
     given: Mapping[str, Sequence[Image.Image]],
 ) -> Image.Image:
     """A labelled grid; the first row holds the pictures that the columns' people gave."""

@@ -14,14 +14,14 @@ from PIL import Image
 
 from keylock_diffusers.concepts import Concept
 from keylock_diffusers.demo import grid, pictures
-from keylock_diffusers.demo.pictures import USERS, wearer
+from keylock_diffusers.demo.pictures import STRENGTH, USERS, wearer
 from keylock_diffusers.demo.regions import half
 from keylock_diffusers.embedded import render
 from keylock_diffusers.embedded.captions import default_captions
-from keylock_diffusers.embedded.prompts import GUIDANCE
+from keylock_diffusers.embedded.prompts import PERSONAL_GUIDANCE
 from keylock_diffusers.generation.generate import generate
 from keylock_diffusers.loras import Adapter, LoraBank, write_adapter
-from keylock_diffusers.requests import Lora, Request
+from keylock_diffusers.requests import Lora, Request, Use
 from keylock_diffusers.routing.adapters import LoraCapacity
 from keylock_diffusers.training import LoraTrainingConfig, Subject, train_loras
 
@@ -49,7 +49,7 @@ def sepia(image: np.ndarray) -> np.ndarray:
 
 def rows(seed: int = 0) -> list[Row]:
     """The batch."""
-    common: dict[str, Any] = {"seed": seed, "guidance_scale": GUIDANCE}
+    common: dict[str, Any] = {"seed": seed, "guidance_scale": PERSONAL_GUIDANCE}
     left, right = half(True), half(False)
     two = [Lora(ON_THE_LEFT, region=left), Lora(ON_THE_RIGHT, region=right)]
     return [
@@ -57,7 +57,10 @@ def rows(seed: int = 0) -> list[Row]:
         Row("a style", Request("a cat on blue", loras=[STYLE], **common)),
         Row("the style in the left half", Request("a strawberry on teal", loras=[Lora(STYLE, region=left)], **common)),
         Row("two users' LoRAs, a half each", Request("a cat next to a cat on white", loras=two, **common)),
-        Row("the style beside a concept", Request("<bob-cat> on pink", concepts=["bob/cat"], loras=[STYLE], **common)),
+        Row(
+            "the style beside a concept",
+            Request("<bob-cat> on pink", concepts=[Use("bob/cat", strength=STRENGTH)], loras=[STYLE], **common),
+        ),
         Row("the style from half of the steps on", Request("a fox on blue", loras=[Lora(STYLE, start=0.5)], **common)),
         Row("the style at strength -0.5", Request("a dog on green", loras=[Lora(STYLE, -0.5)], **common)),
     ]
@@ -71,7 +74,7 @@ def subjects(pipe: Any, steps: int = _DRAWING_STEPS) -> dict[str, Subject]:
         steps: denoising steps of the pictures that it draws.
     """
     captions = default_captions(_DRAWN, seed=5)
-    orders = [Request(caption, seed=500 + n, guidance_scale=GUIDANCE) for n, caption in enumerate(captions)]
+    orders = [Request(caption, seed=500 + n, guidance_scale=PERSONAL_GUIDANCE) for n, caption in enumerate(captions)]
     drawn = generate(pipe, orders, num_inference_steps=steps, output_type="np")
     made = {STYLE: Subject("sepia", "", [grid.as_picture(sepia(image)) for image in drawn], captions)}
     for seed, (name, user) in enumerate(((ON_THE_LEFT, USERS[0]), (ON_THE_RIGHT, USERS[2])), 1):
@@ -120,7 +123,7 @@ def run(
         adapters=len(taught), rank=training.rank, slots=2, regions=True, convolutions=training.targets == "all"
     )
 
-    def draw(orders: Sequence[Request]) -> list[np.ndarray]:  # each [64, 64, 3] in 0..1
+    def draw(orders: Sequence[Request]) -> list[np.ndarray]:  # each [128, 128, 3] in 0..1
         return generate(
             pipe, orders, bank=bank, loras=loras, lora_capacity=room, max_regions=2, max_batch=len(orders),
             num_inference_steps=steps, output_type="np",

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from keylock_diffusers.concepts import Concept
 from keylock_diffusers.demo import grid, pictures
+from keylock_diffusers.demo.pictures import STRENGTH
 from keylock_diffusers.embedded import render
-from keylock_diffusers.embedded.prompts import GUIDANCE
+from keylock_diffusers.embedded.prompts import PERSONAL_GUIDANCE
 from keylock_diffusers.generation.engine import Engine, Settings
 from keylock_diffusers.generation.generate import generate
 from keylock_diffusers.generation.maps import AttentionMaps
@@ -31,7 +32,7 @@ class Row:
     words: tuple[str, ...]
 
 
-def half(left: bool) -> Tensor:  # [64, 64]
+def half(left: bool) -> Tensor:  # [128, 128]
     """One half of the picture as a mask."""
     mask = torch.zeros(render.SIZE, render.SIZE)
     mask[:, : render.SIZE // 2] = 1
@@ -42,11 +43,11 @@ def rows(seed: int = 0) -> list[Row]:
     """The batch."""
     left, right = half(True), half(False)
     picture = pictures.image_prompt()
-    common: dict[str, Any] = {"seed": seed, "guidance_scale": GUIDANCE}
+    common: dict[str, Any] = {"seed": seed, "guidance_scale": PERSONAL_GUIDANCE}
     return [
         Row(
             "a concept",
-            Request("<alice-cat> with tears of joy on pink", concepts=["alice/cat"], **common),
+            Request("<alice-cat> with tears of joy on pink", concepts=[Use("alice/cat", strength=STRENGTH)], **common),
             ("<alice-cat>", "tears"),
         ),
         Row(
@@ -62,7 +63,7 @@ def rows(seed: int = 0) -> list[Row]:
             "both: a concept on the left, an image prompt on the right",
             Request(
                 "<bob-cat> next to a cat on yellow",
-                concepts=[Use("bob/cat", region=left)],
+                concepts=[Use("bob/cat", strength=STRENGTH, region=left)],
                 image_prompts=[ImagePrompt(picture, region=right)],
                 **common,
             ),
@@ -72,7 +73,10 @@ def rows(seed: int = 0) -> list[Row]:
             "two subjects, each in its own half",
             Request(
                 "<alice-cat> next to <carol-cat> on blue",
-                concepts=[Use("alice/cat", region=right), Use("carol/cat", region=left)],
+                concepts=[
+                    Use("alice/cat", strength=STRENGTH, region=right),
+                    Use("carol/cat", strength=STRENGTH, region=left),
+                ],
                 **common,
             ),
             ("<alice-cat>", "<carol-cat>"),

@@ -16,10 +16,10 @@ from tqdm import tqdm
 from keylock_diffusers import embedded
 from keylock_diffusers.concepts import Concept, ConceptBank
 from keylock_diffusers.demo import grid, loras, pictures, regions
-from keylock_diffusers.demo.pictures import USERS, User
+from keylock_diffusers.demo.pictures import STRENGTH, USERS, User
 from keylock_diffusers.embedded import classifier, render
 from keylock_diffusers.embedded.evaluate import background_name
-from keylock_diffusers.embedded.prompts import GUIDANCE
+from keylock_diffusers.embedded.prompts import PERSONAL_GUIDANCE
 from keylock_diffusers.generation.generate import generate
 from keylock_diffusers.processors import install
 from keylock_diffusers.requests import Request, Use
@@ -87,7 +87,7 @@ def run(
         bar.update()
         return {}
 
-    def draw(orders: Sequence[Request]) -> list[np.ndarray]:  # each [64, 64, 3] in 0..1
+    def draw(orders: Sequence[Request]) -> list[np.ndarray]:  # each [128, 128, 3] in 0..1
         return generate(
             pipe,
             orders,
@@ -159,19 +159,20 @@ def _mixed_batch(seed: int) -> list[Request]:
     orders = []
     for scene in SCENES:
         orders += [_order(scene, user, seed) for user in USERS]
-        orders.append(Request(scene.prompt.format("cat"), seed=seed, guidance_scale=GUIDANCE))
+        orders.append(Request(scene.prompt.format("cat"), seed=seed, guidance_scale=PERSONAL_GUIDANCE))
     for one, other in zip(USERS, (*USERS[1:], USERS[0]), strict=True):
-        words, held = _TOGETHER.format(one.placeholder, other.placeholder), [Use(_id(one)), Use(_id(other))]
-        orders.append(Request(words, concepts=held, seed=seed, guidance_scale=GUIDANCE))
-    return [*orders, Request(_PLAIN, seed=seed, guidance_scale=GUIDANCE)]
+        words = _TOGETHER.format(one.placeholder, other.placeholder)
+        held = [Use(_id(user), strength=STRENGTH) for user in (one, other)]
+        orders.append(Request(words, concepts=held, seed=seed, guidance_scale=PERSONAL_GUIDANCE))
+    return [*orders, Request(_PLAIN, seed=seed, guidance_scale=PERSONAL_GUIDANCE)]
 
 
-def _order(scene: Scene, user: User, seed: int, strength: float = 1.0) -> Request:
+def _order(scene: Scene, user: User, seed: int, strength: float = STRENGTH) -> Request:
     return Request(
         scene.prompt.format(user.placeholder),
         concepts=[Use(_id(user), strength=strength)],
         seed=seed,
-        guidance_scale=GUIDANCE,
+        guidance_scale=PERSONAL_GUIDANCE,
     )
 
 
@@ -190,7 +191,7 @@ def _difference(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> flo
 
 
 def _coats(cells: Sequence[tuple[Scene, User, int]], images: Sequence[np.ndarray]) -> dict[str, str]:
-    """Per scene, how many pictures' cats are nearest in colour to their own user's coat."""
+    """Per scene, how many pictures' cats are nearest in their colours to their own user's coat."""
     left = np.arange(render.SIZE) < render.SIZE // 2
     right = {scene.label: [0, 0] for scene in SCENES}
     for (scene, user, _), image in zip(cells, images, strict=True):

@@ -1,6 +1,6 @@
 """The base model that ships with the package, what it was trained on, and how.
 
-A small text-to-image model of emoji-like pictures, 64 x 64: enough to run, test and measure the
+A small text-to-image model of emoji-like pictures, 128 x 128: enough to run, test and measure the
 whole library anywhere, and no more than that.
 """
 

@@ -53,14 +53,16 @@ def train(
     encoder: CLIPVisionModelWithProjection,
     *,
     config: AdapterConfig = CONFIG,
+    start: ImageAdapter | None = None,
     pool: int = 30_000,
     seed: int = 300,
 ) -> Any:
-    """Trains (or resumes) the adapter on renders."""
+    """Trains (or resumes) the adapter on renders, from other weights than new ones where `start` is given."""
     return train_image_adapter(
         pipe,
         examples(pipe, encoder.float().eval(), pool, seed),
         config,
+        start=start,
         accelerator=loop.fastest(),
         checkpoint_path=folder / CHECKPOINT,
     )

@@ -16,11 +16,11 @@ from . import ASSETS, autoencoder, render
 from .glyphs import GLYPHS
 
 FILE = ASSETS / "classifier.safetensors"
-_WIDTHS = (3, 32, 64, 128, 192)
+_WIDTHS = (3, 32, 64, 96, 128, 192)
 
 
 class Classifier(nn.Module):
-    """Pictures [B, 3, 64, 64] in -1..1 to logits [B, glyphs]."""
+    """Pictures [B, 3, 128, 128] in -1..1 to logits [B, glyphs]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,9 +34,18 @@ class Classifier(nn.Module):
         features = self.body(pixels)
         return self.head(torch.cat([features.amax((2, 3)), features.mean((2, 3))], 1))
 
+    def features(self, pixels: Tensor) -> list[Tensor]:
+        """What its first three layers see in pictures [B, 3, h, w]: [B, 32, h / 2, w / 2] and on."""
+        found = []
+        for layer in list(self.body.children())[:9]:
+            pixels = layer(pixels)
+            if isinstance(layer, nn.SiLU):
+                found.append(pixels)
+        return found
+
     @torch.no_grad()
     def names(self, images: list[np.ndarray], count: int = 1) -> list[tuple[str, ...]]:
-        """Per picture [64, 64, 3] uint8, the captions of its `count` likeliest glyphs."""
+        """Per picture [128, 128, 3] uint8, the captions of its `count` likeliest glyphs."""
         best = self(autoencoder.pixels(images)).topk(count).indices
         return [tuple(GLYPHS[int(n)].caption for n in row) for row in best]
 
@@ -49,7 +58,7 @@ def load() -> Classifier:
 
 
 def train(folder: Path, *, steps: int = 6000, batch: int = 64, seed: int = 100) -> Classifier:
-    """Trains (or resumes) on renders with any coat on the cats, blurred and noised a little as drawn pictures are."""
+    """Trains (or resumes) on renders with any coat on any glyph, blurred and noised a little as drawn pictures are."""
     torch.manual_seed(seed)
     accelerator = loop.fastest()
     device = accelerator.device

@@ -21,19 +21,22 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from keylock_diffusers.training import loop
 
 from . import autoencoder, render
+from .coats import WORDS
 from .glyphs import BACKGROUNDS, DYES, GLYPHS
 
+CHECKPOINT = "diffusion.safetensors"
 LENGTH = 32  # tokens of a prompt
 _WIDTH = 192
 _BOS, _EOS, _END = "<|startoftext|>", "<|endoftext|>", "</w>"
 _UNCONDITIONAL = 0.1  # share of captions dropped, for guidance
+_BATCH = 32  # pictures a step
 # Words that people put around a subject; learned as single tokens though no caption uses them.
 _EXTRA_WORDS = "photo picture drawing painting of the in wearing my your two next to"
 
 
 def build_tokenizer() -> CLIPTokenizer:
     """A byte-level CLIP tokenizer in which every word of the captions is one token."""
-    text = " ".join([*(g.caption for g in GLYPHS), *BACKGROUNDS, *DYES, "a an and on", _EXTRA_WORDS])
+    text = " ".join([*(g.caption for g in GLYPHS), *BACKGROUNDS, *DYES, *WORDS.values(), "a an and on", _EXTRA_WORDS])
     merges = list(_merges(tuple(sorted(set(text.split())))))
     # CLIP's order: bytes, bytes that end a word, merges, the two special tokens.
     letters = sorted(ByteLevel.alphabet())
@@ -87,7 +90,7 @@ def build(vae: AutoencoderTiny) -> StableDiffusionPipeline:
         )
     )
     unet = UNet2DConditionModel(
-        sample_size=render.SIZE // 4,
+        sample_size=render.SIZE // autoencoder.FACTOR,
         in_channels=autoencoder.CHANNELS,
         out_channels=autoencoder.CHANNELS,
         layers_per_block=1,
@@ -128,9 +131,9 @@ def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
 
 @torch.no_grad()
 def encode_pool(
-    pipe: StableDiffusionPipeline, path: Path, size: int, seed: int, device: torch.device
+    pipe: StableDiffusionPipeline, path: Path, size: int, pairs: float, seed: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Scaled latents [size, 12, 16, 16] fp16 and token ids [size, 32] of `size` pictures; kept in `path`."""
+    """Scaled latents [size, 20, 16, 16] fp16 and token ids [size, 32] of `size` pictures; kept in `path`."""
     if path.exists():
         pool = load_file(path)
         if len(pool["latents"]) == size:
@@ -138,7 +141,7 @@ def encode_pool(
     vae = pipe.vae.to(device).eval()
     latents, ids = [], []
     for start in tqdm(range(0, size, 64), desc="encoding pictures", mininterval=5):
-        pictures = [render.draw(seed, i) for i in range(start, min(start + 64, size))]
+        pictures = [render.draw(seed, i, pairs=pairs) for i in range(start, min(start + 64, size))]
         encoded = vae.encode(autoencoder.pixels([p.image for p in pictures]).to(device)).latents
         latents.append((encoded * vae.config.scaling_factor).half().cpu())
         ids.append(token_ids(pipe.tokenizer, [p.caption for p in pictures]))
@@ -154,11 +157,12 @@ def train(
     *,
     start: StableDiffusionPipeline | None = None,
     steps: int = 10_000,
-    batch: int = 32,
     pool: int = 60_000,
+    pairs: float = 0.35,
+    learning_rate: float = 8e-4,
     seed: int = 0,
 ) -> StableDiffusionPipeline:
-    """Trains text encoder and U-Net on the v-prediction loss.
+    """Trains text encoder and U-Net on the v-prediction loss, a share `pairs` of it on pictures of two subjects.
 
     Resumes from the checkpoint in `folder`; where there is none, goes on from the weights of `start` with a fresh
     optimiser, or begins anew.
@@ -170,7 +174,7 @@ def train(
     if start is not None:
         pipe.unet.load_state_dict(start.unet.state_dict())
         pipe.text_encoder.load_state_dict(start.text_encoder.state_dict())
-    latents, ids = encode_pool(pipe, folder / f"pool-{seed}.safetensors", pool, seed + 10, device)
+    latents, ids = encode_pool(pipe, folder / f"pool-{seed}.safetensors", pool, pairs, seed + 10, device)
     model = nn.ModuleDict({"unet": pipe.unet, "text_encoder": pipe.text_encoder}).to(device).train()
     unet, text_encoder = pipe.unet, pipe.text_encoder
     if device.type == "cpu":
@@ -180,12 +184,12 @@ def train(
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         random = loop.generator(seed, step)
-        rows = torch.randint(len(latents), (batch,), generator=random)
-        dropped = torch.rand(batch, generator=random) < _UNCONDITIONAL
+        rows = torch.randint(len(latents), (_BATCH,), generator=random)
+        dropped = torch.rand(_BATCH, generator=random) < _UNCONDITIONAL
         clean = latents[rows].float().to(device)
         noise = torch.randn(clean.shape, generator=random).to(device)
         # Logit-normal: what a subject is gets decided at middling noise, which is drawn more often.
-        times = (len(alphas) * torch.sigmoid(0.4 + torch.randn(batch, generator=random))).long().to(device)
+        times = (len(alphas) * torch.sigmoid(0.4 + torch.randn(_BATCH, generator=random))).long().to(device)
         signal, sigma = (a.sqrt().view(-1, 1, 1, 1) for a in (alphas[times], 1 - alphas[times]))
         text = text_encoder(torch.where(dropped[:, None], empty, ids[rows]).to(device))[0]
         predicted = unet(signal * clean + sigma * noise, times, text).sample
@@ -195,8 +199,8 @@ def train(
     loop.fit(
         model,
         loss,
-        folder / "diffusion.safetensors",
-        loop.Schedule(steps, batch, 8e-4, warmup=200, average_decay=0.998, seed=seed),
+        folder / CHECKPOINT,
+        loop.Schedule(steps, _BATCH, learning_rate, warmup=200, average_decay=0.998, seed=seed),
         accelerator=accelerator,
         desc="diffusion",
     )
@@ -204,13 +208,12 @@ def train(
     return pipe
 
 
-def assemble(folder: Path, seed: int = 0) -> StableDiffusionPipeline:
-    """The pipeline of the checkpoints in `folder`, with averaged weights."""
-    pipe = build(autoencoder.build(seed))
-    loop.load_average(folder / "decoder.safetensors", pipe.vae.decoder)
-    loop.load_average(
-        folder / "diffusion.safetensors", nn.ModuleDict({"unet": pipe.unet, "text_encoder": pipe.text_encoder})
-    )
+def assemble(folder: Path, vae: AutoencoderTiny) -> StableDiffusionPipeline:
+    """The pipeline of the checkpoints in `folder`, with averaged weights; the autoencoder's decoder if it is there."""
+    pipe = build(vae)
+    if (folder / autoencoder.CHECKPOINT).exists():
+        loop.load_average(folder / autoencoder.CHECKPOINT, nn.ModuleDict({"decoder": pipe.vae.decoder}))
+    loop.load_average(folder / CHECKPOINT, nn.ModuleDict({"unet": pipe.unet, "text_encoder": pipe.text_encoder}))
     for module in (pipe.vae, pipe.unet, pipe.text_encoder):
         module.eval()
     return pipe
@@ -224,5 +227,6 @@ def export(pipe: StableDiffusionPipeline, folder: Path) -> int:
     pipe.to(dtype=torch.float32)
     # transformers loads in the dtype that the configuration names, diffusers in float32: make them agree.
     _edit_json(folder / "text_encoder" / "config.json", {"dtype": "float32"})
-    _edit_json(folder / "vae" / "config.json", {"block_out_channels": None})  # derived; diffusers warns of it
+    # The first is derived, and diffusers warns of it; the second says where a model was loaded from.
+    _edit_json(folder / "vae" / "config.json", {"block_out_channels": None, "_name_or_path": None})
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

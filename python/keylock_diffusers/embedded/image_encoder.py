@@ -15,7 +15,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from keylock_diffusers.training import loop
 
-from . import autoencoder, render
+from . import ADAPTER, IMAGE_ENCODER_FOLDER, autoencoder, render
 from .glyphs import GLYPHS
 
 WIDTH = 192
@@ -32,7 +32,7 @@ def build(seed: int = 0) -> CLIPVisionModelWithProjection:
     return CLIPVisionModelWithProjection(
         CLIPVisionConfig(
             image_size=render.SIZE,
-            patch_size=8,
+            patch_size=16,
             hidden_size=WIDTH,
             intermediate_size=4 * WIDTH,
             num_hidden_layers=4,
@@ -44,7 +44,7 @@ def build(seed: int = 0) -> CLIPVisionModelWithProjection:
 
 
 def normalised(pixels: Tensor) -> Tensor:
-    """Pictures [B, 3, 64, 64] in -1..1 as the encoder takes them."""
+    """Pictures [B, 3, 128, 128] in -1..1 as the encoder takes them."""
     return ((pixels + 1) / 2 - _MEAN.to(pixels)) / _DEVIATION.to(pixels)
 
 
@@ -68,7 +68,7 @@ class Reader(nn.Module):
 
 
 def train(folder: Path, *, steps: int = 5000, batch: int = 64, seed: int = 200) -> CLIPVisionModelWithProjection:
-    """Trains (or resumes) on renders with any coat on the cats."""
+    """Trains (or resumes) on renders with any coat on any glyph."""
     accelerator = loop.fastest()
     device = accelerator.device
     model = Reader(seed).to(device).train()
@@ -99,7 +99,9 @@ def train(folder: Path, *, steps: int = 5000, batch: int = 64, seed: int = 200) 
 
 
 def restore(folder: Path) -> CLIPVisionModelWithProjection:
-    """The encoder of the checkpoint in `folder`, with averaged weights."""
+    """The encoder of the checkpoint in `folder`, with averaged weights; where there is none, the exported one."""
+    if not (folder / CHECKPOINT).exists():
+        return CLIPVisionModelWithProjection.from_pretrained(ADAPTER / IMAGE_ENCODER_FOLDER, dtype=torch.float32).eval()
     model = Reader()
     loop.load_average(folder / CHECKPOINT, model)
     return model.encoder.eval()

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
-from PIL import Image
-
-from keylock_diffusers.embedded import render
 
 Colour = tuple[int, int, int]
 _LEAST_CONTRAST = 110.0  # between a coat's two colours, as points of 0..255 cubed
@@ -67,6 +63,18 @@ _PATTERNS: dict[str, tuple[Callable[..., np.ndarray], tuple[tuple[float, float],
     "strands": (_strands, ()),
 }
 
+# What a caption says of a pattern.
+WORDS = {
+    "patch": "patched",
+    "stripes": "striped",
+    "spots": "spotted",
+    "halves": "halved",
+    "tabby": "tabby",
+    "rings": "ringed",
+    "fade": "shaded",
+    "strands": "wavy",
+}
+
 
 @dataclass(frozen=True)
 class Coat:
@@ -100,10 +108,3 @@ class Coat:
         share = np.asarray(_PATTERNS[self.pattern][0](row, column, *self.numbers), np.float32)[..., None]
         first, second = (np.asarray(colour, np.float32) for colour in self.colours)
         return first * (1 - share) + second * share
-
-
-@cache
-def coated(coat: Coat | None, caption: str) -> Image.Image:
-    """The sprite of the glyph of that caption in a coat; None: in its own colours."""
-    plain = render.sprite(render.find(caption).codepoint)
-    return plain if coat is None else render.dye(plain, coat.paint(plain.width))
