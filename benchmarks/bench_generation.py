@@ -26,6 +26,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 import keylock_diffusers as kd
 from benchmarks.harness import DEVICE, QUICK, Addition, Case, Contestant, dtype_name, dtypes
 from keylock_diffusers import embedded
+from keylock_diffusers.concepts import KeyLockedConcept
 from keylock_diffusers.denoisers.unet import cross_attention_layers, resolutions_of
 from keylock_diffusers.routing.rows import ConceptUse, ImageUse
 from keylock_diffusers.testing import random_ip_adapter, random_unet
@@ -46,7 +47,7 @@ def concept(base: BaseModel, user: str, seed: int) -> kd.Concept:
     width = base.cross_attention_dim
     target = torch.randn(width, generator=random)
     energy = float(target @ target)
-    return kd.Concept(
+    return KeyLockedConcept(
         f"<{user}-cat>",
         "cat",
         target_input=target,
