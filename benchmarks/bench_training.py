@@ -77,6 +77,7 @@ def peft_script(config: LoraTrainingConfig) -> Callable[[list[Subject]], list[fl
     """
     from peft import LoraConfig, inject_adapter_in_model
 
+    @torch.enable_grad()  # benchmarks run without
     def learn(pipe: Any, subject: Subject) -> float:
         settings = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(TARGETS))
         unet, smoothed = pipe.unet.requires_grad_(False), float("nan")
