@@ -138,13 +138,13 @@ def random_adapter(pipe, seed):
 def test_the_example_of_every_kind_of_request_runs(concept_for):
     (block,) = [b for b in BLOCKS if "kd.Control" in b]
     pipe = kd.install(embedded.load())
-    mask = Image.new("L", (64, 64), 0)
-    mask.paste(255, (0, 0, 32, 64))
-    given = {"photo": Image.new("RGB", (64, 64), "red"), "edges": Image.new("RGB", (64, 64)), "left_half": mask}
+    mask = Image.new("L", (128, 128), 0)
+    mask.paste(255, (0, 0, 64, 128))
+    given = {"photo": Image.new("RGB", (128, 128), "red"), "edges": Image.new("RGB", (128, 128)), "left_half": mask}
     control = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(16, 32, 96))
     names: dict = {"kd": kd, "pipe": pipe, "bank": {"alice/cat": concept_for(pipe)}, "controlnet": control, **given}
     exec(block.replace("controlnets=", "num_inference_steps=2, controlnets="), names)
-    assert [image.size for image in names["images"]] == [(64, 64)] * 4
+    assert [image.size for image in names["images"]] == [(128, 128)] * 4
 
 
 def test_the_kernel_example_runs():
