@@ -141,7 +141,7 @@ def test_the_example_of_every_kind_of_request_runs(concept_for):
     mask = Image.new("L", (128, 128), 0)
     mask.paste(255, (0, 0, 64, 128))
     given = {"photo": Image.new("RGB", (128, 128), "red"), "edges": Image.new("RGB", (128, 128)), "left_half": mask}
-    control = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(16, 32, 96))
+    control = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(16, 32, 64, 96))
     names: dict = {"kd": kd, "pipe": pipe, "bank": {"alice/cat": concept_for(pipe)}, "controlnet": control, **given}
     exec(block.replace("controlnets=", "num_inference_steps=2, controlnets="), names)
     assert [image.size for image in names["images"]] == [(128, 128)] * 4
