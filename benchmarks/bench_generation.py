@@ -291,7 +291,7 @@ def resident(personalization: kd.Personalization) -> dict[str, float]:
         return sum(t.numel() * t.element_size() for t in tensors)
 
     everything = size(personalization.tensors())
-    pairs = [*personalization.kv.values(), *personalization.image_kv.values()]
+    pairs = [*personalization.kv.values(), *personalization._images._pairs.values()]
     return {
         f"MB per row with {STEP_IMAGES[0]} images": everything / len(personalization.rows) / 1e6,
         "all of it over keys and values": everything / size(t for pair in pairs for t in pair),
