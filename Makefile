@@ -30,6 +30,7 @@ help:
 	@echo "make test      the tests that need no GPU"
 	@echo "make test-long the rest of them, which takes longer: kernels in Triton's interpreter, what they compile to,"
 	@echo "               the C++ kernels with sanitizers, which make test-csrc runs alone"
+	@echo "make test-ptx  the Triton kernels' own tests on their PTX for two GPUs, executed on the CPU; takes hours"
 	@echo "make test-gpu  the tests that need one; SHARD=2/4 runs the second quarter"
 	@echo "make first-gpu is everything there, right and how fast, on a GPU's first day; STEP=right|safe|fast a part"
 	@echo "               of at most ten minutes, STEP=smoke a step, STUB=1 what can be rehearsed without a GPU"
@@ -62,6 +63,16 @@ test-long: $(VENV)/installed-test test-csrc
 	@export OMP_NUM_THREADS=1; \
 	TRITON_INTERPRET=1 $(TEST) $(TRITON_TESTS) -k triton -m "not gpu"; interpreted=$$?; \
 	$(TEST) tests -m "long and not gpu" && exit $$interpreted
+
+# The Triton kernels' tests on what they compile to for two GPUs, run instruction by instruction, and the cases of
+# tests/kernels/test_ptx.py in every dtype; takes hours.
+.PHONY: test-ptx
+test-ptx: $(VENV)/installed-test
+	@export OMP_NUM_THREADS=1; failed=0; \
+	for gpu in sm_80 sm_90; do \
+	  KEYLOCK_TEST_PTX=$$gpu $(TEST) $(TRITON_TESTS) -k triton -m "not gpu" || failed=1; \
+	done; \
+	$(TEST) tests/ptx tests/kernels/test_ptx.py -m "not gpu" || failed=1; exit $$failed
 
 # The C++ kernels' own tests, under sanitizers. Its errors end the program.
 .PHONY: test-csrc

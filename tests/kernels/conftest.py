@@ -10,7 +10,7 @@ import torch
 
 from keylock_kernels import native_cuda
 from tests.kernels import gpu_record
-from tests.kernels.helpers import DEVICE
+from tests.kernels.helpers import DEVICE, EXECUTED
 
 ROOT = Path(__file__).resolve().parents[2]
 torch.set_default_device(DEVICE)
@@ -35,6 +35,18 @@ def own_cache() -> Iterator[None]:
         patch.setenv("TRITON_CACHE_DIR", str(ROOT / "build" / "triton"))
         patch.setitem(os.environ, "TRITON_DEFAULT_FP_FUSION", "1")
         yield
+
+
+@pytest.fixture(scope="session", autouse=EXECUTED is not None)
+def executed_ptx() -> Iterator[None]:
+    """What a test launches is compiled for the GPU of `make test-ptx` and run by the machine of tests/ptx."""
+    from tests.ptx.launches import simulated
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(ROOT / "build" / "triton"))
+        patch.setitem(os.environ, "TRITON_DEFAULT_FP_FUSION", "1")
+        with simulated(str(EXECUTED)):
+            yield
 
 
 @pytest.hookimpl(wrapper=True)

@@ -16,8 +16,10 @@ from keylock_kernels.testing import attention_inputs, low_rank_inputs, rank_one_
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # `make test-gpu` runs the same tests on a GPU (conftest.py makes it torch's default device).
 DEVICE = os.environ.get("KEYLOCK_TEST_DEVICE", "cpu")
-TRITON_ALONE = INTERPRETED or DEVICE != "cpu"
-GPU_BACKENDS = ("triton",) if INTERPRETED or native_cuda.missing() is not None else ("triton", "cuda")
+# `make test-ptx` runs them as compiled for the GPU that this names, on the machine of tests/ptx.
+EXECUTED = os.environ.get("KEYLOCK_TEST_PTX")
+TRITON_ALONE = INTERPRETED or DEVICE != "cpu" or EXECUTED is not None
+GPU_BACKENDS = ("triton",) if INTERPRETED or EXECUTED or native_cuda.missing() is not None else ("triton", "cuda")
 UPDATE_BACKENDS = GPU_BACKENDS if TRITON_ALONE else ("eager", "native")
 LINEAR_BACKENDS = GPU_BACKENDS if TRITON_ALONE else ("eager", "bmm", "native")
 ATTENTION_BACKENDS = GPU_BACKENDS if TRITON_ALONE else ("eager", "sdpa", "native")
@@ -111,7 +113,9 @@ def attention_roundings(backend: str, dtype: torch.dtype) -> int:
 
 
 def property_examples(interpreted: int = 60) -> int:
-    """How many examples a property test draws; on a GPU each is a handful of kernels to compile."""
+    """How many examples a property test draws; each is a handful of kernels to compile for a GPU, or to execute."""
+    if EXECUTED:
+        return 5
     return interpreted if INTERPRETED else 60 if DEVICE == "cpu" else 10
 
 

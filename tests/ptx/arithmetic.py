@@ -97,13 +97,50 @@ def _product(s: Statement, o: Operands) -> Run:
     return _elementwise(s, o, product, kinds, "ftz" in flags)
 
 
+def _sum_and_rest(a: Array, b: Array) -> tuple[Array, Array]:
+    """a + b, rounded, and what that leaves, exactly."""
+    total = a + b
+    back = total - a
+    return total, (a - (total - back)) + (b - back)
+
+
+def _product_and_rest(a: Array, b: Array) -> tuple[Array, Array]:
+    """The same of a * b, by halves of their digits."""
+    (high, low), (top, rest) = (_halves(side) for side in (a, b))
+    product = a * b
+    return product, low * rest - (((product - high * top) - low * top) - high * rest)
+
+
+def _halves(values: Array) -> tuple[Array, Array]:
+    scaled = values * 134217729.0  # 2^27 + 1
+    high = scaled - (scaled - values)
+    return high, values - high
+
+
+def fused(a: Array, b: Array, c: Array) -> Array:
+    """a * b + c in float64, rounded once: the least part is rounded to odd, so that the last rounding is the only one.
+
+    Paper: Boldo and Melquiond 2008, Emulation of a FMA and correctly rounded sums, IEEE Trans. Computers 57(4).
+    """
+    with np.errstate(all="ignore"):
+        product, rest = _product_and_rest(a, b)
+        middle, least = _sum_and_rest(c, rest)
+        high, low = _sum_and_rest(product, middle)
+        odd, lost = _sum_and_rest(least, low)
+        bits = np.ascontiguousarray(odd).view(np.int64)
+        moved = bits + np.where((lost > 0) == (odd > 0), 1, -1)
+        odd = np.where((lost != 0) & (bits % 2 == 0), moved, bits).view(np.float64)
+        plain = product + c
+        return np.where(np.isfinite(plain) & np.isfinite(high + odd), high + odd, plain)
+
+
 @operation("fma")
 def _fma(s: Statement, o: Operands) -> Run:
     flags, kind = s.flags("rn", "rm", "ftz"), s.kinds[-1]
-    if kind == "f64":
-        raise Unknown(f"the machine has no wider numbers for `{s.text}`")
 
     def fma(a: Array, b: Array, c: Array) -> Array:
+        if kind == "f64":
+            return fused(a, b, c)
         exact = a.astype(np.float64) * b.astype(np.float64) + c
         if "rm" not in flags:
             return exact if kind.startswith("bf") else exact.astype(a.dtype)

@@ -178,18 +178,25 @@ class Machine:
             self.barriers[arrived[0][1]] += 1
 
     def _march(self, squad: Squad) -> Iterator[tuple[int, Array]]:
-        """Runs to the end; at every barrier yields where it stands and which blocks have come to it."""
+        """Runs to the end; at every barrier yields where it stands and which blocks have come to it.
+
+        Lanes that went apart meet again where the last of them comes by: those behind run first. A barrier that a part
+        of a block has come to waits for the others, which may be further on, in what the compiler moved out of the way.
+        """
         code, waiting = self.kernel.code, {0: np.ones(squad.lanes, bool)}
+        parked: set[int] = set()  # of `waiting`, barriers
 
         def part(place: int, lanes: Array) -> None:
             waiting[place] = waiting[place] | lanes if place in waiting else lanes
+            parked.discard(place)
 
         while waiting:
-            place = min(waiting)
+            place = min(waiting.keys() - parked or waiting)
             here = waiting.pop(place)
+            parked.discard(place)
             full = bool(here.all())
-            limit = min(waiting, default=len(code))
-            while place < limit:
+            limit = min(waiting.keys() - parked, default=len(code))
+            while place < limit and place not in parked:
                 name, guard, negated, run = code[place]
                 taken = None if full else here
                 if guard:
@@ -212,6 +219,10 @@ class Machine:
                     if taken is not None and not np.array_equal(taken, here):
                         part(place + 1, here & ~taken)
                     break
+                if name == "bar" and limit < len(code) and not self._are_whole(squad):
+                    part(place, here)
+                    parked.add(place)
+                    break
                 try:
                     if name == "bar":
                         yield place, self._whole_blocks(squad)
@@ -230,7 +241,11 @@ class Machine:
                     raise Diverged(f"{self.program.name}: lanes run behind the end")
 
     def _whole_blocks(self, squad: Squad) -> Array:
-        sums = squad.everyone().reshape(squad.blocks, -1).sum(1)
-        if ((sums != 0) & (sums != squad.lanes // squad.blocks)).any():
+        if not self._are_whole(squad):
             raise Diverged("a part of a block is at a barrier")
-        return np.flatnonzero(sums)
+        return np.flatnonzero(squad.everyone().reshape(squad.blocks, -1).any(1))
+
+    def _are_whole(self, squad: Squad) -> bool:
+        """Whether of each block all lanes of the squad are active, or none."""
+        sums = squad.everyone().reshape(squad.blocks, -1).sum(1)
+        return not ((sums != 0) & (sums != squad.lanes // squad.blocks)).any()

@@ -99,9 +99,30 @@ def cut_off(left: Array, right: Array, sums: Array, terms: int) -> Array:
     return np.where(np.isfinite(exact), kept, exact).astype(np.float32)
 
 
+# Of the product in float64, 8 x 4 times 4 x 8: a lane has a number of each side, which lie alike, and two sums.
+_OF_DOUBLES = (_GROUP * 4 + _PLACE).astype(int)
+_SUMS_OF_DOUBLES = (_GROUP[:, None] * 8 + 2 * _PLACE[:, None] + np.arange(2)).reshape(-1)
+
+
+def _doubles(s: Statement, o: Operands) -> Run:
+    a, b, sums = (o.sources(s.operands[i], "f64") for i in (1, 2, 3))
+    targets = o.targets(s.operands[0], "f64")
+
+    def run(squad: Squad) -> None:
+        squad.whole_warps()
+        left, right = (_matrix(side(squad), _OF_DOUBLES, 8, 4) for side in (a, b))
+        product = (left @ right.swapaxes(1, 2)).reshape(len(left), -1)
+        targets(squad, product[:, _SUMS_OF_DOUBLES].reshape(-1, 2) + sums(squad))
+
+    return run
+
+
 @operation("mma")
 def _mma(s: Statement, o: Operands) -> Run:
-    s.flags("sync", "aligned", "m16n8k16", "row", "col")
+    shape = "m8n8k4" if s.kinds == ["f64"] * 4 else "m16n8k16"
+    s.flags("sync", "aligned", shape, "row", "col")
+    if shape == "m8n8k4":
+        return _doubles(s, o)
     kind = s.kinds[1]
     if s.kinds not in (["f32", "bf16", "bf16", "f32"], ["f32", "f16", "f16", "f32"]):
         raise Unknown(f"the machine multiplies 16-bit numbers into float32 only, not `{s.text}`")

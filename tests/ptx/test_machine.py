@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
 
 from tests.ptx import tensor_core
+from tests.ptx.arithmetic import fused
 from tests.ptx.faults import Diverged, OutOfBounds, Race, Unknown, Unwaited
 from tests.ptx.machine import ORDERS, Kernel, Machine
 
@@ -149,3 +152,41 @@ def test_what_is_approximate_errs_where_the_machine_cuts_off():
     torch.testing.assert_close(exact, source.double().exp2().float(), rtol=0, atol=0)
     off = (near.double() / exact.double() - 1).abs()
     assert 2.0**-24 < off.max() <= 2.0**-22
+
+
+def test_multiply_and_add_in_float64_is_rounded_once():
+    random, count = np.random.default_rng(0), 4000
+    a, b, c = (random.standard_normal(count) * 2.0 ** random.integers(-e, e, count) for e in (40, 40, 80))
+    c[: count // 2] = -(a * b)[: count // 2] * (
+        1 + random.integers(-3, 4, count // 2) * 2.0**-52
+    )  # almost nothing is left
+    exact = [float(Fraction(x) * Fraction(y) + Fraction(z)) for x, y, z in zip(a, b, c, strict=True)]
+    assert fused(a, b, c).tolist() == exact and (a * b + c).tolist() != exact
+    ends = fused(np.array([np.inf, 1e300, 0.0]), np.array([1.0, 1e300, -1.0]), np.array([1.0, 1.0, 0.0]))
+    assert ends.tolist() == [np.inf, np.inf, 0.0] and np.isnan(fused(np.array([np.nan]), np.ones(1), np.ones(1)))[0]
+
+
+def test_matrices_of_float64_are_multiplied_as_the_manual_lays_them_out():
+    """One warp's 8 x 4 times 4 x 8: lane 4 i + k holds a[i, k] and b[k, i], and two sums beside each other."""
+    random = np.random.default_rng(1)
+    left, right, sums = random.standard_normal((8, 4)), random.standard_normal((4, 8)), random.standard_normal((8, 8))
+    head = HEAD.replace("mul.wide.u32 %rd2, %r0, 4;", "mul.wide.u32 %rd2, %r0, 32;")
+    body = (
+        "ld.global.b64 %rd5, [%rd3]; ld.global.b64 %rd6, [%rd3+8]; ld.global.b64 %rd7, [%rd3+16];"
+        "ld.global.b64 %rd8, [%rd3+24];"
+        "mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%rd7, %rd8}, {%rd5}, {%rd6}, {%rd7, %rd8};"
+        "st.global.b64 [%rd4], %rd7; st.global.b64 [%rd4+8], %rd8;"
+    )
+    lanes = np.stack([left.reshape(32), right.T.reshape(32), *sums.reshape(32, 2).T], 1)
+    source, target = torch.tensor(lanes.copy()), torch.zeros(32, 4, dtype=torch.float64)
+    Machine(Kernel(head + body + "\tret;\n}\n"), (1,), 1, 256, [source, target], "together").run()
+    np.testing.assert_allclose(target[:, :2].reshape(8, 8), left @ right + sums, rtol=1e-15, atol=1e-15)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_lanes_that_the_compiler_sent_behind_the_barrier_come_back_before_it(order):
+    target = torch.zeros(64)
+    run("ld.global.b32 %r3, [%rd3]; setp.lt.u32 %p1, %r0, 5; @%p1 bra $L_rare;"
+        "$L_back: st.shared.b32 [%r1], %r3; bar.sync 0; ld.shared.b32 %r4, [%r2]; st.global.b32 [%rd4], %r4; ret;"
+        "$L_rare: add.f32 %r3, %r3, %r3; bra $L_back;", numbers(), target, order=order)  # fmt: skip
+    assert target.tolist() == [*range(32, 64), *range(0, 10, 2), *range(5, 32)]
