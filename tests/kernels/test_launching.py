@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from keylock_kernels.ops import launching  # noqa: E402
+from keylock_kernels.ops.localized_attention import triton_plan  # noqa: E402
 from keylock_kernels.ops.low_rank import triton as low_rank  # noqa: E402
 from keylock_kernels.ops.low_rank.updates import Updates  # noqa: E402
 
@@ -106,3 +107,18 @@ def test_tables_have_any_number_of_updates():
             call()
     assert all(size <= 65_535 for each in grids.values() for grid in each for size in grid[1:])
     assert len(grids) == 7 and all(grid[0] == MANY for grid in grids["table_sum_kernel"])
+
+
+@pytest.mark.parametrize("table", ["FORWARD", "BACKWARD", "KEYS"])
+def test_gpus_with_little_shared_memory_take_no_table_of_those_with_much(table):
+    """sm_86, sm_89 and sm_120 give a block 99 KiB; sm_120's name begins as sm_100's does."""
+    rules = getattr(triton_plan, table)
+    asked = [
+        (size, width, load) for size in (2, 4, 8) for width in (40, 48, 64, 80, 96, 128, 160, 256) for load in range(4)
+    ]
+
+    def of(where: str) -> list[object]:
+        return [triton_plan.configuration(rules, where, *one) for one in asked]
+
+    assert of("sm_120") == of("sm_121") == of("sm_89") == of("sm_86") == of("sm_80")
+    assert of("sm_103") == of("sm_100") != of("sm_120")
