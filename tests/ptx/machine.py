@@ -180,11 +180,12 @@ class Machine:
     def _march(self, squad: Squad) -> Iterator[tuple[int, Array]]:
         """Runs to the end; at every barrier yields where it stands and which blocks have come to it.
 
-        Lanes that went apart meet again where the last of them comes by: those behind run first. A barrier that a part
-        of a block has come to waits for the others, which may be further on, in what the compiler moved out of the way.
+        Lanes that went apart meet again where the last of them comes by: those behind run first. An instruction of
+        whole warps or blocks that a part of them has come to waits for the others, which may be further on, in what
+        the compiler moved out of the way.
         """
         code, waiting = self.kernel.code, {0: np.ones(squad.lanes, bool)}
-        parked: set[int] = set()  # of `waiting`, barriers
+        parked: set[int] = set()  # of `waiting`, those that wait for others
 
         def part(place: int, lanes: Array) -> None:
             waiting[place] = waiting[place] | lanes if place in waiting else lanes
@@ -219,16 +220,16 @@ class Machine:
                     if taken is not None and not np.array_equal(taken, here):
                         part(place + 1, here & ~taken)
                     break
-                if name == "bar" and limit < len(code) and not self._are_whole(squad):
-                    part(place, here)
-                    parked.add(place)
-                    break
                 try:
                     if name == "bar":
                         yield place, self._whole_blocks(squad)
                     else:
                         run(squad)
                 except Fault as fault:
+                    if isinstance(fault, Diverged) and waiting.keys() - parked:
+                        part(place, here)
+                        parked.add(place)
+                        break
                     text = self.program.statements[place].text
                     raise type(fault)(f"{self.program.name}: {fault}: `{text}`") from fault
                 except Exception as error:
@@ -241,11 +242,7 @@ class Machine:
                     raise Diverged(f"{self.program.name}: lanes run behind the end")
 
     def _whole_blocks(self, squad: Squad) -> Array:
-        if not self._are_whole(squad):
-            raise Diverged("a part of a block is at a barrier")
-        return np.flatnonzero(squad.everyone().reshape(squad.blocks, -1).any(1))
-
-    def _are_whole(self, squad: Squad) -> bool:
-        """Whether of each block all lanes of the squad are active, or none."""
         sums = squad.everyone().reshape(squad.blocks, -1).sum(1)
-        return not ((sums != 0) & (sums != squad.lanes // squad.blocks)).any()
+        if ((sums != 0) & (sums != squad.lanes // squad.blocks)).any():
+            raise Diverged("a part of a block is at a barrier")
+        return np.flatnonzero(sums)

@@ -190,3 +190,8 @@ def test_lanes_that_the_compiler_sent_behind_the_barrier_come_back_before_it(ord
         "$L_back: st.shared.b32 [%r1], %r3; bar.sync 0; ld.shared.b32 %r4, [%r2]; st.global.b32 [%rd4], %r4; ret;"
         "$L_rare: add.f32 %r3, %r3, %r3; bra $L_back;", numbers(), target, order=order)  # fmt: skip
     assert target.tolist() == [*range(32, 64), *range(0, 10, 2), *range(5, 32)]
+    run("ld.global.b32 %r3, [%rd3]; setp.lt.u32 %p1, %r0, 5; @%p1 bra $L_rare;"
+        "$L_back: shfl.sync.bfly.b32 %r4, %r3, 1, 31, -1; st.global.b32 [%rd4], %r4; ret;"
+        "$L_rare: add.f32 %r3, %r3, %r3; bra $L_back;", numbers(), target, order=order)  # fmt: skip
+    doubled = [*range(0, 10, 2), *range(5, 64)]
+    assert target.tolist() == [doubled[n ^ 1] for n in range(64)]
