@@ -86,7 +86,7 @@ def far(one, other):
 TOGETHER = 1e-4 + 2**-10
 # A loss of what the file rounded to float16 from the loss that was shown before, and the size of Adam's first step
 # after two such roundings. test_training_losses measures both before they are rounded, by float64.
-ROUNDED, FIRST_STEP = 8e-3, 0.05
+ROUNDED, FIRST_STEP = 1e-4, 0.05
 # How far training in bfloat16, which rounds to 2^-8, may lead away in a few steps, of the largest value.
 BFLOAT16 = 0.3
 # Of the loss at the start, what forty steps have to get below.
@@ -132,8 +132,8 @@ def loss_of(pipe, subject, concept, *, step=0, size=2, gate=(0.75, 0.1)):
         clean = pipe.vae.encode(pixels.float() / 127.5 - 1).latents
         weights = torch.ones(size, 1, 8, 8)
         if subject.masks is not None:
-            masks = torch.stack([torch.from_numpy(np.asarray(subject.masks[n])).float()[None] for n in chosen])
-            weights = torch.nn.functional.avg_pool2d(masks, 2)
+            wide = [subject.masks[n].resize((64, 64), Image.Resampling.BILINEAR) for n in chosen]  # 8 for each latent
+            weights = torch.nn.functional.avg_pool2d(torch.from_numpy(np.stack(wide)).float()[:, None], 8)
             weights = weights / weights.amax((1, 2, 3), keepdim=True)
         words = {subject.placeholder: concept.word_embeddings[0]}
         prompts = [text.tokenize(pipe.tokenizer, subject.captions[n], {subject.placeholder: "cat"}) for n in chosen]
