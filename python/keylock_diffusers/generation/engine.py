@@ -374,9 +374,10 @@ class Engine:
         options = {"readout": batch.read}
         moved = torch.cat([times] * parts).to(device)
         personalization = batch.held.personalization
-        with denoiser.bound(personalization, batch.layout, options) as bound:
-            if personalization.outdated():
+        if personalization.outdated():
+            with denoiser.scaled():  # and not bound, or LoRAs would count twice in keys and values
                 personalization.remake(self.pipe)
+        with denoiser.bound(personalization, batch.layout, options) as bound:
             if batch.plans[0].controls:
                 keywords |= self._controlled(batch, sample, moved, own)
             if denoiser.fills_in:

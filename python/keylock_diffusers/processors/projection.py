@@ -12,7 +12,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from keylock_diffusers.denoisers.neighbours import own_forward
 from keylock_diffusers.denoisers.unet import base_layer
 from keylock_diffusers.processors.contract import AdapterUpdates, RowUpdates
-from keylock_diffusers.processors.routed import updated_linear
+from keylock_diffusers.processors.routed import adapters_of, bound, is_routed, updated_linear, updated_vectors
 from keylock_kernels import rank_one_linear, rank_one_update
 from keylock_kernels.ops.precision import exact_products
 from keylock_kernels.ops.rows import row_matmul
@@ -54,15 +54,28 @@ def project(
     """
     u, slots, coefficients = _nothing(projection, x) if updates is None else updates
     if adapters is not None:
-        base = None if is_plain_linear(projection) else projection(x)
-        return rank_one_update(updated_linear(base_layer(projection), x, adapters, base), u, slots, coefficients)
+        return rank_one_update(_with_adapters(projection, x, adapters), u, slots, coefficients)
     if is_plain_linear(projection):
         return rank_one_linear(x, projection.weight, u, None, slots, bias=projection.bias, coefficients=coefficients)
     return rank_one_update(projection(x), u, slots, coefficients)
 
 
-def project_vectors(projection: nn.Module, vectors: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """W x for vectors [S, D] -> [S, O] in float32, through whatever wraps the projection, without its bias.
+def _with_adapters(projection: nn.Module, x: Tensor, adapters: AdapterUpdates) -> Tensor:  # [B, T, O]
+    """W x + bias and the rows' adapters; a layer that somebody wrapped adds them itself, within what is around it."""
+    layer = base_layer(projection)
+    if is_plain_linear(projection):
+        return updated_linear(layer, x, adapters)
+    if not is_routed(layer):
+        return updated_linear(layer, x, adapters, projection(x))
+    with bound({layer._keylock_route.name: adapters}):  # type: ignore[union-attr]
+        return projection(x)  # type: ignore[no-any-return]
+
+
+def project_vectors(
+    projection: nn.Module, vectors: Tensor, dtype: torch.dtype = torch.float32, adapters: AdapterUpdates | None = None
+) -> Tensor:
+    """W x for vectors [S, D] -> [S, O] in float32, through whatever wraps the projection, without its bias, and with
+    each vector's adapters.
 
     A wrapped projection is called in `dtype`, the one it computes in.
 
@@ -72,9 +85,16 @@ def project_vectors(projection: nn.Module, vectors: Tensor, dtype: torch.dtype =
         rows, weight = vectors.float()[:, None], projection.weight.float().T
         with exact_products(vectors.device), torch.autocast(vectors.device.type, enabled=False):
             if vectors.device.type == "cpu":
-                return row_matmul(rows, weight)[:, 0]
-            return torch.cat([row @ weight for row in rows])
-    out = torch.cat([projection(vector.to(dtype)[None, None])[0] for vector in vectors])
+                out = row_matmul(rows, weight)[:, 0]
+            else:
+                out = torch.cat([row @ weight for row in rows])
+        return out if adapters is None else updated_vectors(out, vectors, adapters)
+    wide = vectors.to(dtype)[:, None, None]
+    if adapters is None:
+        out = torch.cat([projection(vector)[0] for vector in wide])
+    else:
+        each = [adapters_of(adapters, slice(n, n + 1)) for n in range(len(wide))]
+        out = torch.cat([_with_adapters(projection, v, own)[0] for v, own in zip(wide, each, strict=True)])
     if getattr(base_layer(projection), "bias", None) is not None:
         out = out - projection(torch.zeros_like(vectors[:1], dtype=dtype)[None])[0]
     return out.float()

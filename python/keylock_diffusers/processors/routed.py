@@ -196,11 +196,14 @@ def _of_rows(updates: AdapterUpdates, rows: int, name: str) -> AdapterUpdates:
     if rows == 0 or have % rows:
         raise ValueError(f"Personalization: prepared for {have} rows, but {name} runs on {rows}")
 
-    def taken(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor[:: have // rows].contiguous()
+    return adapters_of(updates, slice(None, None, have // rows))
 
-    each: Any = {field: taken(getattr(updates, field)) for field in _OF_ROWS}
-    return updates._replace(**each)
+
+def adapters_of(updates: AdapterUpdates, rows: slice) -> AdapterUpdates:
+    """The updates of some of the rows."""
+    given = {field: getattr(updates, field) for field in _OF_ROWS}
+    own: Any = {field: None if tensor is None else tensor[rows].contiguous() for field, tensor in given.items()}
+    return updates._replace(**own)
 
 
 def route(modules: Mapping[str, nn.Module]) -> None:

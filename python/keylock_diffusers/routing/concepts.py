@@ -12,7 +12,6 @@ from keylock_diffusers.concepts import KeyLockedConcept
 from keylock_diffusers.denoisers.unet import base_layer
 from keylock_diffusers.processors.contract import RowUpdates
 from keylock_diffusers.processors.projection import keys_and_values, project_vectors
-from keylock_diffusers.processors.routed import updated_vectors
 from keylock_diffusers.routing import edits
 from keylock_diffusers.routing.adapters import AdapterRouting
 from keylock_diffusers.routing.added import AddedRouting
@@ -192,8 +191,7 @@ class _Tables:
         adapters = self._adapters.of_vectors(f"{layer}.{side}", self._places)
 
         def project(vectors: Tensor) -> Tensor:
-            made = project_vectors(projection, vectors, self._dtype)
-            return made if adapters is None else updated_vectors(made, vectors, adapters)
+            return project_vectors(projection, vectors, self._dtype, adapters)
 
         return edits.table(project, side, self._targets, self._supers, values)
 
