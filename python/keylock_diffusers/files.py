@@ -241,6 +241,28 @@ def read_tensors(
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
+def check_weights(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], what: str, source: str = "") -> None:
+    """That weights have the names and shapes of others, and are finite.
+
+    Args:
+        found: the weights.
+        wanted: those whose shapes they must have.
+        what: they are for, for errors.
+        source: where they are from, such as " of FILE".
+
+    Raises:
+        ValueError: a name is missing or too many, or has another shape or a number that is not finite.
+    """
+    for name in sorted(wanted.keys() | found.keys()):
+        shape = list(wanted[name].shape) if name in wanted else "absent"
+        given = list(found[name].shape) if name in found else "nothing"
+        if shape != given:
+            raise ValueError(f"{what}: {name}{source} must be {shape}, got {given}")
+    for name, tensor in found.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{what}: {name}{source} must be finite, got NaN or infinity")
+
+
 def keep_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], facts: Mapping[str, str], what: str
 ) -> bool:

@@ -219,8 +219,10 @@ def train(
     if auto_masks:
         orders = [order.masked(pipe, auto_masks, alone=not users) for order in orders]
     subjects = [order.subject for order in orders if order.subject is not None]
-    strip = drawn.free(output.with_name(f"{output.name}.samples.png"))
-    samples = Samples(pipe, subjects[0], strip, samples_every) if samples_every else None
+    samples = None
+    if samples_every:
+        strip = drawn.free(output.with_name(f"{output.name}.samples.png"))
+        samples = Samples(pipe, subjects[0], strip, samples_every)
     following = PromptFollowing(pipe, subjects, **followed) if followed and subjects else None
     on_step = _all_of([watch for watch in (samples, following) if watch is not None])
     learned: list[Any] = []

@@ -21,7 +21,7 @@ REQUESTS: list[dict[str, Any]] = [
     {
         "id": "a concept",
         "prompt": f"{USER.placeholder} with tears of joy on pink",
-        "concepts": [{"concept": CONCEPT, "strength": 0.9}],
+        "concepts": [{"concept": CONCEPT, "strength": pictures.STRENGTH}],
         "guidance_scale": PERSONAL_GUIDANCE,
         "seed": 0,
     },

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from keylock_diffusers.checks import floats, reason_of
 from keylock_diffusers.encoding.pictures import for_image_encoder
-from keylock_diffusers.files import read_tensors, write_tensors
+from keylock_diffusers.files import check_weights, read_tensors, write_tensors
 from keylock_diffusers.pictures import PictureLimits
 from keylock_diffusers.requests import FusedSubject
 
@@ -70,16 +70,7 @@ class SubjectFusion(nn.Module):
             )
         with torch.device("meta"):  # nothing is allocated before the shapes are checked
             made = cls(len(norm))
-        wanted = {name: list(tensor.shape) for name, tensor in made.state_dict().items()}
-        found = {name: list(tensor.shape) for name, tensor in weights.items()}
-        if wanted != found:
-            wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))[0]
-            raise ValueError(
-                f"SubjectFusion: {wrong} must be {wanted.get(wrong, 'absent')}, got {found.get(wrong, 'nothing')}"
-            )
-        for name, tensor in weights.items():
-            if not tensor.isfinite().all():
-                raise ValueError(f"SubjectFusion: {name} must be finite, got NaN or infinity")
+        check_weights(weights, made.state_dict(), "SubjectFusion")
         made.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
         return made.eval()
 

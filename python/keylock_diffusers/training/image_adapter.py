@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from keylock_diffusers.concepts import BaseModel
 from keylock_diffusers.denoisers.unet import base_layer, cross_attention_layers, layer_numbers
 from keylock_diffusers.encoding import text
-from keylock_diffusers.files import read_tensors, write_tensors
+from keylock_diffusers.files import check_weights, read_tensors, write_tensors
 from keylock_diffusers.processors import ImageStreams
 from keylock_diffusers.training import loop
 from keylock_diffusers.training.frozen import (
@@ -118,13 +118,9 @@ class ImageAdapter(nn.Module):
         first = found.get("image_proj.proj.weight")
         made = cls(unet, first.shape[-1] if first is not None and first.ndim == 2 else 1)
         own = made._named()
-        for name in sorted(own.keys() | found.keys()):
-            wanted, given = (list(side[name].shape) if name in side else "nothing" for side in (own, found))
-            if wanted != given:
-                raise ValueError(f"ImageAdapter: {name} of {path} must be {wanted}, got {given}")
-            if not found[name].isfinite().all():
-                raise ValueError(f"ImageAdapter: {name} of {path} must be finite, got NaN or infinity")
-            own[name].data.copy_(found[name])
+        check_weights(found, own, "ImageAdapter", f" of {path}")
+        for name, tensor in found.items():
+            own[name].data.copy_(tensor)
         return made
 
     def _named(self) -> dict[str, nn.Parameter]:
