@@ -223,7 +223,7 @@ def test_they_run_on_a_machine_without_diffusers():
 def test_they_run_with_diffusers():
     """Each contestant once, a small shape each, of those that need a pipeline or a U-Net."""
     pytest.importorskip("diffusers")
-    options = ["-q", "-p", "no:cacheprovider", "--benchmark-disable", "-k", "generation or layer or bank or training"]
+    options = ["-q", "-p", "no:cacheprovider", "--benchmark-disable", "-k", "generation or layer or lora or training"]
     command = [sys.executable, "-m", "pytest", "benchmarks", *options]
     done = subprocess.run(command, cwd=ROOT, env=QUICK, text=True, capture_output=True)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
