@@ -75,16 +75,19 @@ class Method:
     options: Callable[[], dict[str, Any]] = dict
 
 
-def steps_of(rows: int, prior: float) -> int:
-    """How many steps a budget pays: forward and backward of each row, and forward once more for the prior."""
-    return max(1, rows // (BATCH * (3 + (prior > 0))))
+def steps_of(rows: int, config: Any) -> int:
+    """How many steps a budget pays: forward and backward of each row, forward once more for the prior; and forward and
+    backward of as many pictures of the kind, where there are any.
+    """
+    cost = 3 + (config.prior > 0) + 3 * (getattr(config, "of_kind", 0) > 0)
+    return max(1, rows // (BATCH * cost))
 
 
 def _chosen(config: Any, settings: dict[str, Any], rows: int) -> tuple[Any, dict[str, Any]]:
     """A configuration with those settings that it knows, and the others."""
     own = {name: value for name, value in settings.items() if hasattr(config, name)}
     made = replace(config, batch_size=BATCH, **own)
-    return replace(made, steps=steps_of(rows, made.prior)), {n: v for n, v in settings.items() if n not in own}
+    return replace(made, steps=steps_of(rows, made)), {n: v for n, v in settings.items() if n not in own}
 
 
 def _raised(found: list[Any]) -> list[Any]:
@@ -143,8 +146,7 @@ def _weights(pipe: Any, users: Sequence[User], settings: dict[str, Any], rows: i
     settings = dict(settings)
     word, strength = settings.pop("word"), settings.pop("strength", 1.0)
     config = replace(WeightsConfig(), batch_size=BATCH, **settings)
-    cost = BATCH * (3 + 3 * (config.prior > 0) + (config.outside > 0))  # forward and backward is three of a forward
-    config, made = replace(config, steps=max(1, rows // cost)), []
+    config, made = replace(config, steps=steps_of(rows, config)), []
     for number, user in enumerate(users):
         named = user.placeholder if word else f"sks {user.kind}"
         found = train_weights(pipe, user.subject(number, None if word else named), config)
@@ -187,6 +189,8 @@ _PERFUSION_TRIED = _grid(
     inference_beta=(0.35, 0.5, 0.85),
     inference_tau=(0.05, 0.3),
     prior=(0.3, 1.0),
+    timestep_power=(2.0,),
+    views=(0.5,),
 )
 _ADDED_TRIED = _grid(
     values_rate=(0.015, 0.1),
@@ -194,13 +198,23 @@ _ADDED_TRIED = _grid(
     keys_rate=(0.005, 0.05),
     prior=(0.3, 3.0),
     spread=(0.1, 0.4),
+    timestep_power=(1.0, 3.0),
+    views=(0.0, 0.5),
     strength=(0.9, 1.1),
 )
-_WORD_TRIED = _grid(embedding_rate=(0.03, 0.06, 0.12, 0.7, 1.4), prior=(0.3, 1.0, 3.0), spread=(0.0, 0.1, 0.6))
+_WORD_TRIED = _grid(
+    embedding_rate=(0.03, 0.06, 0.12, 0.7, 1.4),
+    prior=(0.3, 1.0, 3.0),
+    spread=(0.0, 0.1, 0.6),
+    timestep_power=(2.0,),
+    views=(0.5,),
+)
 _LORA_TRIED = _grid(
     learning_rate=(5e-4, 1e-3, 4e-3, 8e-3),
     embedding_rate=(0.03, 0.07, 0.4),
     prior=(0.3, 1.0, 3.0),
+    timestep_power=(2.0,),
+    views=(0.5,),
     strength=(0.7, 0.85),
 )
 
@@ -208,15 +222,17 @@ _LORA_TRIED = _grid(
 _WEIGHTS_TRIED = _grid(
     learning_rate=(2e-5, 5e-5, 2e-4, 5e-4),
     embedding_rate=(0.03, 0.07, 0.4),
-    prior=(0.3, 3.0),
-    outside=(0.3, 1.0, 3.0),
+    of_kind=(0.3, 3.0),
+    prior=(0.3, 1.0, 3.0),
+    timestep_power=(2.0,),
+    views=(0.5,),
     strength=(0.7, 0.85),
 )
 
 
 def _word(words: int) -> Method:
     begin = {"words": words, "embeddings": True, "spread": 0.3, "encodings": 0, "keys": 0, "values": 0}
-    begin |= {"prior": 0.0, "embedding_rate": 0.35}
+    begin |= {"prior": 0.0, "timestep_power": 1.0, "views": 0.0, "embedding_rate": 0.35}
     named = "one vector" if words == 1 else f"{words} vectors"
     return Method(f"textual inversion, {named}", _added, begin, _WORD_TRIED)
 

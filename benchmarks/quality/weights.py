@@ -20,10 +20,10 @@ from keylock_diffusers.embedded.glyphs import BACKGROUNDS
 from keylock_diffusers.loras.adapter import Adapter, LearnedWord
 from keylock_diffusers.loras.facts import facts_of
 from keylock_diffusers.training import ConceptTrainingError, Subject, loop
-from keylock_diffusers.training.captions import Captions, Prompts
+from keylock_diffusers.training.captions import Captioned, Captions
 from keylock_diffusers.training.config import is_word
 from keylock_diffusers.training.frozen import encode_images, frozen
-from keylock_diffusers.training.learners import Learner, Together, captions_of, lesson, lessons_of
+from keylock_diffusers.training.learners import Together, captions_of, lessons_of
 
 _CLASS_PICTURES = 16
 _OF_KIND = 1_000_003  # added to a subject's seed for draws of its kind's pictures
@@ -38,8 +38,9 @@ class WeightsConfig:
         batch_size: pictures of the subject a step; with a prior as many of its kind.
         learning_rate: of the weights.
         embedding_rate: of the word, in units of its size; 0 leaves it.
-        prior: weight of the loss on pictures of the subject's kind that the model draws itself; 0: there are none.
-        outside: weight of how far it strays, outside the subject's mask, from what the model says untrained.
+        of_kind: weight of the loss on pictures of the subject's kind that the model draws itself, which is DreamBooth's
+            prior; 0: there are none.
+        prior, timestep_power, views: see `AddedConfig`; of the papers Custom Diffusion's has views.
         targets: what the names of the modules that learn contain; empty: all.
         weight_decay: of the weights.
         max_grad_norm: at which gradients are clipped.
@@ -50,8 +51,10 @@ class WeightsConfig:
     batch_size: int = 6
     learning_rate: float = 1e-4
     embedding_rate: float = 0.15
-    prior: float = 1.0
-    outside: float = 0.0
+    of_kind: float = 1.0
+    prior: float = 0.0
+    timestep_power: float = 1.0
+    views: float = 0.0
     targets: tuple[str, ...] = ()
     weight_decay: float = 0.01
     max_grad_norm: float | None = 1.0
@@ -107,7 +110,7 @@ def train_weights(pipe: Any, subject: Subject, config: WeightsConfig) -> Weights
     own = copy.copy(pipe)
     own.unet = copy.deepcopy(pipe.unet)
     kind = subject.super_class or subject.placeholder.split()[-1]
-    others = _of_kind(pipe, kind) if config.prior else None
+    others = _of_kind(pipe, kind) if config.of_kind else None
     with frozen(own):
         trained = _Training(own, Captions(pipe, "train_weights"), subject, config, others)
         (found,) = trained.run(loop.Run(config.steps, progress=False))
@@ -128,21 +131,14 @@ def _of_kind(pipe: Any, kind: str) -> tuple[list[str], Tensor]:
 
 
 @dataclass(kw_only=True)
-class _Learner(Learner):
-    prompts: list[Prompts]
-    orders: list[kd.Request]
+class _Learner(Captioned):
     changed: dict[str, nn.Parameter]
-    plain: list[Prompts]  # per picture, with the super-class in the word's place
     words: tuple[nn.Parameter, ...]
     of_kind: _Learner | None = None  # pictures of its kind, which teach the same weights
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         return {**self.changed, **{f"word/{number}": word for number, word in enumerate(self.words)}}
-
-    @property
-    def ids(self) -> list[Any]:
-        return [[prompt.ids for prompt in prompts] for prompts in self.prompts]
 
 
 class _Training(Together[_Learner, Weights]):
@@ -175,16 +171,17 @@ class _Training(Together[_Learner, Weights]):
         for word in words if config.embedding_rate else ():
             size = float(word.detach().square().mean().sqrt())
             groups.append({"params": [word], "lr": config.embedding_rate * size, "weight_decay": 0.0})
-        latents, weights = lessons_of(self.pipe, subject)
+        latents, weights = lessons_of(self.pipe, subject, config.views > 0)
+        told = captions_of(subject)
         names = {subject.placeholder: 1} if words else {}
         learner = _Learner(
             subject=subject,
             latents=latents,
             weights=weights,
             optimizer=torch.optim.AdamW(groups),
-            prompts=[captions.tokenized(caption, words=names) for caption in captions_of(subject)],
+            prompts=[captions.tokenized(caption, words=names) for caption in told],
             orders=captions.orders(subject),
-            plain=captions.of(subject) if words else [captions.tokenized(caption) for caption in captions_of(subject)],
+            plain=captions.read(captions.of(subject) if words else [captions.tokenized(text) for text in told]),
             changed=chosen,
             words=words,
         )
@@ -203,27 +200,19 @@ class _Training(Together[_Learner, Weights]):
 
     def learn(self, learners: Sequence[_Learner], step: int) -> Tensor:  # [1]
         (learner,) = learners
-        loss, outside = self._losses(learner, step)
-        total = loss + self.config.outside * outside
+        losses = self._losses(learner, self.config, step)
+        total = losses.mean()
         if learner.of_kind is not None:
-            total = total + self.config.prior * self._losses(learner.of_kind, step)[0]
+            plain = replace(self.config, prior=0.0, views=0.0)
+            total = total + self.config.of_kind * self._losses(learner.of_kind, plain, step).mean()
         total.backward()
-        return loss.detach()[None]
+        return losses.detach().mean()[None]
 
-    def _losses(self, learner: _Learner, step: int) -> tuple[Tensor, Tensor]:
-        """On pictures, and how far outside their masks the weights have strayed."""
-        given = lesson(self.pipe, [learner], self.config.batch_size, step)
-        orders = [learner.orders[n] for n in given.pictures]
+    def _losses(self, learner: _Learner, config: WeightsConfig, step: int) -> Tensor:  # [B]
+        told = self.untrained.told([learner], config, step)
         words = {learner.subject.placeholder: learner.words} if learner.words else {}
-        read = self.captions.read([learner.prompts[n] for n in given.pictures], [words] * len(orders))
-        predicted = self.captions.predicted(given, read, orders)
-        outside = torch.zeros(())
-        if self.config.outside:
-            with torch.no_grad():
-                plain = self.untrained.read([learner.plain[n] for n in given.pictures])
-                without = self.untrained.predicted(given, plain, orders)
-            outside = given.strayed(predicted, without).mean()
-        return given.losses(predicted).mean(), outside
+        read = self.captions.read(told.prompts, [words] * len(told.prompts))
+        return told.losses(self.captions.predicted(told.given, read, told.orders), config.prior)
 
     def result(self, learner: _Learner, seconds: float) -> Weights:
         changed = {name: value.detach().clone() for name, value in learner.changed.items()}

@@ -190,7 +190,16 @@ def test_the_loss_is_that_of_copies_of_the_noun(pipe, spread, rounded):
     """One step that has learned nothing yet, with three words that stay where they are or are moved from the start."""
     one = masked()
     still = dataclasses.replace(
-        QUICK, steps=1, batch_size=3, encodings_rate=0.0, keys_rate=0.0, values_rate=0.0, spread=spread, prior=0.0
+        QUICK,
+        steps=1,
+        batch_size=3,
+        encodings_rate=0.0,
+        keys_rate=0.0,
+        values_rate=0.0,
+        spread=spread,
+        prior=0.0,
+        timestep_power=1.0,
+        views=0.0,
     )
     (concept,) = train(pipe, [one], still)
     assert bool(concept.encodings.any()) == (spread > 0) and not concept.keys.any() and not concept.values.any()

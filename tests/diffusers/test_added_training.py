@@ -30,6 +30,8 @@ QUICK = AddedConfig(
     encodings=2,
     keys=None,
     values=None,
+    timestep_power=1.0,
+    views=0.0,
     spread=0.3,
     steps=4,
     batch_size=2,
@@ -164,7 +166,9 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(pipe, tmp_path, interrupted
         train(pipe, subjects, longer, checkpoint_path=path)
 
 
-def test_it_learns_on_the_times_of_the_steps_that_remain(pipe, monkeypatch):
+@pytest.fixture
+def times_seen(pipe, monkeypatch):
+    """The times that the U-Net is asked of."""
     seen = []
     forward = pipe.unet.forward
 
@@ -173,8 +177,22 @@ def test_it_learns_on_the_times_of_the_steps_that_remain(pipe, monkeypatch):
         return forward(noisy, times, *args, **kwargs)
 
     monkeypatch.setattr(pipe.unet, "forward", noted)
+    return seen
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0, 3.0])
+def test_a_power_takes_more_of_the_noisy_times(pipe, times_seen, power):
+    """Of T (1 - u^p) the mean is T p / (p + 1), and a share q^(1 / p) lies in the noisiest share q."""
+    train(pipe, [subject()], dataclasses.replace(QUICK, steps=40, batch_size=16, prior=0.0, timestep_power=power))
+    times = torch.tensor(times_seen) / 1000
+    assert len(times) == 640 and times.min() >= 0 and times.max() < 1
+    assert float(times.mean()) == pytest.approx(power / (power + 1), abs=0.04)
+    assert float((times > 0.9).float().mean()) == pytest.approx(0.1 ** (1 / power), abs=0.06)
+
+
+def test_it_learns_on_the_times_of_the_steps_that_remain(pipe, times_seen):
     (concept,) = train(pipe, [subject()], dataclasses.replace(QUICK, steps=8, batch_size=8, start=0.3))
-    assert concept.start == 0.3 and 500 < max(seen) < 700 and len(seen) == 2 * 64
+    assert concept.start == 0.3 and 500 < max(times_seen) < 700 and len(times_seen) == 2 * 64
 
 
 def test_layers_may_be_chosen(pipe):
@@ -209,30 +227,32 @@ def test_stable_diffusion_xl_learns_in_both_encoders():
     assert np.isfinite(kd.generate(kd.install(pipe), [order], **small)[0]).all()
 
 
-def test_the_prior_is_offered_to_every_method(pipe):
-    """Without a mask there is no outside; with one, what is learned is another thing."""
+def test_the_prior_noisier_times_and_views_are_offered_to_every_method(pipe):
+    """Without a mask there is no outside for the prior; with one, what is learned is another thing."""
     root = torch.randn(32, 64, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     metric = Covariance(root @ root.T / 64, {"captions": 0})
     perfusion = PerfusionConfig(steps=3, batch_size=2, values_rate=0.05, embedding_rate=0.05)
     lora = LoraTrainingConfig(steps=3, batch_size=2, learning_rate=1e-2)
 
-    def locked(subject, prior):
-        config = dataclasses.replace(perfusion, prior=prior)
+    def locked(subject, **changes):
+        config = dataclasses.replace(perfusion, **changes)
         (concept,) = train_concepts(pipe, [subject], config, metric=metric, progress=False)
         return concept.values
 
-    def low_rank(subject, prior):
-        (adapter,) = train_loras(pipe, [subject], dataclasses.replace(lora, prior=prior), progress=False)
+    def low_rank(subject, **changes):
+        (adapter,) = train_loras(pipe, [subject], dataclasses.replace(lora, **changes), progress=False)
         return torch.cat([update.up.flatten() for update in adapter.denoiser.values()])
 
-    def added(subject, prior):
-        return train(pipe, [subject], dataclasses.replace(QUICK, prior=prior))[0].values
+    def added(subject, **changes):
+        return train(pipe, [subject], dataclasses.replace(QUICK, **changes))[0].values
 
     plain = Subject("sks cat", "", pictures(1), ["sks cat on blue", "a grinning sks cat"], [HALF, HALF], seed=1)
     for learn in (locked, low_rank, added):
-        assert torch.equal(learn(subject(), 0.0), learn(subject(), 3.0))
-        assert not torch.equal(learn(masked(), 0.0), learn(masked(), 3.0))
-    assert not torch.equal(low_rank(plain, 0.0), low_rank(plain, 3.0))
+        assert torch.equal(learn(subject(), prior=0.0), learn(subject(), prior=3.0))
+        assert not torch.equal(learn(masked(), prior=0.0), learn(masked(), prior=3.0))
+        for changes in ({"timestep_power": 2.0}, {"views": 0.5}):
+            assert not torch.equal(learn(masked()), learn(masked(), **changes))
+    assert not torch.equal(low_rank(plain, prior=0.0), low_rank(plain, prior=3.0))
 
 
 @pytest.mark.parametrize(
@@ -245,6 +265,8 @@ def test_the_prior_is_offered_to_every_method(pipe):
         ({"layers": "some"}, "layers must be a list, got str"),
         ({"layers": [3]}, "layers must be names of modules, got 3"),
         ({"start": 1.1}, r"start must lie in \[0, 1\], got 1.1"),
+        ({"views": -1}, r"views must lie in \[0, 1\], got -1"),
+        ({"timestep_power": 0.5}, "timestep_power must be a finite number of at least 1, got 0.5"),
         ({"prior": -1}, "prior must be a finite number of at least 0, got -1"),
         ({"spread": float("nan")}, "spread must be a finite number of at least 0, got nan"),
         ({"warmup": 0}, "warmup must be a whole number of at least 1, got 0"),

@@ -15,6 +15,7 @@ from benchmarks.quality.methods import BATCH, METHODS, ROWS, steps_of
 from benchmarks.quality.users import DECOYS, TEST, TUNE, Order
 from keylock_diffusers.embedded import render
 from keylock_diffusers.embedded.glyphs import INDEX
+from keylock_diffusers.training import AddedConfig
 
 needs_font = pytest.mark.skipif(not render.FONT.exists(), reason="the package fonts-noto-color-emoji is not installed")
 
@@ -68,7 +69,13 @@ def test_half_of_a_picture_is_judged_without_the_other():
 
 
 def test_a_budget_pays_for_what_a_step_costs():
-    assert steps_of(ROWS[30], 0.0) == ROWS[30] // (3 * BATCH) > steps_of(ROWS[30], 1.0) == ROWS[30] // (4 * BATCH)
+    costs = {
+        AddedConfig(prior=0.0): 3,
+        AddedConfig(): 4,
+        weights.WeightsConfig(): 6,
+        weights.WeightsConfig(prior=1.0): 7,
+    }
+    assert all(steps_of(ROWS[30], config) == ROWS[30] // (cost * BATCH) for config, cost in costs.items())
     for method in METHODS.values():
         assert not method.trains or len(method.tried) >= 11  # and the one that it begins with
 
@@ -179,7 +186,7 @@ def test_baselines_train_weights_of_their_own_and_put_the_models_back(targets, w
     pipe = kd.install(embedded.load())
     before = {name: value.clone() for name, value in pipe.unet.named_parameters()}
     subject = TUNE[0].subject(placeholder=None if word else "sks cat")
-    config = weights.WeightsConfig(steps=1, batch_size=1, learning_rate=0.1, outside=1.0, targets=targets)
+    config = weights.WeightsConfig(steps=1, batch_size=1, learning_rate=0.1, prior=1.0, views=0.5, targets=targets)
     found = weights.train_weights(pipe, subject, config)
     assert set(found.changed) == {name for name in before if not targets or any(target in name for target in targets)}
     assert len(found.words) == word and found.nbytes == 2 * sum(

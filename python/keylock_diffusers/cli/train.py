@@ -62,7 +62,7 @@ def train(
     ] = None,
     model: Model = "embedded",
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Default 400, 500 for a LoRA; embedded model: 150, 100 for a LoRA.")
+        int | None, typer.Option(min=1, help="Default 400, 500 for a LoRA; embedded model: 180, 100 for a LoRA.")
     ] = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Default 16, 4 for a LoRA; 6 for a concept of the embedded model.")
@@ -104,6 +104,14 @@ def train(
             min=0,
             help="How much the model is to say, outside of masks, what it says without what is learned; default 1 for "
             "an added concept, else 0.",
+        ),
+    ] = None,
+    views: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Share of the time that pictures are shown smaller; default 0.25 for an added concept, else 0.",
         ),
     ] = None,
     start: Annotated[
@@ -174,6 +182,7 @@ def train(
             "mixed_precision": mixed_precision,
             "embedding_rate": embedding_rate,
             "prior": prior,
+            "views": views,
         },
         "a LoRA (--method lora)": {"rank": rank, "targets": targets, "learning_rate": learning_rate},
         "a concept": {"values_rate": values_rate, "localize": localize},

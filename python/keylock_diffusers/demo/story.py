@@ -25,7 +25,7 @@ from keylock_diffusers.processors import install
 from keylock_diffusers.requests import Request, Use
 from keylock_diffusers.training import AddedConfig, LoraTrainingConfig, PerfusionConfig, Subject, train_concepts
 
-TRAINING = AddedConfig(steps=150, batch_size=6)
+TRAINING = AddedConfig(steps=180, batch_size=6)
 PERFUSION_TRAINING = PerfusionConfig(
     steps=100, batch_size=6, values_rate=0.03, embedding_rate=0.004, inference_beta=0.65, inference_tau=0.15
 )

@@ -15,23 +15,19 @@ from keylock_diffusers.denoisers.unet import cross_attention_layers
 from keylock_diffusers.encoding.tokens import plain as plain_prompt
 from keylock_diffusers.processors import RowUpdates
 from keylock_diffusers.processors.projection import project_vectors
-from keylock_diffusers.requests import Request
 from keylock_diffusers.training import loop
-from keylock_diffusers.training.captions import Captions, Prompts, Read, joined, word_encodings
+from keylock_diffusers.training.captions import Captioned, Captions, Prompts, joined, word_encodings
 from keylock_diffusers.training.config import AddedConfig, ConceptTrainingError, Subject
-from keylock_diffusers.training.learners import Learner, OnStep, Together, lesson, lessons_of
+from keylock_diffusers.training.learners import OnStep, Together, lessons_of
 from keylock_diffusers.training.localization import Localization, localization_loss
 
 _SIDES = {"to_k": "keys", "to_v": "values"}
 
 
 @dataclass(kw_only=True)
-class _Learner(Learner):
+class _Learner(Captioned):
     """One concept while it is learned; what is added is in units of the super-class's own, layer by layer."""
 
-    prompts: list[Prompts]  # per picture
-    orders: list[Request]  # per picture
-    plain: Read  # of the captions with the super-class in the placeholder's place
     places: list[Tensor]  # per picture, the tokens of `plain` that are read in the words' places [T]
     words: tuple[nn.Parameter, ...]  # [n, W] per text encoder; none where they are not learned
     added: Mapping[str, nn.Parameter]  # encodings [m, D], keys and values [m, sum of widths]
@@ -40,10 +36,6 @@ class _Learner(Learner):
     @property
     def tensors(self) -> dict[str, Tensor]:
         return {**self.added, **{f"word/{n}": word for n, word in enumerate(self.words)}}
-
-    @property
-    def ids(self) -> list[Any]:
-        return [[prompt.ids for prompt in prompts] for prompts in self.prompts]
 
     def outputs(self, part: str) -> Tensor:  # [m, D] or [m, sum of widths]
         """What is added to encodings, keys or values."""
@@ -87,7 +79,7 @@ class AddedTraining(Together[_Learner, AddedConcept]):
         added = {part: nn.Parameter(start.to(device, torch.float32)) for part, start in begin.items()}
         name = {subject.placeholder}
         orders = [plain_prompt(captions.encoders[0].tokenizer, prompt[0], name, name)[1] for prompt in prompts]
-        latents, weights = lessons_of(self.pipe, subject)
+        latents, weights = lessons_of(self.pipe, subject, config.views > 0)
         groups: list[dict[str, Any]] = [
             {"params": [parameter], "lr": getattr(config, f"{part}_rate")} for part, parameter in added.items()
         ]
@@ -114,17 +106,16 @@ class AddedTraining(Together[_Learner, AddedConcept]):
         for learner in learners:
             for group in learner.optimizer.param_groups:
                 group["lr"] = group.setdefault("full", group["lr"]) * factor
-        given = lesson(self.pipe, learners, config.batch_size, step, config.start)
-        rows = list(zip([one for one in learners for _ in range(config.batch_size)], given.pictures, strict=True))
-        prompts, orders = [row.prompts[n] for row, n in rows], [row.orders[n] for row, n in rows]
         with torch.autocast(self.pipe.unet.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+            told = captions.told(learners, config, step, config.start)
+            given, prompts, rows = told.given, told.prompts, list(zip(told.rows, told.captions, strict=True))
             if config.embeddings:
                 read = captions.read(prompts, [{row.subject.placeholder: row.words} for row, _ in rows])
             else:
                 read = joined([row.plain.rows([n]) for row, n in rows])
                 places = torch.stack([row.places[n] for row, n in rows])
                 read = read._replace(states=read.states.gather(1, places[..., None].expand_as(read.states)))
-            read = read._replace(states=_moved(read.states, [row for row, _ in rows], prompts))
+            read = read._replace(states=_moved(read.states, told.rows, prompts))
             options: dict[str, Any] = {"personalization": _Inputs(self.layers, learners, prompts, config.batch_size)}
             if config.localize:
                 # Of a word that stands several times, where it stands first: captions differ in how often it does.
@@ -133,13 +124,8 @@ class AddedTraining(Together[_Learner, AddedConcept]):
                 masks = given.weights.expand(-1, tokens.shape[1], -1, -1)
                 grid = (given.noisy.shape[2], given.noisy.shape[3])
                 options["readout"] = Localization(self.pipe.unet, tokens, masks, grid, form=config.localization_form)
-            predicted = captions.predicted(given, read, orders, **options)
-            losses = given.losses(predicted)
-            if config.prior:
-                with torch.no_grad():
-                    plain = joined([row.plain.rows([n]) for row, n in rows])
-                    without = captions.predicted(given, plain, orders)
-                losses = losses + config.prior * given.strayed(predicted, without)
+            predicted = captions.predicted(given, read, told.orders, **options)
+            losses = told.losses(predicted, config.prior)
         total = losses.sum() / config.batch_size
         if config.localize:
             localized = localization_loss(options["readout"], per_row=True).sum()

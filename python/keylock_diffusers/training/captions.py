@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from keylock_diffusers.encoding import text
 from keylock_diffusers.pictures import turned
 from keylock_diffusers.requests import Request
 from keylock_diffusers.training.config import Subject
-from keylock_diffusers.training.learners import Lesson, captions_of
+from keylock_diffusers.training.learners import Learner, Lesson, captions_of, lesson
 
 Prompts = tuple[text.TokenizedPrompt, ...]  # one per text encoder
 Words = Mapping[str, Sequence[Tensor]]  # per name, vectors [W] or [n, W] for each text encoder
@@ -46,6 +47,38 @@ def word_encodings(states: Tensor, prompts: Sequence[Prompts]) -> Tensor:  # [n,
     places = [(row, position) for row, prompt in enumerate(prompts) for position, *_ in prompt[0].words]
     rows, positions = (torch.tensor(side, device=states.device) for side in zip(*places, strict=True))
     return states[rows, positions]
+
+
+@dataclass(kw_only=True)
+class Captioned(Learner):
+    """A learner whose pictures are told by captions."""
+
+    prompts: list[Prompts]  # per picture
+    orders: list[Request]  # per picture
+    plain: Read  # of the captions, without what is learned
+
+    @property
+    def ids(self) -> list[Any]:
+        return [[prompt.ids for prompt in prompts] for prompts in self.prompts]
+
+
+class Told(NamedTuple):
+    """What a step shows and tells."""
+
+    given: Lesson
+    rows: list[Any]  # whose each row is
+    captions: list[int]  # of each row, which of its learner's
+    orders: list[Request]
+    without: Tensor | None  # [B, c, h, w], what the model says of it without what is learned, for the prior
+
+    @property
+    def prompts(self) -> list[Prompts]:
+        return [row.prompts[n] for row, n in zip(self.rows, self.captions, strict=True)]
+
+    def losses(self, predicted: Tensor, prior: float, weights: Tensor | None = None) -> Tensor:  # [B]
+        """Each row's error by its weight, and `prior` times how far it strays from what is said without the subject."""
+        losses = self.given.losses(predicted) * (1 if weights is None else weights)
+        return losses if self.without is None else losses + prior * self.given.strayed(predicted, self.without)
 
 
 class Captions:
@@ -110,6 +143,20 @@ class Captions:
             top, left = (round((length * side / min(width, height) - side) / 2) for length in (height, width))
             made.append(Request("", original_size=(height, width), crops_coords_top_left=(top, left)))
         return made
+
+    def told(self, learners: Sequence[Captioned], config: Any, step: int, start: float = 0.0) -> Told:
+        """What the learners are shown in a step, and by which captions it is told; the rest as for `lesson`."""
+        given = lesson(self.denoiser.pipe, learners, config, step, start)
+        rows = [learner for learner in learners for _ in range(config.batch_size)]
+        # A view's is its picture's.
+        captions = [n % len(row.prompts) for row, n in zip(rows, given.pictures, strict=True)]
+        orders = [row.orders[n] for row, n in zip(rows, captions, strict=True)]
+        without = None
+        if config.prior:
+            with torch.no_grad():
+                read = joined([row.plain.rows([n]) for row, n in zip(rows, captions, strict=True)])
+                without = self.predicted(given, read, orders)
+        return Told(given, rows, captions, orders, without)
 
     def predicted(self, given: Lesson, read: Read, orders: Sequence[Request], **attention: Any) -> Tensor:
         """What the U-Net says of a lesson [B, c, h, w]; `attention` is passed to its attention layers."""

@@ -123,6 +123,10 @@ class AddedConfig:
         spread: how far apart the words begin, in the same units, or without embeddings in those of encodings.
         prior: weight of the prior: outside a picture's mask the model should say what it says without the concept.
             Without masks there is no outside.
+        timestep_power: times are drawn as T (1 - u^p), u uniform: 1 takes all alike, more takes more of the noisy ones,
+            in which what a picture shows is decided (3 is the cubic sampling of T2I-Adapter-SDXL's training).
+        views: the share of a step's rows that show a smaller view of their picture, told by its caption, as Custom
+            Diffusion does: pictures show a subject large, and beside others it is drawn small.
         warmup: steps.
         max_grad_norm: each concept's gradients are clipped to this norm; None: not at all.
         patience: a concept stops when its smoothed loss has not improved for so many steps; None: never.
@@ -147,6 +151,8 @@ class AddedConfig:
     embedding_rate: float = 0.15
     spread: float = 0.2
     prior: float = 1.0
+    timestep_power: float = 2.0
+    views: float = 0.25
     warmup: int = 10
     max_grad_norm: float | None = 1.0
     patience: int | None = None
@@ -168,13 +174,15 @@ class AddedConfig:
             )
         if self.layers != "all":
             check_field(self, "layers", _names)
-        check_field(self, "start", number, 0, 1)
+        for name in ("start", "views"):
+            check_field(self, name, number, 0, 1)
         check_field(self, "mixed_precision", one_of, ("no", "bf16"))
         check_field(self, "localization_form", one_of, FORMS)
         for name in ("steps", "batch_size", "warmup", "patience"):
             check_field(self, name, whole, 1, optional=name == "patience")
         for name in ("encodings_rate", "keys_rate", "values_rate", "embedding_rate", "spread", "prior", "localize"):
             check_field(self, name, number, 0)
+        check_field(self, "timestep_power", number, 1)
         check_field(self, "max_grad_norm", _bound, optional=True)
 
     def learned(self, part: str) -> int:
@@ -201,7 +209,7 @@ class PerfusionConfig:
         target_decay: of the moving average that is the target input i*.
         target_gradient: what i* passes back: "none", "straight-through" (as if it were this step's encoding), or
             "exact" (through this step's share of the average).
-        prior: see `AddedConfig`; Perfusion has none.
+        prior, timestep_power, views: see `AddedConfig`; Perfusion has none of them.
         max_grad_norm: each concept's gradients are clipped to this norm; None: not at all.
         patience: a concept stops when its smoothed loss has not improved for so many steps; None: never.
         localize: weight of the localization loss of the subject's word (FastComposer's is 1e-3), which needs the
@@ -220,6 +228,8 @@ class PerfusionConfig:
     target_decay: float = 0.99
     target_gradient: str = "none"
     prior: float = 0.0
+    timestep_power: float = 1.0
+    views: float = 0.0
     max_grad_norm: float | None = 1.0
     patience: int | None = None
     localize: float = 0.0
@@ -238,6 +248,8 @@ class PerfusionConfig:
             check_field(self, name, number)
         for name in ("values_rate", "embedding_rate", "localize", "prior", "tau", "inference_tau", "target_decay"):
             check_field(self, name, number, 0)
+        check_field(self, "timestep_power", number, 1)
+        check_field(self, "views", number, 0, 1)
         check_field(self, "max_grad_norm", _bound, optional=True)
         if self.target_decay >= 1:
             raise ValueError(f"PerfusionConfig: target_decay must lie in [0, 1), got {self.target_decay}")
@@ -260,7 +272,7 @@ class LoraTrainingConfig:
             word stays its super-class's.
         weight_decay: AdamW's, of the updates.
         max_grad_norm: each subject's gradients are clipped to this norm; None: not at all.
-        prior: see `AddedConfig`.
+        prior, timestep_power, views: see `AddedConfig`.
         snr_gamma: bounds how much steps with little noise count (min-SNR, usually 5); None: all count alike.
         patience: a subject stops when its smoothed loss has not improved for so many steps; None: never.
         gradient_checkpointing: whether the U-Net is computed twice, for a fraction of the memory.
@@ -280,6 +292,8 @@ class LoraTrainingConfig:
     weight_decay: float = 1e-2
     max_grad_norm: float | None = 1.0
     prior: float = 0.0
+    timestep_power: float = 1.0
+    views: float = 0.0
     snr_gamma: float | None = None
     patience: int | None = None
     gradient_checkpointing: bool = False
@@ -291,6 +305,8 @@ class LoraTrainingConfig:
             check_field(self, name, whole, 1, optional=name == "patience")
         for name in ("learning_rate", "embedding_rate", "weight_decay", "prior"):
             check_field(self, name, number, 0)
+        check_field(self, "timestep_power", number, 1)
+        check_field(self, "views", number, 0, 1)
         for name in ("alpha", "max_grad_norm", "snr_gamma"):
             check_field(self, name, _bound, optional=True)
         if not isinstance(self.gradient_checkpointing, bool):

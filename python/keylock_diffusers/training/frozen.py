@@ -61,18 +61,23 @@ def encode_images(pipe: Any, images: Sequence[Image.Image], names: Sequence[str]
     Raises:
         ValueError: one is damaged or too large, by its number and its file's name.
     """
+    squares, parts = squares_of(pipe, images, names), []
+    for first in range(0, len(squares), _TOGETHER):
+        group = squares[first : first + _TOGETHER]
+        encoded = pipe.vae.encode(pipe.image_processor.preprocess(group).to(pipe.vae.device, pipe.vae.dtype))
+        parts.append(encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode())
+    return torch.cat(parts) * pipe.vae.config.scaling_factor
+
+
+def squares_of(pipe: Any, images: Sequence[Image.Image], names: Sequence[str] | None = None) -> list[Image.Image]:
+    """The middle square of each picture, of the side that the model draws; arguments and errors of `encode_images`."""
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
     squares = []
     for number in range(len(images)):
         image = images[number]  # which may open a file
         seen = _upright(image, named(names[number] if names else f"picture {number}", image))
         squares.append(ImageOps.fit(seen, (side, side), Image.Resampling.LANCZOS))
-    parts = []
-    for first in range(0, len(squares), _TOGETHER):
-        group = squares[first : first + _TOGETHER]
-        encoded = pipe.vae.encode(pipe.image_processor.preprocess(group).to(pipe.vae.device, pipe.vae.dtype))
-        parts.append(encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode())
-    return torch.cat(parts) * pipe.vae.config.scaling_factor
+    return squares
 
 
 def latents_of(

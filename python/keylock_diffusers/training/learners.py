@@ -22,7 +22,8 @@ from keylock_diffusers.pictures import decode, turned
 from keylock_diffusers.training import checkpoint, loop
 from keylock_diffusers.training.advice import quarters
 from keylock_diffusers.training.config import DEFAULT_CAPTIONS, Subject, SubjectTrainingError
-from keylock_diffusers.training.frozen import encode_images, named, noise_levels, prediction_target
+from keylock_diffusers.training.frozen import encode_images, named, noise_levels, prediction_target, squares_of
+from keylock_diffusers.training.views import VIEWS, small_views
 
 # Of a learner, what a checkpoint keeps besides its tensors.
 FACTS = ("loss", "best", "best_step", "steps", "stopped", "losses")
@@ -34,14 +35,14 @@ class Learner(ABC):
 
     Args:
         subject: whose pictures they are.
-        latents: of the pictures [n, c, h, w].
-        weights: the soft masks over their maximum [n, 1, h, w].
+        latents: of the pictures; and then, if they are shown, of smaller views of them.
+        weights: the soft masks over their maximum.
         optimizer: of all that is learned.
     """
 
     subject: Subject
-    latents: Tensor  # [n, c, h, w]
-    weights: Tensor  # [n, 1, h, w]
+    latents: Tensor  # [N, c, h, w]
+    weights: Tensor  # [N, 1, h, w]
     optimizer: torch.optim.Optimizer
     losses: list[float] = field(default_factory=list)  # of every step
     loss: float = float("nan")  # smoothed
@@ -247,8 +248,8 @@ def captions_of(subject: Subject) -> Sequence[str]:
 
 
 @torch.no_grad()
-def lessons_of(pipe: Any, subject: Subject) -> tuple[Tensor, Tensor]:  # [n, c, h, w], [n, 1, h, w]
-    """A subject's latents, and its soft masks over their maximum, on the CPU in float32.
+def lessons_of(pipe: Any, subject: Subject, views: bool = False) -> tuple[Tensor, Tensor]:  # [n, c, h, w], [n, 1, h, w]
+    """A subject's latents, and its soft masks over their maximum, on the CPU in float32; behind them those of views.
 
     Raises:
         ValueError: a picture or mask cannot be used.
@@ -258,6 +259,9 @@ def lessons_of(pipe: Any, subject: Subject) -> tuple[Tensor, Tensor]:  # [n, c, 
         weights = torch.ones(len(latents), 1, *latents.shape[-2:], dtype=torch.float32)
     else:
         weights = torch.stack([_soft(subject, n, latents) for n in range(len(latents))])
+    if views:
+        small, masks = small_views(squares_of(pipe, subject.images), weights, subject.seed)
+        latents, weights = torch.cat([latents, encode_images(pipe, small)]), torch.cat([weights, masks])
     return latents.float().cpu(), weights
 
 
@@ -294,14 +298,16 @@ class Lesson(NamedTuple):
         return ((predicted.float() - plain.float()) ** 2 * (1 - self.weights)).mean((1, 2, 3))
 
 
-def lesson(pipe: Any, learners: Sequence[Learner], size: int, step: int, start: float = 0.0) -> Lesson:
-    """Which pictures, times and noise the learners see in a step, `size` rows each.
+def lesson(pipe: Any, learners: Sequence[Learner], config: Any, step: int, start: float = 0.0) -> Lesson:
+    """Which pictures, times and noise the learners see in a step, `config.batch_size` rows each.
 
-    Times are those of the steps that remain after a share of them, `start`.
+    Times are those of the steps that remain after a share of them, `start`; of pictures and times `config` says more:
+    see `AddedConfig.views` and `timestep_power`.
     """
+    size = config.batch_size
     device, scheduler = pipe.unet.device, pipe.scheduler
     times_of = max(1, round(scheduler.config.num_train_timesteps * (1 - start)))
-    draws = [_draws(learner, size, step, times_of) for learner in learners]
+    draws = [_draws(learner, config, step, times_of) for learner in learners]
     chosen, times, noise = (torch.cat(parts) for parts in zip(*draws, strict=True))
     rows = list(zip([learner for learner in learners for _ in range(size)], chosen.tolist(), strict=True))
     clean = torch.stack([row.latents[n] for row, n in rows]).to(device)
@@ -314,8 +320,15 @@ def lesson(pipe: Any, learners: Sequence[Learner], size: int, step: int, start: 
     return Lesson([n for _, n in rows], times, signal, sigma, noisy, target, weights)
 
 
-def _draws(learner: Learner, size: int, step: int, times_of: int) -> tuple[Tensor, Tensor, Tensor]:
-    random = loop.generator(learner.subject.seed, step)
-    pictures = torch.randint(len(learner.latents), (size,), generator=random)
+def _draws(learner: Learner, config: Any, step: int, times_of: int) -> tuple[Tensor, Tensor, Tensor]:
+    random, size = loop.generator(learner.subject.seed, step), config.batch_size
+    count = len(learner.latents) // (1 + VIEWS if config.views else 1)
+    pictures = torch.randint(count, (size,), generator=random)
     times = torch.randint(times_of, (size,), generator=random)
-    return pictures, times, torch.randn(size, *learner.latents.shape[1:], generator=random, dtype=torch.float32)
+    if config.timestep_power != 1:
+        times = times_of - 1 - (times_of * (times / times_of) ** config.timestep_power).long()
+    noise = torch.randn(size, *learner.latents.shape[1:], generator=random, dtype=torch.float32)
+    if config.views:
+        small = torch.rand(size, generator=random) < config.views
+        pictures += small * count * torch.randint(1, 1 + VIEWS, (size,), generator=random)
+    return pictures, times, noise

@@ -20,44 +20,27 @@ from keylock_diffusers.loras.adapter import Adapter, LearnedWord, component_name
 from keylock_diffusers.loras.facts import facts_of
 from keylock_diffusers.processors import verify_routes
 from keylock_diffusers.processors.routed import handed_out
-from keylock_diffusers.requests import Request
 from keylock_diffusers.training import checkpoint, loop
-from keylock_diffusers.training.captions import Captions, Prompts
+from keylock_diffusers.training.captions import Captioned, Captions, Prompts, Read
 from keylock_diffusers.training.config import LoraTrainingConfig, LoraTrainingError, Subject, is_word
 from keylock_diffusers.training.factors import Factors
 from keylock_diffusers.training.frozen import check_pipeline, frozen
-from keylock_diffusers.training.learners import (
-    Learner,
-    Lesson,
-    OnStep,
-    Together,
-    captions_of,
-    check_subjects,
-    lesson,
-    lessons_of,
-)
+from keylock_diffusers.training.learners import Lesson, OnStep, Together, captions_of, check_subjects, lessons_of
 from keylock_kernels.ops.precision import accumulate_dtype
 
 _FACT = "keylock_"  # begins the names of facts in a file's header
 
 
 @dataclass(kw_only=True)
-class _Learner(Learner):
+class _Learner(Captioned):
     """One adapter while it is learned."""
 
-    prompts: list[Prompts]  # per picture
-    orders: list[Request]  # per picture
-    plain: list[Prompts]  # per picture, without what is learned
     factors: nn.Parameter  # as `Factors` has them
     words: tuple[nn.Parameter, ...]  # [n, W] per text encoder; none beside plain words
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         return {"factors": self.factors, **{f"word/{number}": word for number, word in enumerate(self.words)}}
-
-    @property
-    def ids(self) -> list[Any]:
-        return [[prompt.ids for prompt in prompts] for prompts in self.prompts]
 
 
 @torch.inference_mode(False)
@@ -140,7 +123,7 @@ class _Training(Together[_Learner, Adapter]):
 
     def begin(self, subject: Subject) -> _Learner:
         words = self._words(subject) if is_word(subject.placeholder) else ()
-        latents, weights = lessons_of(self.pipe, subject)
+        latents, weights = lessons_of(self.pipe, subject, self.config.views > 0)
         random = loop.generator(subject.seed, -1)  # before the first step
         dtype, device = accumulate_dtype(self.pipe.unet.dtype), self.pipe.unet.device
         factors = nn.Parameter(self.factors.begin(random, dtype).to(device))
@@ -156,37 +139,27 @@ class _Training(Together[_Learner, Adapter]):
             optimizer=torch.optim.AdamW(groups),
             prompts=[self._tokenized(subject, caption, words) for caption in captions_of(subject)],
             orders=self.captions.orders(subject),
-            plain=[] if not config.prior else self._plain(subject),
+            plain=self._plain(subject),
             factors=factors,
             words=words,
         )
 
     def learn(self, learners: Sequence[_Learner], step: int) -> Tensor:  # [S]
         config, captions = self.config, self.captions
-        given = lesson(self.pipe, learners, config.batch_size, step)
-        shown = list(zip([one for one in learners for _ in range(config.batch_size)], given.pictures, strict=True))
-        orders = [row.orders[n] for row, n in shown]
         precision = partial(
             torch.autocast, self.pipe.unet.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"
         )
-        without = None
-        if config.prior:
-            with torch.no_grad(), precision():
-                without = captions.predicted(given, captions.read([row.plain[n] for row, n in shown]), orders)
+        with precision():
+            told = captions.told(learners, config, step)
         updates = self.factors.updates([learner.factors for learner in learners], config.batch_size)
         with ExitStack() as held:
             for modules, own in zip(self.factors.modules, updates, strict=True):
                 held.enter_context(handed_out(modules, own))  # for the backward pass, which may compute it again
             with precision():
-                words = [{row.subject.placeholder: row.words} if row.words else {} for row, _ in shown]
-                read = captions.read([row.prompts[n] for row, n in shown], words)
-                predicted = captions.predicted(given, read, orders)
-            rows = given.losses(predicted)
-            if config.snr_gamma is not None:
-                rows = rows * snr_weights(given, config.snr_gamma, self.pipe.scheduler.config.prediction_type)
-            if without is not None:
-                rows = rows + config.prior * given.strayed(predicted, without)
-            losses = rows.view(len(learners), -1).mean(1)
+                words = [{row.subject.placeholder: row.words} if row.words else {} for row in told.rows]
+                read = captions.read(told.prompts, words)
+                predicted = captions.predicted(told.given, read, told.orders)
+            losses = told.losses(predicted, config.prior, self._weights(told.given)).view(len(learners), -1).mean(1)
             losses.sum().backward()
         return losses.detach()
 
@@ -226,11 +199,16 @@ class _Training(Together[_Learner, Adapter]):
             raise ValueError(f"prompt {shown(caption)}: the word {subject.placeholder} is not in the prompt")
         return found
 
-    def _plain(self, subject: Subject) -> list[Prompts]:
+    @torch.no_grad()
+    def _plain(self, subject: Subject) -> Read:
         """The captions without what is learned: the super-class in the place of a word, plain words as they are."""
         if is_word(subject.placeholder):
-            return self.captions.of(subject)
-        return [self.captions.tokenized(caption) for caption in captions_of(subject)]
+            return self.captions.read(self.captions.of(subject))
+        return self.captions.read([self.captions.tokenized(caption) for caption in captions_of(subject)])
+
+    def _weights(self, given: Lesson) -> Tensor | None:  # [B]
+        gamma = self.config.snr_gamma
+        return None if gamma is None else snr_weights(given, gamma, self.pipe.scheduler.config.prediction_type)
 
 
 def snr_weights(given: Lesson, gamma: float, prediction: str) -> Tensor:  # [B]

@@ -16,34 +16,23 @@ from keylock_diffusers.concepts import BaseModel, Concept, KeyLockedConcept
 from keylock_diffusers.denoisers.unet import cross_attention_layers
 from keylock_diffusers.processors import RowUpdates
 from keylock_diffusers.processors.projection import project_vectors
-from keylock_diffusers.requests import Request
 from keylock_diffusers.routing import edits
 from keylock_diffusers.training import checkpoint, loop
 from keylock_diffusers.training.added import AddedTraining
-from keylock_diffusers.training.captions import Captions, Prompts, Read, joined, word_encodings
+from keylock_diffusers.training.captions import Captioned, Captions, word_encodings
 from keylock_diffusers.training.config import AddedConfig, ConceptTrainingError, PerfusionConfig, Subject, is_word
 from keylock_diffusers.training.covariance import Covariance
 from keylock_diffusers.training.frozen import check_pipeline, frozen
-from keylock_diffusers.training.learners import (
-    Learner,
-    OnStep,
-    Together,
-    check_subjects,
-    lesson,
-    lessons_of,
-)
+from keylock_diffusers.training.learners import OnStep, Together, check_subjects, lessons_of
 from keylock_diffusers.training.localization import Localization, localization_loss
 
 _DEFAULT = AddedConfig()
 
 
 @dataclass(kw_only=True)
-class _Learner(Learner):
+class _Learner(Captioned):
     """One concept while it is learned."""
 
-    prompts: list[Prompts]  # per picture
-    orders: list[Request]  # per picture
-    plain: Read  # of the captions with the super-class in the placeholder's place
     super_encoding: Tensor  # [D]
     embeddings: tuple[nn.Parameter, ...]  # [W] per text encoder
     values: nn.Parameter  # [sum O]
@@ -53,10 +42,6 @@ class _Learner(Learner):
     def tensors(self) -> dict[str, Tensor]:
         words = {f"embedding{n or ''}": embedding for n, embedding in enumerate(self.embeddings)}
         return {**words, "values": self.values, "target": self.target}
-
-    @property
-    def ids(self) -> list[Any]:
-        return [[prompt.ids for prompt in prompts] for prompts in self.prompts]
 
 
 @torch.inference_mode(False)
@@ -162,12 +147,10 @@ def _learn(
     step: int,
 ) -> Tensor:  # [S]
     device, size = pipe.unet.device, config.batch_size
-    shown = lesson(pipe, learners, size, step)
-    rows = [learner for learner in learners for _ in range(size)]
-    orders = [row.orders[n] for row, n in zip(rows, shown.pictures, strict=True)]
     with torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
-        prompts = [row.prompts[n] for row, n in zip(rows, shown.pictures, strict=True)]
-        read = captions.read(prompts, [{row.subject.placeholder: row.embeddings} for row in rows])
+        told = captions.told(learners, config, step)
+        shown, prompts = told.given, told.prompts
+        read = captions.read(prompts, [{row.subject.placeholder: row.embeddings} for row in told.rows])
         encodings = read.states
         targets = []
         for number, learner in enumerate(learners):
@@ -186,13 +169,7 @@ def _learn(
             tokens = torch.tensor([[prompt[0].words[0][0]] for prompt in prompts], device=device)
             grid = (shown.noisy.shape[2], shown.noisy.shape[3])
             options["readout"] = Localization(pipe.unet, tokens, shown.weights, grid, form=config.localization_form)
-        predicted = captions.predicted(shown, read, orders, **options)
-        losses = shown.losses(predicted)
-        if config.prior:
-            with torch.no_grad():
-                plain = joined([row.plain.rows([n]) for row, n in zip(rows, shown.pictures, strict=True)])
-                without = captions.predicted(shown, plain, orders)
-            losses = losses + config.prior * shown.strayed(predicted, without)
+        losses = told.losses(captions.predicted(shown, read, told.orders, **options), config.prior)
     losses = losses.view(len(learners), size).mean(1)
     total = losses.sum()
     if config.localize:
@@ -265,7 +242,7 @@ def _begin(pipe: Any, captions: Captions, subject: Subject, config: PerfusionCon
         values = torch.cat(
             [project_vectors(attn.to_v, super_encoding[None])[0] for attn in cross_attention_layers(pipe.unet).values()]
         )
-    latents, weights = lessons_of(pipe, subject)
+    latents, weights = lessons_of(pipe, subject, config.views > 0)
     learned = [nn.Parameter(start.clone().to(device)) for start in (*embeddings, values)]
     rates = [*[config.embedding_rate] * len(embeddings), config.values_rate]
     optimizer = torch.optim.AdamW(
