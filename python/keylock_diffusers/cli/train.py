@@ -219,8 +219,7 @@ def train(
     lines = _captions(model, captions) if locked else []
     if dtype == "float16":
         raise ValueError("--dtype must be float32 or bfloat16 for training, since gradients vanish in float16")
-    for order in orders:
-        print(f"{order.place}: {order.said}")
+    print(*(f"{order.place}: {order.said}" for order in orders), sep="\n")
     pipe = common.load(model, dtype=dtype, device=device, variant=variant, scheduler=scheduler)
     check_pipeline(pipe, "keylock train", two=True)
     pipe.set_progress_bar_config(disable=True)  # of samples: it would tear training's own
