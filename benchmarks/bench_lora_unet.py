@@ -40,9 +40,8 @@ SIZE = 16 if QUICK else 64  # of the latents
 ROUNDS = 5 if DEVICE.type == "cuda" else 1  # on a CPU a round takes minutes
 JUDGED = (0, USERS - 1)  # the rows that are compared, for the same reason
 # At its own 1024 pixels SDXL takes a CPU minutes a call.
-SIZES = [("SD 1.5", SIZE), ("SDXL", 2 * SIZE if DEVICE.type == "cuda" else SIZE)]
-if QUICK:
-    SIZES = [("small", SIZE)]
+FULL_SIZES = [("SD 1.5", SIZE), ("SDXL", 2 * SIZE if DEVICE.type == "cuda" else SIZE)]
+SIZES = [("small", SIZE)] if QUICK else FULL_SIZES
 LINE_UPS = [
     pytest.param(model, size, dtype, id=f"{model.lower().replace(' ', '')}-{8 * size}px-{dtype_name(dtype)}")
     for model, size in SIZES

@@ -35,7 +35,7 @@ class WeightsConfig:
 
     Args:
         steps: of the optimiser.
-        batch_size: pictures of the subject a step; with a prior as many of its kind.
+        batch_size: pictures of the subject a step, and as many of its kind, where there are any.
         learning_rate: of the weights.
         embedding_rate: of the word, in units of its size; 0 leaves it.
         of_kind: weight of the loss on pictures of the subject's kind that the model draws itself, which is DreamBooth's
@@ -172,16 +172,15 @@ class _Training(Together[_Learner, Weights]):
             size = float(word.detach().square().mean().sqrt())
             groups.append({"params": [word], "lr": config.embedding_rate * size, "weight_decay": 0.0})
         latents, weights = lessons_of(self.pipe, subject, config.views > 0)
-        told = captions_of(subject)
         names = {subject.placeholder: 1} if words else {}
         learner = _Learner(
             subject=subject,
             latents=latents,
             weights=weights,
             optimizer=torch.optim.AdamW(groups),
-            prompts=[captions.tokenized(caption, words=names) for caption in told],
+            prompts=[captions.tokenized(caption, words=names) for caption in captions_of(subject)],
             orders=captions.orders(subject),
-            plain=captions.read(captions.of(subject) if words else [captions.tokenized(text) for text in told]),
+            plain=captions.plain(subject),
             changed=chosen,
             words=words,
         )

@@ -17,7 +17,7 @@ from keylock_diffusers.denoisers.unet import TextEncoder
 from keylock_diffusers.encoding import text
 from keylock_diffusers.pictures import turned
 from keylock_diffusers.requests import Request
-from keylock_diffusers.training.config import Subject
+from keylock_diffusers.training.config import Subject, is_word
 from keylock_diffusers.training.learners import Learner, Lesson, captions_of, lesson
 
 Prompts = tuple[text.TokenizedPrompt, ...]  # one per text encoder
@@ -118,6 +118,13 @@ class Captions:
             self.tokenized(caption, {name: subject.super_class}, nouns={name: nouns})
             for caption in captions_of(subject)
         ]
+
+    @torch.no_grad()
+    def plain(self, subject: Subject) -> Read:
+        """A subject's captions as nothing learned reads them: its super-class for its word, plain words as they are."""
+        if is_word(subject.placeholder):
+            return self.read(self.of(subject))
+        return self.read([self.tokenized(caption) for caption in captions_of(subject)])
 
     def read(self, prompts: Sequence[Prompts], words: Sequence[Words] | None = None) -> Read:
         """Encodings in the U-Net's dtype, differentiable in the rows' own words."""

@@ -21,7 +21,7 @@ from keylock_diffusers.loras.facts import facts_of
 from keylock_diffusers.processors import verify_routes
 from keylock_diffusers.processors.routed import handed_out
 from keylock_diffusers.training import checkpoint, loop
-from keylock_diffusers.training.captions import Captioned, Captions, Prompts, Read
+from keylock_diffusers.training.captions import Captioned, Captions, Prompts
 from keylock_diffusers.training.config import LoraTrainingConfig, LoraTrainingError, Subject, is_word
 from keylock_diffusers.training.factors import Factors
 from keylock_diffusers.training.frozen import check_pipeline, frozen
@@ -139,7 +139,7 @@ class _Training(Together[_Learner, Adapter]):
             optimizer=torch.optim.AdamW(groups),
             prompts=[self._tokenized(subject, caption, words) for caption in captions_of(subject)],
             orders=self.captions.orders(subject),
-            plain=self._plain(subject),
+            plain=self.captions.plain(subject),
             factors=factors,
             words=words,
         )
@@ -198,13 +198,6 @@ class _Training(Together[_Learner, Adapter]):
         if words and not all(prompt.words for prompt in found):
             raise ValueError(f"prompt {shown(caption)}: the word {subject.placeholder} is not in the prompt")
         return found
-
-    @torch.no_grad()
-    def _plain(self, subject: Subject) -> Read:
-        """The captions without what is learned: the super-class in the place of a word, plain words as they are."""
-        if is_word(subject.placeholder):
-            return self.captions.read(self.captions.of(subject))
-        return self.captions.read([self.captions.tokenized(caption) for caption in captions_of(subject)])
 
     def _weights(self, given: Lesson) -> Tensor | None:  # [B]
         gamma = self.config.snr_gamma
